@@ -1,0 +1,53 @@
+# Everything runs in .venv, made on first use. Needs python3, g++ and make.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint format bench build clean
+
+demo: .venv/base.done
+	$(BIN)/metarec-fast demo
+
+test: .venv/test.done
+	$(BIN)/pytest
+
+lint: .venv/lint.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+format: .venv/lint.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+bench: .venv/bench.done
+	$(BIN)/pytest bench --benchmark-only
+
+build: .venv/base.done
+
+clean:
+	rm -rf .venv build metarec_fast/_C*.so *.egg-info
+
+# torch comes first and pinned, so that no later step swaps it for another build
+.venv/torch.done:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$(TORCH)"
+	@touch $@
+
+.venv/base.done: .venv/torch.done $(BUILD_INPUTS)
+	$(BIN)/pip install -q -e .
+	@touch $@
+
+.venv/test.done: .venv/base.done
+	$(BIN)/pip install -q -e ".[test]"
+	@touch $@
+
+.venv/lint.done: .venv/base.done
+	$(BIN)/pip install -q -e ".[lint]"
+	@touch $@
+
+.venv/bench.done: .venv/base.done
+	$(BIN)/pip install -q -e ".[bench]"
+	@touch $@

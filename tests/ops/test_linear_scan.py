@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from metarec_fast import reference
+from metarec_fast.ops import linear_scan
+
+LENGTHS = [(3, 1, 5), (0, 2, 0, 4, 0), (1,), (0,), tuple(range(40)), ()]
+
+
+def problem(lengths, width=5, dtype=torch.float64):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    a = 0.7 * torch.randn(2, width, dtype=dtype)
+    u = torch.randn(int(offsets[-1]), 2, width, dtype=dtype)
+    return a, u, offsets
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("poison")
+def test_matches_reference(lengths, reverse, dtype):
+    a, u, offsets = problem(lengths, dtype=dtype)
+    expected = reference.linear_scan(a, u, offsets, reverse=reverse)
+    torch.testing.assert_close(linear_scan(a, u, offsets, reverse=reverse), expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_first_and_second_order(reverse):
+    a, u, offsets = problem((3, 0, 1, 4), width=2)
+    run = lambda a, u: linear_scan(a, u, offsets, reverse=reverse)  # noqa: E731
+    inputs = (a.requires_grad_(), u.requires_grad_())
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_gradient_equals_reference():
+    a, u, offsets = problem((3, 0, 1, 4, 0))
+    weight = torch.randn_like(u)
+    grads = [
+        torch.func.grad(lambda a, u, scan=scan: (scan(a, u, offsets) * weight).sum(), argnums=(0, 1))(a, u)
+        for scan in (linear_scan, reference.linear_scan)
+    ]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_vmap_over_transitions_and_inputs():
+    offsets = torch.tensor([0, 3, 7])
+    a, u = torch.randn(4, 2, 3, dtype=torch.float64), torch.randn(7, 2, 3, dtype=torch.float64)
+    batched = torch.vmap(lambda a: linear_scan(a, u, offsets))(a)
+    torch.testing.assert_close(batched, torch.stack([linear_scan(a_s, u, offsets) for a_s in a]))
+    grad = torch.vmap(torch.func.grad(lambda a, u: linear_scan(a, u, offsets).square().sum()), in_dims=(0, None))(a, u)
+    loop = [torch.func.grad(lambda a: linear_scan(a, u, offsets).square().sum())(a_s) for a_s in a]
+    torch.testing.assert_close(grad, torch.stack(loop))
+
+
+def test_compiles_without_breaks_and_without_recompiling():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda a, u, o: linear_scan(a, u, o).square().sum(), fullgraph=True, dynamic=True, backend=counter
+    )
+    for lengths in ((3, 2), (4, 1, 6), (9, 9, 9, 9)):
+        a, u, offsets = problem(lengths, dtype=torch.float32)
+        a.requires_grad_()
+        (grad,) = torch.autograd.grad(compiled(a, u, offsets), a)
+        (expected,) = torch.autograd.grad(linear_scan(a, u, offsets).square().sum(), a)
+        torch.testing.assert_close(grad, expected)
+    assert counter.frame_count == 1
+
+
+def test_opcheck():
+    a, u, offsets = problem((3, 2))
+    torch.library.opcheck(torch.ops.metarec_fast.linear_scan.default, (a, u, offsets, False))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a, u, o: (a, u.half(), o), TypeError, "u must be float32 or float64, got float16"),
+        (lambda a, u, o: (a[:, :3], u, o), ValueError, r"a must be \[2, 5\] to match u, got \(2, 3\)"),
+        (lambda a, u, o: (a, u, o.int()), TypeError, "offsets must be int64, got int32"),
+        (lambda a, u, o: (a, u, o + 1), ValueError, "offsets must rise from 0 to the number of rows"),
+        (lambda a, u, o: (a, u, o.flip(0)), ValueError, "offsets must rise from 0 to the number of rows"),
+        (lambda a, u, o: (a, u[:, 0], o), ValueError, "u must have 3 dimensions"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        linear_scan(*change(*problem((3, 2))))
+    a, u, offsets = problem((3, 2))
+    with pytest.raises(RuntimeError, match="linear_scan has no Triton kernel"):
+        linear_scan(a, u, offsets, backend="triton")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        linear_scan(a, u, offsets, backend="fast")
