@@ -1,0 +1,176 @@
+"""Every option of a run, as frozen dataclasses. Presets are functions that return a whole configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The recommender: private item tables, a shared codebook, a shared encoder."""
+
+    dim: int = 64
+    encoder: Literal["lru", "sasrec"] = "lru"
+    layers: int = 2
+    heads: int = 2
+    """Attention heads (sasrec)."""
+    dropout: float = 0.5
+    max_length: int = 50
+    """Most recent events that the encoder reads."""
+    start: Literal["random", "spectral"] = "spectral"
+    """Item table: small random numbers, or the leading singular vectors of the domain's own co-occurrence."""
+    vq: Literal["residual", "quantized", "none"] = "residual"
+    """What the encoder reads: z + q, q alone, or z alone (z: normalised item rows, q: their codes)."""
+    codebook_heads: int = 8
+    codebook_size: int = 256
+    commitment_weight: float = 0.25
+    vq_loss_weight: float = 1.0
+    vq_gradient: Literal["straight_through", "rotation"] = "straight_through"
+    transitions: bool = True
+    """Mix the scores with the domain's own transition kernel, by a weight chosen on validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """The meta step: what is taken from each source, and how the target decides."""
+
+    order: Literal[1, 2] = 1
+    """1: first order. 2: exact, differentiating through the inner steps."""
+    inner_steps: int = 1
+    inner_lr: float = 0.1
+    same_batch: bool = False
+    """All inner steps on one batch instead of a fresh one each."""
+    temperature: float = 0.1
+    """Of the softmax over similarities."""
+    weighting: Literal["softmax", "uniform"] = "softmax"
+    similarity_scope: Literal["flat", "tensor_mean"] = "flat"
+    """Cosine over all shared parameters at once, or the mean of the cosines of each tensor."""
+    similarity_decay: float = 0.95
+    """Smoothing of both gradients over steps before the cosine; 0 compares single batches."""
+    similarity_sign: Literal["descent", "ascent"] = "descent"
+    """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
+    source_loss_weight: float = 1.0
+    """How much of each source's own descent direction joins its rescaled meta gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The three stages: joint warm-up on the sources, meta-transfer, fine-tuning on the target."""
+
+    method: Literal["metarec", "pretrain", "target_only"] = "metarec"
+    """metarec: all three stages. pretrain: the source steps are plain joint training. target_only: the last stage."""
+    warmup_steps: int = 200
+    meta_steps: int = 400
+    finetune_steps: int = 2000
+    """At most; target_only may use the steps of all three stages."""
+    batch_size: int = 128
+    lr: float = 1e-3
+    finetune_lr: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of the shared parameters' gradient."""
+    loss: Literal["full", "sampled"] = "full"
+    """Softmax over the whole catalogue, or over shared negatives with logQ correction."""
+    negatives: int = 512
+    negative_distribution: Literal["uniform", "popularity"] = "popularity"
+    window: Literal["last", "sliding", "crop"] = "last"
+    evaluate_every: int = 50
+    patience: int = 10
+    """Evaluations without a better validation NDCG@10 before fine-tuning stops."""
+    seed: int = 0
+    compile: bool = False
+    """torch.compile the encoder."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's setting."""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How the target is split and questioned."""
+
+    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    target_fraction: float = 1.0
+    """Share of the target's users whose events may be trained on."""
+    mask_history: bool = False
+    """Leave items of the user's history out of the ranking."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def replace(self, **sections: dict[str, Any]) -> Config:
+        """A copy with options changed: ``config.replace(train={"seed": 1}, model={"dim": 32})``."""
+        changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(self, **changed)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        """Raises ValueError for a section or option that does not exist."""
+        given = json.loads(text)
+        sections = {"model": ModelConfig, "meta": MetaConfig, "train": TrainConfig, "data": DataConfig}
+        built = {}
+        for name, values in given.items():
+            if name not in sections:
+                raise ValueError(f"configuration has no section {name!r}; sections are {', '.join(sections)}")
+            known = {f.name for f in dataclasses.fields(sections[name])}
+            for option in values:
+                if option not in known:
+                    raise ValueError(f"{name} has no option {option!r}; options are {', '.join(sorted(known))}")
+            built[name] = sections[name](**values)
+        return Config(**built)
+
+    @staticmethod
+    def load(path: str | Path) -> Config:
+        return Config.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def default() -> Config:
+    return Config()
+
+
+def abstract() -> Config:
+    """Nearest to what the MetaRec abstract says: codes alone carry items over, second order, no source loss."""
+    return Config(
+        model=ModelConfig(vq="quantized"),
+        meta=MetaConfig(order=2, source_loss_weight=0.0, similarity_decay=0.0),
+    )
+
+
+def metaadapt_literal() -> Config:
+    """The weighting rule of MetaAdapt's published code, its sign and constants, for comparison."""
+    return Config(
+        meta=MetaConfig(
+            order=2,
+            inner_steps=3,
+            inner_lr=1e-5,
+            same_batch=True,
+            temperature=0.01,
+            similarity_scope="tensor_mean",
+            similarity_decay=0.0,
+            similarity_sign="ascent",
+            source_loss_weight=0.0,
+        )
+    )
+
+
+def demo() -> Config:
+    """Small enough to train on the synthetic domains within three minutes on two cores."""
+    return Config(
+        model=ModelConfig(dim=32, codebook_heads=4, codebook_size=64),
+        train=TrainConfig(warmup_steps=100, meta_steps=200, finetune_steps=400, batch_size=64, evaluate_every=25),
+    )
+
+
+PRESETS = {"default": default, "abstract": abstract, "metaadapt_literal": metaadapt_literal, "demo": demo}
