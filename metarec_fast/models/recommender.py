@@ -1,0 +1,145 @@
+"""The recommender: private item tables, a shared codebook and encoder between them, scores on the private table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metarec_fast.config import ModelConfig
+from metarec_fast.data.sampler import PackedBatch
+from metarec_fast.models.lru import LRUEncoder
+from metarec_fast.models.sasrec import SASRecEncoder
+from metarec_fast.ops import linear_cross_entropy, nearest_codeword, sampled_cross_entropy
+
+Parameters = dict[str, Tensor]
+
+
+class ItemTable(nn.Module):
+    """What a domain keeps for itself: item rows, item biases, and the norm that brings its rows to a common scale."""
+
+    def __init__(self, num_items: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_items, dim))
+        self.bias = nn.Parameter(torch.zeros(num_items))
+        self.norm = nn.LayerNorm(dim)
+        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.04, b=0.04)
+
+
+class SharedEncoder(nn.Module):
+    """What all domains share: normalised item rows [T, D] -> codes -> states [T, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, H = config.dim, config.codebook_heads
+        if config.vq != "none" and D % H:
+            raise ValueError(f"dim must be a multiple of codebook_heads, got dim {D} and codebook_heads {H}")
+        self.config = config
+        if config.vq != "none":
+            self.codebook = nn.Parameter(torch.randn(H, config.codebook_size, D // H))
+        self.norm = nn.LayerNorm(D)
+        if config.encoder == "lru":
+            self.encoder = LRUEncoder(D, layers=config.layers, dropout=config.dropout)
+        else:
+            self.encoder = SASRecEncoder(
+                D, layers=config.layers, heads=config.heads, dropout=config.dropout, max_length=config.max_length
+            )
+
+    def codes(self, z_TD: Tensor) -> Tensor:
+        """Nearest code of each head: [T, H] int64."""
+        H = self.codebook.shape[0]
+        z_HTd = z_TD.detach().view(z_TD.shape[0], H, -1).transpose(0, 1)
+        return nearest_codeword(z_HTd.contiguous(), self.codebook.detach()).indices.T
+
+    def quantize(self, z_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder reads [T, D], and the VQ loss: codes move to rows, and rows commit to codes."""
+        T, H = z_TD.shape[0], self.codebook.shape[0]
+        q_TD = self.codebook[torch.arange(H, device=z_TD.device), self.codes(z_TD)].view(T, -1)
+        loss = F.mse_loss(q_TD, z_TD.detach()) + self.config.commitment_weight * F.mse_loss(z_TD, q_TD.detach())
+        # straight-through for z; codes also learn from the task
+        q_TD = q_TD + (z_TD - z_TD.detach())
+        return (q_TD if self.config.vq == "quantized" else z_TD + q_TD), loss
+
+    def forward(self, z_TD: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = z_TD.new_zeros(())
+        if self.config.vq != "none":
+            z_TD, loss = self.quantize(z_TD)
+        x_TD = self.norm(F.dropout(z_TD, self.config.dropout, self.training))
+        return self.encoder(x_TD, offsets), loss
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How a batch becomes a number."""
+
+    vq_loss_weight: float = 1.0
+    double_backward: bool = False
+
+
+class Recommender(nn.Module):
+    """One shared encoder and one item table for each domain, by name."""
+
+    def __init__(self, config: ModelConfig, catalogues: dict[str, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.domains = list(catalogues)
+        self.shared = SharedEncoder(config)
+        self.tables = nn.ModuleList(ItemTable(size, config.dim) for size in catalogues.values())
+        self._encode = self.shared  # replaced by its compiled form; parameters stay those of ``shared``
+
+    def table(self, domain: str) -> ItemTable:
+        if domain not in self.domains:
+            raise ValueError(f"domain must be one of {', '.join(self.domains)}, got {domain!r}")
+        return self.tables[self.domains.index(domain)]
+
+    def shared_parameters(self) -> Parameters:
+        return dict(self.shared.named_parameters())
+
+    def private_parameters(self, domain: str) -> Parameters:
+        return dict(self.table(domain).named_parameters())
+
+    def compile_encoder(self, **options: object) -> None:
+        """Run the encoder through torch.compile from now on, for packed lengths that change from step to step."""
+        self.shared.encoder.compile(dynamic=True, **options)
+
+    def states(self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder states [T, D] of packed items, and the VQ loss."""
+        z_TD = F.layer_norm(
+            private["weight"][items], (self.config.dim,), private["norm.weight"], private["norm.bias"]
+        )
+        return functional_call(self.shared, shared, (z_TD, offsets))
+
+    def loss(
+        self, shared: Parameters, private: Parameters, batch: PackedBatch, *, double_backward: bool = False
+    ) -> Tensor:
+        """Mean cross-entropy of the next item over the batch's positions, plus the weighted VQ loss.
+
+        Full softmax, or sampled softmax with logQ correction if the batch carries shared negatives.
+        double_backward: compose the loss of operators that can be differentiated twice.
+        """
+        h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets)
+        table, bias = private["weight"], private["bias"]
+        if batch.negatives is None:
+            task = linear_cross_entropy(h_TD, table, batch.targets, bias, double_backward=double_backward)
+        else:
+            task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias)
+        return task.mean() + self.config.vq_loss_weight * vq_loss
+
+    @torch.no_grad()
+    def start_codebook(self, domains: Sequence[str], *, seed: int) -> None:
+        """Codes start as normalised item rows, drawn evenly from the domains, so that none starts dead."""
+        if self.config.vq == "none":
+            return
+        generator = torch.Generator().manual_seed(seed)
+        H, K, d = self.shared.codebook.shape
+        rows = [F.layer_norm(self.table(name).weight, (self.config.dim,)) for name in domains]
+        for head in range(H):
+            which = torch.arange(K) % len(rows)
+            for index, z in enumerate(rows):
+                slots = (which == index).nonzero()[:, 0]
+                chosen = torch.randint(len(z), (len(slots),), generator=generator)
+                self.shared.codebook[head, slots] = z[chosen, head * d : (head + 1) * d]

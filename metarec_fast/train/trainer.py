@@ -1,0 +1,294 @@
+"""The training run: joint warm-up, meta-transfer, fine-tuning on the target. A run is a function of its step number.
+
+Batches are functions of (seed, step) and dropout is seeded by the step, so that a run that was stopped goes on as if
+it had not been.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metarec_fast.config import Config
+from metarec_fast.data.domain import Split
+from metarec_fast.data.sampler import PackedBatch, Sampler
+from metarec_fast.evaluation import evaluate
+from metarec_fast.meta.step import GradientAverages, OuterStep, Source, outer_step
+from metarec_fast.models.recommender import Recommender
+from metarec_fast.models.scorer import ModelScorer
+from metarec_fast.train import checkpoint
+
+
+class Reporter(Protocol):
+    """Told about everything as it happens; see report.console for the one that people watch."""
+
+    def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None: ...
+
+    def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None: ...
+
+
+class Silent:
+    def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None:
+        pass
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything up to here is saved."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int
+
+
+def stages(config: Config) -> list[Stage]:
+    """The stages of a method. All methods may take the same number of optimizer steps in all."""
+    t = config.train
+    if t.method == "target_only":
+        return [Stage("finetune", t.warmup_steps + t.meta_steps + t.finetune_steps)]
+    if t.method == "pretrain":
+        return [Stage("pretrain", t.warmup_steps + t.meta_steps), Stage("finetune", t.finetune_steps)]
+    return [Stage("warmup", t.warmup_steps), Stage("meta", t.meta_steps), Stage("finetune", t.finetune_steps)]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything here and the tensors together make a checkpoint."""
+
+    stage: int = 0
+    step: int = 0  # within the stage
+    best: float = -1.0  # validation NDCG@10
+    best_at: str = ""
+    waited: int = 0  # evaluations since the best
+    skipped: int = 0  # steps left out for non-finite numbers
+    trace: list[dict[str, Any]] = field(default_factory=list)  # similarities and weights over time
+
+
+class Trainer:
+    """Trains ``model`` on a target's split with the help of sources' splits."""
+
+    def __init__(
+        self,
+        model: Recommender,
+        sources: dict[str, Split],
+        target: Split,
+        config: Config,
+        *,
+        folder: Path | None = None,
+        reporter: Reporter | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.model, self.sources, self.target, self.config = model, sources, target, config
+        self.folder, self.reporter, self.should_stop = folder, reporter or Silent(), should_stop
+        self.progress = Progress()
+        self.averages = GradientAverages(config.meta.similarity_decay)
+        self.best_state: dict[str, Tensor] = {}
+        self.stages = stages(config)
+        self._samplers: dict[tuple[str, str], Sampler] = {}
+        self.optimizer = self._new_optimizer()
+
+    # what a step is made of
+
+    def batch(self, domain: str, stage: str, step: int) -> PackedBatch:
+        """Step ``step`` of a domain in a stage: a pure function of its arguments and the seed."""
+        t = self.config.train
+        if (domain, stage) not in self._samplers:
+            split = self.target if domain == self.target.domain.name else self.sources[domain]
+            self._samplers[domain, stage] = Sampler(
+                split.train,
+                batch_size=t.batch_size,
+                max_length=self.config.model.max_length,
+                window=t.window,
+                seed=t.seed,
+                stream=2 * self.model.domains.index(domain) + (stage == "finetune"),
+                shared_negatives=t.negatives if t.loss == "sampled" else 0,
+                distribution=t.negative_distribution,
+            )
+        return self._samplers[domain, stage].batch(step).to(t.device)
+
+    def loss(self, shared: dict[str, Tensor], private: dict[str, Tensor], batch: PackedBatch) -> Tensor:
+        return self.model.loss(shared, private, batch, double_backward=self.config.meta.order == 2)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        t = self.config.train
+        decayed, free = [], []
+        for p in self.model.parameters():
+            (decayed if p.dim() > 1 else free).append(p)
+        groups = [{"params": decayed, "weight_decay": t.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        lr = t.finetune_lr if self.stages[self.progress.stage].name == "finetune" else t.lr
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+    def _joint(self, names: list[str], stage: str, step: int) -> dict[str, Any]:
+        """Gradients of the mean loss of several domains."""
+        losses = {}
+        for name in names:
+            value = self.model.loss(
+                self.model.shared_parameters(), self.model.private_parameters(name), self.batch(name, stage, step)
+            )
+            (value / len(names)).backward()
+            losses[name] = value.detach()
+        return {"losses": losses}
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """Gradients of one meta step."""
+        m = self.config.meta
+        count = 1 if m.same_batch else m.inner_steps
+        sources = [
+            Source(
+                name,
+                self.model.private_parameters(name),
+                [self.batch(name, "meta", step * count + k) for k in range(count)],
+            )
+            for name in self.sources
+        ]
+        name = self.target.domain.name
+        result: OuterStep = outer_step(
+            self.loss,
+            self.model.shared_parameters(),
+            sources,
+            self.model.private_parameters(name),
+            self.batch(name, "meta", step),
+            config=m,
+            averages=self.averages if m.similarity_decay else None,
+        )
+        for parameters, grads in (
+            (self.model.shared_parameters(), result.shared_grad),
+            (self.model.private_parameters(name), result.target_grad),
+            *((self.model.private_parameters(s), g) for s, g in result.source_grads.items()),
+        ):
+            for key, grad in grads.items():
+                parameters[key].grad = grad
+        losses = dict(zip(self.sources, result.source_losses, strict=True))
+        return {
+            "losses": {**losses, name: result.target_losses.mean()},
+            "similarities": dict(zip(self.sources, result.similarities.tolist(), strict=True)),
+            "weights": dict(zip(self.sources, result.weights.tolist(), strict=True)),
+        }
+
+    def train_step(self, stage: str, step: int) -> dict[str, Any]:
+        """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
+        # dropout is a function of where the run stands
+        torch.manual_seed((self.config.train.seed << 40) + (self.progress.stage << 32) + step)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        if stage == "meta":
+            facts = self._meta(step)
+        elif stage == "pretrain":
+            facts = self._joint(list(self.sources), stage, step)
+        elif stage == "warmup":
+            facts = self._joint([*self.sources, self.target.domain.name], stage, step)
+        else:
+            facts = self._joint([self.target.domain.name], stage, step)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.shared.parameters(), self.config.train.clip)
+        facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
+        if all(map(math.isfinite, [float(norm), *facts["losses"].values()])):
+            self.optimizer.step()
+        else:
+            self.progress.skipped += 1
+            facts["skipped"] = True
+        return facts
+
+    # the run
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """NDCG@10 on the target's validation cases."""
+        self.model.eval()
+        scorer = ModelScorer(self.model, self.target.domain.name)
+        metrics = evaluate(
+            scorer, self.target.valid, mask_history=self.config.data.mask_history, protocol=self.target.protocol
+        )
+        return metrics.ndcg[10]
+
+    def _keep_if_better(self, stage: str) -> None:
+        ndcg = self.validate()
+        p = self.progress
+        if ndcg > p.best:
+            p.best, p.best_at, p.waited = ndcg, f"{stage} {p.step}", 0
+            self.best_state = copy.deepcopy(self.model.state_dict())
+        else:
+            p.waited += 1
+        self.reporter.evaluation(stage, p.step, ndcg, p.best)
+
+    def run(self) -> Progress:
+        """Train to the end (or go on from a restored state) and leave the best model by validation in place.
+
+        Raises Interrupted after saving if ``should_stop`` says so.
+        """
+        p, every = self.progress, self.config.train.evaluate_every
+        while p.stage < len(self.stages):
+            stage = self.stages[p.stage]
+            while p.step < stage.steps:
+                if self.should_stop():
+                    self.save()
+                    raise Interrupted(f"stopped in {stage.name} at step {p.step} of {stage.steps}")
+                if stage.name == "finetune" and p.step % every == 0:
+                    self._keep_if_better(stage.name)
+                    if p.waited >= self.config.train.patience:
+                        break
+                facts = self.train_step(stage.name, p.step)
+                p.step += 1
+                if "weights" in facts and p.step % 10 == 0:
+                    p.trace.append({"step": p.step, "similarity": facts["similarities"], "weight": facts["weights"]})
+                self.reporter.step(stage.name, p.step, stage.steps, facts)
+                if self.folder is not None and p.step % (4 * every) == 0:
+                    self.save()
+            if stage.name == "finetune" and p.waited < self.config.train.patience:
+                self._keep_if_better(stage.name)
+            p.stage, p.step = p.stage + 1, 0
+            if p.stage < len(self.stages):
+                self.optimizer = self._new_optimizer()
+        self.model.load_state_dict(self.best_state)
+        self.model.eval()
+        return p
+
+    # checkpoints
+
+    def save(self) -> None:
+        """Write the whole state of the run, if it has a folder."""
+        if self.folder is None:
+            return
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
+        tensors |= {f"steps.{k}": v for k, v in self.averages.steps.items()}
+        tensors |= {f"answers.{k}": v for k, v in self.averages.answers.items()}
+        tensors |= checkpoint.optimizer_tensors(self.optimizer)
+        facts = {**vars(self.progress), "config": self.config.to_json()}
+        done = sum(s.steps for s in self.stages[: self.progress.stage]) + self.progress.step
+        checkpoint.save(self.folder, tensors, facts, step=done)
+
+    def restore(self) -> bool:
+        """Take up the run saved in the folder; False if there is none.
+
+        Raises ValueError if it is damaged or belongs to another configuration.
+        """
+        loaded = checkpoint.load(self.folder) if self.folder is not None else None
+        if loaded is None:
+            return False
+        tensors, facts = loaded
+        if facts.pop("config") != self.config.to_json():
+            raise ValueError(f"checkpoint in {self.folder} belongs to another configuration; use another run folder")
+        facts.pop("file")
+        self.progress = Progress(**facts)
+
+        def pick(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(pick("model."))
+        self.best_state = pick("best.")
+        self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
+        if self.progress.stage < len(self.stages):
+            self.optimizer = self._new_optimizer()
+            checkpoint.restore_optimizer(self.optimizer, tensors)
+        return True
