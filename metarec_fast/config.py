@@ -23,6 +23,8 @@ class ModelConfig:
     """Most recent events that the encoder reads."""
     start: Literal["random", "spectral"] = "spectral"
     """Item table: small random numbers, or the leading singular vectors of the domain's own co-occurrence."""
+    start_scale: float = 0.5
+    """Length of an item row at a spectral start."""
     vq: Literal["residual", "quantized", "none"] = "residual"
     """What the encoder reads: z + q, q alone, or z alone (z: normalised item rows, q: their codes)."""
     codebook_heads: int = 8

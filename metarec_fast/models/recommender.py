@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarec_fast.config import ModelConfig
+from metarec_fast.data.domain import Sequences
 from metarec_fast.data.sampler import PackedBatch
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
+from metarec_fast.models.spectral import spectral_table
 from metarec_fast.ops import linear_cross_entropy, nearest_codeword, sampled_cross_entropy
 
 Parameters = dict[str, Tensor]
@@ -72,14 +73,6 @@ class SharedEncoder(nn.Module):
         return self.encoder(x_TD, offsets), loss
 
 
-@dataclass(frozen=True)
-class LossOptions:
-    """How a batch becomes a number."""
-
-    vq_loss_weight: float = 1.0
-    double_backward: bool = False
-
-
 class Recommender(nn.Module):
     """One shared encoder and one item table for each domain, by name."""
 
@@ -89,7 +82,6 @@ class Recommender(nn.Module):
         self.domains = list(catalogues)
         self.shared = SharedEncoder(config)
         self.tables = nn.ModuleList(ItemTable(size, config.dim) for size in catalogues.values())
-        self._encode = self.shared  # replaced by its compiled form; parameters stay those of ``shared``
 
     def table(self, domain: str) -> ItemTable:
         if domain not in self.domains:
@@ -108,9 +100,7 @@ class Recommender(nn.Module):
 
     def states(self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [T, D] of packed items, and the VQ loss."""
-        z_TD = F.layer_norm(
-            private["weight"][items], (self.config.dim,), private["norm.weight"], private["norm.bias"]
-        )
+        z_TD = F.layer_norm(private["weight"][items], (self.config.dim,), private["norm.weight"], private["norm.bias"])
         return functional_call(self.shared, shared, (z_TD, offsets))
 
     def loss(
@@ -128,6 +118,14 @@ class Recommender(nn.Module):
         else:
             task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias)
         return task.mean() + self.config.vq_loss_weight * vq_loss
+
+    @torch.no_grad()
+    def start_table(self, domain: str, train: Sequences, *, seed: int) -> None:
+        """Item rows from the domain's own co-occurrence, item biases from its popularity."""
+        table = self.table(domain)
+        table.weight.copy_(self.config.start_scale * spectral_table(train, self.config.dim, seed=seed))
+        counts = torch.bincount(torch.from_numpy(train.items.astype("int64")), minlength=train.num_items)
+        table.bias.copy_(torch.log((counts + 0.5) / (counts.sum() + 0.5 * len(counts)) * len(counts)))
 
     @torch.no_grad()
     def start_codebook(self, domains: Sequence[str], *, seed: int) -> None:

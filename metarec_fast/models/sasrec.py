@@ -56,7 +56,7 @@ class SASRecEncoder(nn.Module):
         segment, place = positions(offsets, x_TD.shape[0])
         # the full length keeps shapes static under torch.compile; otherwise pad to the longest segment
         L = self.max_length if torch.compiler.is_compiling() else int(place.max()) + 1 if len(place) else 1
-        if L > self.max_length:
+        if self.max_length < L:
             raise ValueError(f"segments must have at most max_length = {self.max_length} rows, got one with {L}")
         x_TD = x_TD + self.position[place]
         for block in self.layers:

@@ -38,7 +38,9 @@ def spectral_table(train: Sequences, dim: int, *, seed: int, window: int = 10, d
         row, column = counts.indices()
         pmi = (counts.values() * mass.sum() / (mass[row] * mass[column])).log()
         keep = pmi > 0
-        matrix = torch.sparse_coo_tensor(counts.indices()[:, keep], pmi[keep].float(), (V, V)).coalesce().to_sparse_csr()
+        matrix = (
+            torch.sparse_coo_tensor(counts.indices()[:, keep], pmi[keep].float(), (V, V)).coalesce().to_sparse_csr()
+        )
         rank = min(dim, V)
         U, S = _leading_singular(matrix, rank, generator)
         seen = U.norm(dim=1) > 1e-6
@@ -47,7 +49,9 @@ def spectral_table(train: Sequences, dim: int, *, seed: int, window: int = 10, d
     return torch.nn.functional.normalize(table, dim=1)
 
 
-def _leading_singular(matrix: Tensor, rank: int, generator: torch.Generator, iterations: int = 6) -> tuple[Tensor, Tensor]:
+def _leading_singular(
+    matrix: Tensor, rank: int, generator: torch.Generator, iterations: int = 6
+) -> tuple[Tensor, Tensor]:
     """Randomized subspace iteration (Halko, Martinsson and Tropp, 2011) with its own generator."""
     width = min(rank + 16, matrix.shape[0])
     Q = torch.linalg.qr(matrix @ torch.randn(matrix.shape[0], width, generator=generator)).Q

@@ -52,7 +52,9 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"optimizer.{index}.{key}": torch.as_tensor(value) for index, s in state.items() for key, value in s.items()}
+    return {
+        f"optimizer.{index}.{key}": torch.as_tensor(value) for index, s in state.items() for key, value in s.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -29,12 +29,17 @@ from metarec_fast.train import checkpoint
 class Reporter(Protocol):
     """Told about everything as it happens; see report.console for the one that people watch."""
 
+    def begin(self, title: str) -> None: ...
+
     def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None: ...
 
     def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None: ...
 
 
 class Silent:
+    def begin(self, title: str) -> None:
+        pass
+
     def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None:
         pass
 

@@ -1,0 +1,349 @@
+"""The command ``metarec-fast``: parse, call the API, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metarec_fast import __version__
+from metarec_fast.config import PRESETS, Config
+
+Method = Literal["target_only", "pretrain", "metarec"]
+SUFFIXES = (".inter", ".csv", ".tsv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Config):
+    """Train on the embedded synthetic domains and show what transfer gives."""
+
+    out: Path = Path("runs/demo")
+    """Run folder."""
+    resume: bool = False
+    """Go on from the run folder's checkpoints."""
+    methods: tuple[Method, ...] = ("target_only", "pretrain", "metarec")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Config):
+    """Train a recommender of one target domain with the help of source domains."""
+
+    target: str
+    """A file, or the name of one in --folder."""
+    source: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """The same, once for each source."""
+    folder: Path = Path(os.environ.get("METAREC_FAST_DATA", "."))
+    """Where named domains lie; METAREC_FAST_DATA sets the default."""
+    user: str | None = None
+    """Column of user ids; found by its usual names if not given."""
+    item: str | None = None
+    time: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: stop with file, line and reason, or skip and count them."""
+    methods: tuple[Method, ...] = ()
+    """Methods to compare on the same budget; the one of --train.method if none is given."""
+    out: Path | None = None
+    """Run folder; runs/<target> if not given."""
+    resume: bool = False
+    """Go on from the run folder's checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Full-ranking metrics of a saved model."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a saved model."""
+    split: Literal["valid", "test"] = "test"
+    mask_history: bool | None = None
+    """Leave the user's history out of the ranking; as in training if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommend:
+    """The best items for users, or for a history of items."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a saved model."""
+    users: tuple[str, ...] = ()
+    """User ids of the target domain."""
+    history: tuple[str, ...] = ()
+    """Item ids, oldest first."""
+    k: int = 10
+    include_seen: bool = False
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """What runs the operators here, and whether anything is missing."""
+
+
+COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "recommend": Recommend, "doctor": Doctor}
+
+
+def usage() -> str:
+    lines = ["usage: metarec-fast COMMAND [options]   (COMMAND --help lists them)", ""]
+    lines += [f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines += [
+        "",
+        f"  train and demo take --preset {{{','.join(PRESETS)}}} or --config FILE; other options change those",
+    ]
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str]) -> object:
+    """The command with its options; --preset and --config choose where the options start from."""
+    name, rest = arguments[0], list(arguments[1:])
+    command, default = COMMANDS[name], None
+    if issubclass(command, Config):
+        start = PRESETS["demo" if name == "demo" else "default"]()
+        for flag in ("--preset", "--config"):
+            if flag not in rest[:-1]:
+                continue
+            at = rest.index(flag)
+            value = rest[at + 1]
+            if flag == "--preset" and value not in PRESETS:
+                raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {value!r}")
+            start = PRESETS[value]() if flag == "--preset" else Config.load(value)
+            del rest[at : at + 2]
+        sections = {f.name: getattr(start, f.name) for f in fields(Config)}
+        default = command(**sections, **({"target": tyro.MISSING} if command is Train else {}))
+    return tyro.cli(command, args=rest, default=default, prog=f"metarec-fast {name}", description=command.__doc__)
+
+
+def find_domain(name: str, folder: Path) -> Path:
+    """The file itself, or the one of that name in ``folder``."""
+    if Path(name).is_file():
+        return Path(name)
+    found = [p for s in SUFFIXES for z in ("", ".gz") if (p := folder / f"{name}{s}{z}").is_file()]
+    if not found:
+        known = ", ".join(s + "[.gz]" for s in SUFFIXES)
+        raise ValueError(f"domain {name!r} is neither a file nor in {folder} with one of {known}")
+    return found[0]
+
+
+def config_of(command: Config) -> Config:
+    return Config(**{f.name: getattr(command, f.name) for f in fields(Config)})
+
+
+def show_rows(console: Console, rows: Sequence, title: str) -> None:
+    from metarec_fast.report.table import COLUMNS, values
+
+    table = Table(title=escape(title), caption=escape(rows[0].metrics.protocol))
+    table.add_column("method")
+    for column in (*COLUMNS, "seconds"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        figures = [f"{values(row.metrics)[c]:.4f}" for c in COLUMNS]
+        name = row.method if row.trained else f"{row.method} (untrained)"
+        table.add_row(name, *figures, "" if row.seconds is None else f"{row.seconds:.0f}")
+    console.print(table)
+
+
+class StopAsked:
+    """Ctrl-C or SIGTERM asks the run to save and end; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def __enter__(self) -> StopAsked:
+        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def run_folder_facts(config: Config, rows: Sequence, models: dict) -> dict:
+    import numpy
+    import torch
+
+    from metarec_fast.ops import backend_info
+    from metarec_fast.report.table import values
+
+    return {
+        "results": [
+            {"method": r.method, "trained": r.trained, "seconds": r.seconds, **values(r.metrics)} for r in rows
+        ],
+        "protocol": rows[0].metrics.protocol,
+        "history": {name: model.history for name, model in models.items()},
+        "seed": config.train.seed,
+        "versions": {
+            "metarec_fast": __version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+        "backends": backend_info(),
+    }
+
+
+def train_and_show(
+    sources: list, target: object, config: Config, methods: Sequence[str], out: Path, *, resume: bool, title: str
+) -> int:
+    """Train, print the table, write the run folder. Returns the exit status."""
+    from metarec_fast.api import compare
+    from metarec_fast.report.console import ConsoleReporter
+    from metarec_fast.report.table import COLUMNS, markdown
+    from metarec_fast.train.checkpoint import write_atomically
+    from metarec_fast.train.trainer import Interrupted
+
+    console = Console()
+    started = time.perf_counter()
+    with StopAsked() as stop:
+        try:
+            with ConsoleReporter(log=out / "log.jsonl", console=console) as reporter:
+                rows, models = compare(
+                    sources,
+                    target,
+                    config=config,
+                    methods=methods,
+                    run_dir=out,
+                    resume=resume,
+                    reporter=reporter,
+                    should_stop=stop,
+                )
+        except Interrupted as reason:
+            console.print(f"{reason}; saved in {out}. Go on with the same command and --resume.", highlight=False)
+            return 130
+    show_rows(console, rows, title)
+    write_atomically(out / "config.json", config.to_json().encode())
+    write_atomically(out / "metrics.json", json.dumps(run_folder_facts(config, rows, models), indent=2).encode())
+    write_atomically(out / "table.md", markdown(rows, columns=COLUMNS).encode())
+    console.print(f"run folder: {out}   total {time.perf_counter() - started:.0f} s", highlight=False)
+    return 0
+
+
+def demo(command: Demo) -> int:
+    from metarec_fast.data import synthetic
+
+    domains = synthetic(seed=command.train.seed)
+    return train_and_show(
+        domains.sources,
+        domains.target,
+        config_of(command),
+        command.methods,
+        command.out,
+        resume=command.resume,
+        title="synthetic domains: transfer against target only",
+    )
+
+
+def train(command: Train) -> int:
+    from metarec_fast.data import read
+
+    def load(name: str) -> object:
+        path = find_domain(name, command.folder)
+        domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
+        Console().print(escape(domain.summary()), highlight=False)
+        return domain
+
+    config = config_of(command)
+    target, sources = load(command.target), [load(name) for name in command.source]
+    methods = command.methods or (command.train.method,)
+    out = command.out or Path("runs") / target.name
+    return train_and_show(sources, target, config, methods, out, resume=command.resume, title=f"target {target.name}")
+
+
+def evaluate(command: Evaluate) -> int:
+    from metarec_fast.api import METHODS, MetaRec, floor_row
+    from metarec_fast.report.table import Row
+
+    model = MetaRec.from_pretrained(command.model)
+    metrics = model.evaluate(command.split, mask_history=command.mask_history)
+    rows = [Row(METHODS[model.config.train.method], metrics)]
+    if command.split == "test":
+        mask = model.config.data.mask_history if command.mask_history is None else command.mask_history
+        rows.insert(0, floor_row(model.split, mask_history=mask))
+    show_rows(Console(), rows, f"{model.domain.name}, {command.split}")
+    return 0
+
+
+def recommend(command: Recommend) -> int:
+    from metarec_fast.api import MetaRec
+
+    if bool(command.users) == bool(command.history):
+        raise ValueError("give either --users or --history, and not both")
+    model = MetaRec.from_pretrained(command.model)
+    options = {"k": command.k, "exclude_seen": not command.include_seen}
+    if command.users:
+        answers = model.recommend(model.domain.users.parse(command.users), **options)
+    else:
+        answers = model.recommend(histories=[model.domain.items.parse(command.history)], **options)
+    asked = command.users or ("history",)
+    if command.json:
+        print(json.dumps({who: answer for who, answer in zip(asked, answers, strict=True)}, ensure_ascii=False))
+        return 0
+    table = Table("for", "rank", "item", "score")
+    for who, answer in zip(asked, answers, strict=True):
+        for rank, (item, score) in enumerate(answer, 1):
+            table.add_row(escape(str(who)), str(rank), escape(str(item)), f"{score:.3f}")
+    Console().print(table)
+    return 0
+
+
+def doctor(command: Doctor) -> int:
+    import numpy
+    import torch
+
+    from metarec_fast.ops import backend_info
+
+    info = backend_info()
+    table = Table("part", "state", "why")
+    table.add_row("metarec_fast", __version__, f"python {platform.python_version()}, numpy {numpy.__version__}")
+    table.add_row("torch", torch.__version__, f"{torch.get_num_threads()} threads")
+    cpu, gpu = info["cpu"], info["gpu"]
+    table.add_row("C++ operators", cpu["isa"], f"{cpu['why']}; supported {', '.join(cpu['supported_isas'])}")
+    table.add_row("threads of C++", str(cpu["threads"]), "torch's OpenMP runtime")
+    table.add_row("GPU", gpu["device"] or "none", gpu["why"])
+    table.add_row("Triton", "installed" if gpu["triton"] else "not installed", "needed for GPU kernels only")
+    Console().print(table)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"metarec-fast {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
+        known = not arguments or arguments[0] in ("-h", "--help")
+        print(
+            usage() if known else f"unknown command {arguments[0]!r}\n\n{usage()}",
+            file=sys.stdout if known else sys.stderr,
+        )
+        return 0 if known else 2
+    try:
+        run = {"demo": demo, "train": train, "evaluate": evaluate, "recommend": recommend, "doctor": doctor}
+        return run[arguments[0]](parse(arguments))
+    except (ValueError, OSError) as error:
+        print(f"metarec-fast: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

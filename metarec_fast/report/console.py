@@ -1,0 +1,79 @@
+"""Live progress for people: a bar a stage on a terminal, a line now and then elsewhere; every fact into a log file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """Losses, and the sources' weights where there are any, in one short line."""
+    parts = [f"{name} {loss:.3f}" for name, loss in facts["losses"].items()]
+    if "weights" in facts:
+        parts.append("weights " + " ".join(f"{weight:.2f}" for weight in facts["weights"].values()))
+    return "  ".join(parts)
+
+
+class ConsoleReporter:
+    """Shows a run and writes ``log.jsonl``. Use as a context manager."""
+
+    def __init__(self, *, log: Path | None = None, console: Console | None = None, every_seconds: float = 10.0) -> None:
+        self.console = console or Console()
+        self.every_seconds = every_seconds
+        self.title = ""
+        self._log_path, self._log = log, None
+        self._last = 0.0
+        self._stage: tuple[str, str] | None = None
+        self._task: Any = None
+        self._ndcg = ""
+        self._bars = Progress(
+            TextColumn("{task.fields[title]}"),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> ConsoleReporter:
+        if self._log_path is not None:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = open(self._log_path, "a", encoding="utf-8")
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(json.dumps({"time": round(time.time(), 3), "run": self.title, **entry}) + "\n")
+            self._log.flush()
+
+    def begin(self, title: str) -> None:
+        self.title, self._ndcg = title, ""
+
+    def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None:
+        self._write({"stage": stage, "step": step, **facts})
+        if self._stage != (self.title, stage):
+            self._stage = (self.title, stage)
+            self._task = self._bars.add_task(stage, total=total, title=self.title, facts="")
+        text = describe(facts) + self._ndcg
+        self._bars.update(self._task, completed=step, facts=text)
+        if not self.console.is_terminal and time.monotonic() - self._last > self.every_seconds:
+            self._last = time.monotonic()
+            self.console.print(f"{self.title} {stage} {step}/{total}  {text}", highlight=False, soft_wrap=True)
+
+    def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None:
+        self._write({"stage": stage, "step": step, "validation_ndcg@10": ndcg, "best": best})
+        self._ndcg = f"  valid NDCG@10 {ndcg:.4f} (best {best:.4f})"
