@@ -34,7 +34,7 @@ class LRULayer(nn.Module):
     def forward(self, x_TD: Tensor, offsets: Tensor) -> Tensor:
         modulus, phase = torch.exp(-torch.exp(self.log_decay)), torch.exp(self.log_phase)
         a = torch.stack((modulus * torch.cos(phase), modulus * torch.sin(phase)))
-        u = self.into(x_TD).view(x_TD.shape[0], 2, -1) * torch.exp(self.log_gamma)
+        u = self.into(x_TD).view(x_TD.shape[0], 2, a.shape[1]) * torch.exp(self.log_gamma)
         h = linear_scan(a, u, offsets)
         y = self.out(h.flatten(1))
         return self.norm(F.dropout(y, self.dropout, self.training) + x_TD)

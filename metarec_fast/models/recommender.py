@@ -58,8 +58,9 @@ class SharedEncoder(nn.Module):
 
     def quantize(self, z_TD: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder reads [T, D], and the VQ loss: codes move to rows, and rows commit to codes."""
-        T, H = z_TD.shape[0], self.codebook.shape[0]
-        q_TD = self.codebook[torch.arange(H, device=z_TD.device), self.codes(z_TD)].view(T, -1)
+        H, K, _ = self.codebook.shape
+        rows_TH = self.codes(z_TD) + K * torch.arange(H, device=z_TD.device)
+        q_TD = F.embedding(rows_TH, self.codebook.flatten(0, 1)).flatten(1)
         loss = F.mse_loss(q_TD, z_TD.detach()) + self.config.commitment_weight * F.mse_loss(z_TD, q_TD.detach())
         # straight-through for z; codes also learn from the task
         q_TD = q_TD + (z_TD - z_TD.detach())

@@ -1,0 +1,129 @@
+"""The meta step on a model small enough to differentiate by hand, against plain nested differentiation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from metarec_fast import reference
+from metarec_fast.config import MetaConfig
+from metarec_fast.meta import GradientAverages, Source, outer_step, source_weights
+
+CONFIG = MetaConfig(similarity_decay=0.0)
+
+
+def loss(shared, private, batch):
+    x, y = batch
+    hidden = torch.tanh(private["table"][x] @ shared["matrix"] + shared["shift"])
+    return (hidden * y).sum() + 0.5 * (hidden * hidden).mean() + private["table"][x].square().mean()
+
+
+def world(sources, steps, dtype=torch.float64):
+    def private(items):
+        return {"table": torch.randn(items, 4, dtype=dtype)}
+
+    def batch(items):
+        return torch.randint(items, (6,)), torch.randn(6, 3, dtype=dtype)
+
+    shared = {"matrix": torch.randn(4, 3, dtype=dtype), "shift": torch.randn(3, dtype=dtype)}
+    named = [Source(f"s{i}", private(5 + i), [batch(5 + i) for _ in range(steps)]) for i in range(sources)]
+    return shared, named, private(7), batch(7)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("sources", [1, 2, 4])
+def test_equals_nested_differentiation(order, steps, sources):
+    config = replace(CONFIG, order=order, inner_steps=steps)
+    shared, named, target, batch = world(sources, steps)
+    got = outer_step(loss, shared, named, target, batch, config=config)
+    expected = reference.meta_step(
+        loss,
+        shared,
+        [(s.private, s.batches) for s in named],
+        target,
+        batch,
+        order=order,
+        inner_steps=steps,
+        inner_lr=config.inner_lr,
+        temperature=config.temperature,
+        source_loss_weight=config.source_loss_weight,
+    )
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)  # noqa: E731
+    close(got.shared_grad, expected["shared_grad"])
+    close(got.target_grad, expected["target_grad"])
+    close(list(got.source_grads.values()), expected["source_grads"])
+    close(got.similarities, expected["similarities"])
+    close(got.weights, expected["weights"])
+
+
+def test_no_inner_step_and_no_source_loss_is_target_only():
+    shared, named, target, batch = world(3, 1)
+    got = outer_step(
+        loss, shared, named, target, batch, config=replace(CONFIG, inner_lr=0.0, source_loss_weight=0.0)
+    )
+    expected = torch.func.grad(loss, argnums=(0, 1))(shared, target, batch)
+    torch.testing.assert_close((got.shared_grad, got.target_grad), expected)
+
+
+def test_a_copy_of_the_target_scores_high_and_its_opposite_low():
+    shared, _, target, (x, y) = world(0, 0)
+    same = Source("same", target, [(x, y)])
+    opposite = Source("opposite", target, [(x, -y)])
+    config = replace(CONFIG, inner_lr=0.01)
+    got = outer_step(loss, shared, [opposite, same], target, (x, y), config=config)
+    assert got.similarities[1] > 0.9 > 0 > got.similarities[0]
+    assert got.weights[1] > 0.99
+    literal = outer_step(
+        loss, shared, [opposite, same], target, (x, y), config=replace(config, similarity_sign="ascent")
+    )
+    torch.testing.assert_close(literal.similarities, -got.similarities)
+
+
+def test_identical_sources_weigh_the_same_and_order_does_not_matter():
+    shared, named, target, batch = world(3, 1)
+    twin = Source("twin", named[0].private, named[0].batches)
+    got = outer_step(loss, shared, [named[0], twin], target, batch, config=CONFIG)
+    torch.testing.assert_close(got.weights, torch.full((2,), 0.5, dtype=torch.float64))
+    forward = outer_step(loss, shared, named, target, batch, config=CONFIG)
+    backward = outer_step(loss, shared, named[::-1], target, batch, config=CONFIG)
+    torch.testing.assert_close(forward.weights, backward.weights.flip(0))
+    torch.testing.assert_close(forward.shared_grad, backward.shared_grad)
+
+
+def test_inputs_are_left_alone():
+    shared, named, target, batch = world(2, 1)
+    before = {k: v.clone() for k, v in shared.items()}
+    outer_step(loss, shared, named, target, batch, config=CONFIG)
+    torch.testing.assert_close(shared, before)
+    assert all(not v.requires_grad and v.grad is None for v in shared.values())
+
+
+def test_averages_smooth_both_sides():
+    averages = GradientAverages(decay=0.5)
+    averages.update("a", torch.tensor([1.0]), torch.tensor([2.0]))
+    step, answer = averages.update("a", torch.tensor([3.0]), torch.tensor([4.0]))
+    assert (step.item(), answer.item()) == (2.0, 3.0)
+
+
+def test_tensor_mean_scope():
+    shared, named, target, batch = world(1, 1)
+    got = outer_step(loss, shared, named, target, batch, config=replace(CONFIG, similarity_scope="tensor_mean"))
+    g = torch.func.grad(loss)
+    phi = {k: shared[k] - CONFIG.inner_lr * v for k, v in g(shared, named[0].private, named[0].batches[0]).items()}
+    answer = g(phi, target, batch)
+    cosines = [torch.cosine_similarity((shared[k] - phi[k]).flatten(), answer[k].flatten(), dim=0) for k in shared]
+    torch.testing.assert_close(got.similarities[0], torch.stack(cosines).mean())
+
+
+def test_uniform_weights():
+    weights = source_weights(torch.tensor([0.9, -0.9]), config=replace(CONFIG, weighting="uniform"))
+    assert weights.tolist() == [0.5, 0.5]
+
+
+def test_bad_arguments():
+    shared, named, target, batch = world(1, 1)
+    with pytest.raises(ValueError, match="needs at least one source, got none"):
+        outer_step(loss, shared, [], target, batch, config=CONFIG)
+    with pytest.raises(ValueError, match="source 's0' needs 3 batches for 3 inner steps, got 1"):
+        outer_step(loss, shared, named, target, batch, config=replace(CONFIG, inner_steps=3))
