@@ -1,0 +1,63 @@
+"""nearest_codeword: for each row the code of least distance, exactly, without an N x K array."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair
+from metarec_fast.ops._register import Backend, choose_backend, define
+from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
+
+
+class NearestCodeword(NamedTuple):
+    """indices: int64 [N] or [H, N]. margin: float32, second least minus least squared distance."""
+
+    indices: Tensor
+    margin: Tensor
+
+
+def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    return reference_nearest_codeword(x, codebook)
+
+
+def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return reference_nearest_codeword(x, codebook)
+    from metarec_fast.kernels.nearest_codeword import nearest_codeword
+
+    return nearest_codeword(x.contiguous(), codebook.contiguous())
+
+
+def _fake(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor) -> tuple[tuple, tuple]:
+    return batched_lookup(info, in_dims, x, codebook, _op)
+
+
+_op = define(
+    "nearest_codeword(Tensor x, Tensor codebook) -> (Tensor, Tensor)", cpu=_cpu, cuda=_cuda, fake=_fake, vmap=_vmap
+)
+
+
+def nearest_codeword(x: Tensor, codebook: Tensor, *, backend: Backend = "auto") -> NearestCodeword:
+    """The lowest k of least ||x - c_k||^2 for each row, the same on every backend and any split of the rows.
+
+    x: [N, D] or [H, N, D], float32, float16, bfloat16 or float64; half types are compared as the float32 they equal.
+    codebook: [K, D] or [H, K, D], one codebook per head; K >= 1.
+    backend: "auto", "reference", "cpu" or "triton".
+
+    Returns indices, int64 [N] or [H, N], as `reference.nearest_codeword` gives, and margin, float32, how much larger
+    the second least squared distance is: to float32 accuracy of the scores, 0 only for a tie within that accuracy,
+    infinite if K is 1. A row or code with a NaN or an infinity is infinitely far; if all are, the index is 0.
+    Not differentiable. Raises TypeError or ValueError for arguments of another dtype, shape or device.
+    """
+    dtype = check_pair(x, codebook)
+    chosen = choose_backend(backend, x.device, operator="nearest_codeword", triton=True)
+    run = reference_nearest_codeword if chosen == "reference" else _op
+    indices, margin = run(add_head(x.detach().to(dtype)), add_head(codebook.detach().to(dtype)))
+    return NearestCodeword(indices, margin) if x.dim() == 3 else NearestCodeword(indices[0], margin[0])

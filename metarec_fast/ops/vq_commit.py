@@ -1,0 +1,121 @@
+"""vq_commit: codebook lookup, gather and commitment loss in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
+from metarec_fast.ops._register import Backend, choose_backend, define
+from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
+from metarec_fast.reference.vq_commit import mean_row_error
+from metarec_fast.reference.vq_commit import vq_commit as reference_vq_commit
+
+
+class VQCommit(NamedTuple):
+    """quantized: like x. indices: int64 [N] or [H, N]. loss: 0-dim float32, or float64 if x is."""
+
+    quantized: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    indices, _ = reference_nearest_codeword(x, codebook)
+    quantized = codebook.gather(1, indices.unsqueeze(-1).expand_as(x))
+    return quantized, indices, (x - quantized).square().sum(-1)
+
+
+def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _reference(x, codebook)
+
+
+def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return _reference(x, codebook)
+    from metarec_fast.kernels.vq_commit import vq_commit
+
+    return vq_commit(x.contiguous(), codebook.contiguous())
+
+
+def _fake(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    H, N, D = x.shape
+    return x.new_empty((H, N, D)), x.new_empty((H, N), dtype=torch.int64), x.new_empty((H, N))
+
+
+def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor) -> tuple[tuple, tuple]:
+    return batched_lookup(info, in_dims, x, codebook, _op)
+
+
+_op = define(
+    "vq_commit(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor)", cpu=_cpu, cuda=_cuda, fake=_fake, vmap=_vmap
+)
+
+
+class _Commit(torch.autograd.Function):
+    """Gradients from x and the quantized rows alone, in torch operations that can be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, codebook: Tensor, codebook_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return _op(x, codebook)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, codebook, ctx.codebook_grad = inputs
+        quantized, indices, _ = output
+        ctx.codes = codebook.shape[-2]
+        ctx.mark_non_differentiable(indices)
+        # not the codebook: an EMA step may change it in place before backward
+        ctx.save_for_backward(x, quantized, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_quantized: Tensor, _: Any, grad_error: Tensor) -> tuple[Tensor | None, ...]:
+        x, quantized, indices = ctx.saved_tensors
+        grad_x = 2 * (x - (quantized if ctx.codebook_grad else quantized.detach())) * grad_error.unsqueeze(-1)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        grad_rows = grad_quantized - grad_x if ctx.codebook_grad else grad_quantized
+        H, _, D = x.shape
+        head_H1 = torch.arange(H, device=x.device).unsqueeze(1) * ctx.codes
+        grad_codebook = grad_rows.new_zeros(H * ctx.codes, D).index_add(
+            0, (indices + head_H1).reshape(-1), grad_rows.reshape(-1, D)
+        )
+        return grad_x, grad_codebook.view(H, ctx.codes, D), None
+
+
+def vq_commit(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    codebook_grad: bool = False,
+    backend: Backend = "auto",
+) -> VQCommit:
+    """The nearest code of each row, its index, and the mean squared error between the rows and their codes.
+
+    x: [N, D] or [H, N, D], float32, float16, bfloat16 or float64.
+    codebook: [K, D] or [H, K, D], one codebook per head; K >= 1.
+    row_weight: [N] floating point or bool; the loss is the weighted mean (a mask, or multiplicities), 0 if the
+        weights sum to 0. It gets a gradient.
+    codebook_grad: let the loss move the codebook too; by default the loss sees it as constant.
+    backend: "auto", "reference", "cpu" or "triton".
+
+    Returns quantized (dtype and shape of x), indices (see `nearest_codeword`) and the 0-dim loss, float32 unless an
+    input is float64. Gradients: of the loss to x, 2 (x - quantized) * weight / (sum of weights * D); of quantized to
+    the codebook only, so a straight-through estimator is ``x + (quantized - x).detach()``.
+    Twice differentiable; works under torch.func and torch.compile.
+    Raises TypeError or ValueError for arguments of another dtype, shape or device.
+    """
+    dtype = check_pair(x, codebook)
+    check_row_weight(row_weight, x)
+    if choose_backend(backend, x.device, operator="vq_commit", triton=True) == "reference":
+        return VQCommit(*reference_vq_commit(x, codebook, row_weight=row_weight, codebook_grad=codebook_grad))
+    quantized, indices, row_error = _Commit.apply(add_head(x.to(dtype)), add_head(codebook.to(dtype)), codebook_grad)
+    loss = mean_row_error(row_error, row_weight, x.shape[-1])
+    if x.dim() == 2:
+        quantized, indices = quantized[0], indices[0]
+    return VQCommit(quantized.to(x.dtype), indices, loss)

@@ -1,0 +1,37 @@
+"""Definition of the codebook lookup with its commitment loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metarec_fast.reference.nearest_codeword import nearest_codeword
+
+
+def mean_row_error(row_error: Tensor, row_weight: Tensor | None, dim: int) -> Tensor:
+    """Mean over elements of the squared errors that rows of ``dim`` elements sum to; 0 if no row counts.
+
+    row_error: [..., N]; row_weight: [N], or None for equal weights.
+    """
+    if row_weight is None:
+        return row_error.sum() / max(1, row_error.numel() * dim)
+    weight = row_weight.to(row_error.dtype).expand_as(row_error)
+    total = weight.sum() * dim
+    return (row_error * weight).sum() / torch.where(total == 0, 1, total)
+
+
+def vq_commit(
+    x: Tensor, codebook: Tensor, *, row_weight: Tensor | None = None, codebook_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codebook rows nearest to x, their indices, and the mean squared error between x and those rows.
+
+    x: [N, D] or [H, N, D]; codebook: [K, D] or [H, K, D]; row_weight: [N].
+    The loss sees the codebook as constant unless ``codebook_grad``; the quantized rows carry gradient to the codebook.
+    """
+    dtype = torch.float64 if torch.float64 in (x.dtype, codebook.dtype) else torch.float32
+    table = codebook.to(dtype)
+    indices, _ = nearest_codeword(x.detach(), codebook.detach())
+    quantized = table.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))
+    target = quantized if codebook_grad else quantized.detach()
+    row_error = (x.to(dtype) - target).square().sum(-1)
+    return quantized.to(x.dtype), indices, mean_row_error(row_error, row_weight, x.shape[-1])
