@@ -1,5 +1,6 @@
 """The plain definition of every operator and of the meta step, on torch and numpy alone."""
 
+from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.reference.linear_scan import linear_scan
 from metarec_fast.reference.meta_step import meta_step
 from metarec_fast.reference.nearest_codeword import nearest_codeword
@@ -7,4 +8,12 @@ from metarec_fast.reference.vq_commit import vq_commit
 from metarec_fast.reference.vq_ema_update import vq_ema_update_
 from metarec_fast.reference.vq_statistics import vq_statistics
 
-__all__ = ["linear_scan", "meta_step", "nearest_codeword", "vq_commit", "vq_ema_update_", "vq_statistics"]
+__all__ = [
+    "linear_cross_entropy",
+    "linear_scan",
+    "meta_step",
+    "nearest_codeword",
+    "vq_commit",
+    "vq_ema_update_",
+    "vq_statistics",
+]
