@@ -1,0 +1,24 @@
+"""Ranks by counting, tie-aware metrics, floors, and the protocols by name."""
+
+from metarec_fast.evaluation.evaluate import Difference, evaluate, paired_bootstrap
+from metarec_fast.evaluation.floors import Popularity, Transitions, best_floor, floors
+from metarec_fast.evaluation.metrics import Metrics, expected_metric
+from metarec_fast.evaluation.ranks import NonFiniteScoresError, target_ranks
+from metarec_fast.evaluation.scorer import LinearScorer, Scorer, ScoreTile
+
+__all__ = [
+    "Difference",
+    "LinearScorer",
+    "Metrics",
+    "NonFiniteScoresError",
+    "Popularity",
+    "ScoreTile",
+    "Scorer",
+    "Transitions",
+    "best_floor",
+    "evaluate",
+    "expected_metric",
+    "floors",
+    "paired_bootstrap",
+    "target_ranks",
+]

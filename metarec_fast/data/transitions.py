@@ -1,0 +1,117 @@
+"""Which items follow which: the statistic behind untrained floors and structural scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec_fast.data import _csr
+from metarec_fast.data.domain import Sequences
+
+
+@dataclass(frozen=True, eq=False)
+class TransitionKernel:
+    """How strongly each item was followed by each other: a sparse matrix of items x items, as CSR.
+
+    Row a is ``columns[offsets[a]:offsets[a + 1]]``, ascending, with ``weights`` float32 > 0.
+    offsets: int64 [V+1]. columns: the dtype of the items.
+    """
+
+    offsets: np.ndarray
+    columns: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def fit(cls, train: Sequences, *, window: int = 5, decay: float = 0.8) -> TransitionKernel:
+        """Count every pair (item, later item) at most ``window`` events apart, by decay**(lag - 1).
+
+        Time and memory are of the order of window x events; no part of it is dense in the catalogue.
+        """
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {decay}")
+        V, items = train.num_items, train.items.astype(np.int64)
+        if V * V * window >= 2**63:
+            raise ValueError(f"num_items squared times window must stay below 2**63, got {V} items, window {window}")
+        events_left = np.repeat(train.offsets[1:], train.lengths) - np.arange(len(items)) - 1
+        # The lag rides in the low digits of the key, so that one sort of plain integers does for values and weights.
+        keys = []
+        for lag in range(1, window + 1):
+            first = np.flatnonzero(events_left >= lag)
+            keys.append((items[first] * V + items[first + lag]) * window + (lag - 1))
+        key = np.sort(np.concatenate(keys))
+        pair, lag = np.divmod(key, window)
+        starts = np.flatnonzero(np.diff(pair, prepend=-1))
+        pair = pair[starts]
+        weights = np.add.reduceat((decay ** np.arange(window))[lag], starts)
+        offsets = np.searchsorted(pair, np.arange(V + 1) * V)
+        return cls(offsets, (pair % V).astype(train.items.dtype), weights.astype(np.float32))
+
+    @property
+    def num_items(self) -> int:
+        return len(self.offsets) - 1
+
+    def rows(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows of ``items`` [N], in their order and with repeats, as CSR: offsets [N+1], columns, weights."""
+        lengths = self.offsets[items + 1] - self.offsets[items]
+        entries = _csr.positions(self.offsets[items], lengths)
+        return _csr.offsets(lengths), self.columns[entries], self.weights[entries]
+
+    def transposed(self) -> TransitionKernel:
+        """How strongly each item was preceded by each other."""
+        order = np.argsort(self.columns, kind="stable")
+        offsets = _csr.offsets(np.bincount(self.columns, minlength=self.num_items))
+        return TransitionKernel(offsets, self._rows_of_entries[order].astype(self.columns.dtype), self.weights[order])
+
+    def normalised(self, *, row: float = 1.0, column: float = 0.0) -> TransitionKernel:
+        """Weights over (sum of the row)**row (sum of the column)**column.
+
+        row=1 gives the share of each follower, row=column=0.5 a cosine that holds popular followers back.
+        """
+        rows = self._rows_of_entries
+        row_sums, column_sums = (
+            np.bincount(index, weights=self.weights, minlength=self.num_items) for index in (rows, self.columns)
+        )
+        weights = self.weights / (row_sums[rows] ** row * column_sums[self.columns] ** column)
+        return TransitionKernel(self.offsets, self.columns, weights.astype(np.float32))
+
+    def evidence(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> Callable[[int, int], Tensor]:
+        """What the last events of each history speak for: sum over age < last of fade**age * row of that event.
+
+        The newest event has age 0. Returns a function of a stretch of the catalogue, (begin, end) -> float32
+        [B, end - begin], summed in float64; 0 where there is none, as for every item after an empty history.
+        """
+        if last < 1:
+            raise ValueError(f"last must be at least 1, got {last}")
+        B, V = len(histories), self.num_items
+        taken = np.minimum(histories.lengths, last)
+        case = np.repeat(np.arange(B), taken)
+        age = _csr.positions(np.zeros_like(taken), taken)
+        events = histories.items[histories.offsets[1:][case] - 1 - age].astype(np.int64)
+        strength = float(fade) ** age
+
+        def evidence_tile(begin: int, end: int) -> Tensor:
+            first, stop = (np.searchsorted(self._keys, events * V + bound) for bound in (begin, end))
+            lengths, width = stop - first, end - begin
+            entries = _csr.positions(first, lengths)
+            cells = self.columns[entries] + np.repeat(case * width - begin, lengths)
+            weights = self.weights[entries] * np.repeat(strength, lengths)
+            total = np.bincount(cells, weights=weights, minlength=B * width)
+            return torch.from_numpy(total.reshape(B, width).astype(np.float32))
+
+        return evidence_tile
+
+    @cached_property
+    def _rows_of_entries(self) -> np.ndarray:
+        return np.repeat(np.arange(self.num_items), np.diff(self.offsets))
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        """row * V + column of every entry, ascending: where a tile begins in a row is a binary search."""
+        return self._rows_of_entries * self.num_items + self.columns

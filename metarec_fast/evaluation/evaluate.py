@@ -1,0 +1,100 @@
+"""Full-catalogue evaluation of a scorer, and whether two of them differ."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metarec_fast.data import _csr
+from metarec_fast.data.domain import Cases, Sequences
+from metarec_fast.evaluation.metrics import Metrics
+from metarec_fast.evaluation.ranks import TILE, NonFiniteScoresError, target_ranks
+from metarec_fast.evaluation.scorer import Scorer
+
+
+def evaluate(
+    scorer: Scorer, cases: Cases, *, mask_history: bool, protocol: str, batch_size: int = 256, tile: int = TILE
+) -> Metrics:
+    """Rank each case's target among all items, ``batch_size`` cases and ``tile`` items at a time.
+
+    mask_history: leave the items of a case's history out of its candidates (never the target).
+    protocol: the split in words, kept beside the figures (``split.protocol``).
+
+    Memory does not grow with the catalogue beyond what the scorer needs. The figures do not depend on batch_size or
+    tile, as far as the scorer's own rounding does not.
+    Warns if ties decide the figures. Raises ValueError for no cases, another catalogue, or scores that are not finite.
+    """
+    if len(cases) == 0:
+        raise ValueError("cases must have at least one case, got none")
+    if scorer.num_items != cases.histories.num_items:
+        raise ValueError(f"scorer must rank the {cases.histories.num_items} items of cases, got {scorer.num_items}")
+    greater, equal = np.empty((2, len(cases)), np.int64)
+    # Neighbouring targets lie in one tile, which then gives their scores and is counted without a second look.
+    order = np.argsort(cases.targets, kind="stable")
+    for begin in range(0, len(cases), batch_size):
+        pick = order[begin : begin + batch_size]
+        histories, users = _take(cases.histories, pick), cases.users[pick]
+        seen = (torch.from_numpy(histories.offsets), torch.from_numpy(histories.items)) if mask_history else None
+        try:
+            with torch.no_grad():
+                score_tile = scorer.prepare(histories, users)
+            counts = target_ranks(
+                score_tile,
+                num_items=scorer.num_items,
+                targets=torch.from_numpy(cases.targets[pick]),
+                seen=seen,
+                tile=tile,
+            )
+        except NonFiniteScoresError as error:
+            raise ValueError(f"user {users[error.case]}: {error}") from error
+        greater[pick], equal[pick] = (count.cpu().numpy() for count in counts)
+    metrics = Metrics(protocol, mask_history, scorer.num_items, cases.users, greater, equal)
+    low, high = metrics.bounds("ndcg@10")
+    if metrics.mean_equal > 1 and high > 1.01 * low:
+        warnings.warn(
+            f"{metrics.mean_equal:.1f} items tie with the target on average: NDCG@10 is between {low:.4f} and "
+            f"{high:.4f} depending on the order of ties; the expectation is reported",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return metrics
+
+
+def _take(sequences: Sequences, rows: np.ndarray) -> Sequences:
+    """The sequences of these rows, without their times."""
+    lengths = sequences.lengths[rows]
+    events = _csr.positions(sequences.offsets[rows], lengths)
+    return Sequences(_csr.offsets(lengths), sequences.items[events], sequences.num_items)
+
+
+class Difference(NamedTuple):
+    """Mean of a - b, its 95 % bootstrap interval, and the two-sided p of a difference of zero."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, *, seed: int, samples: int = 10_000) -> Difference:
+    """Resample the users of two evaluations of the same cases: percentile interval of the mean difference.
+
+    a, b: values per user, [N], in the same order (``metrics.per_user("ndcg@10")``).
+    p = 2 min(P(mean <= 0), P(mean >= 0)) over the samples, each count plus one so that it is never zero.
+    """
+    if np.shape(a) != np.shape(b) or np.ndim(a) != 1 or len(a) == 0:
+        raise ValueError(f"a and b must be [N] values of the same users, got shapes {np.shape(a)} and {np.shape(b)}")
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    N = len(difference)
+    rng = np.random.default_rng(seed)
+    means = np.empty(samples)
+    step = max(1, 2**20 // N)  # draws held at a time
+    for begin in range(0, samples, step):
+        size = min(step, samples - begin)
+        means[begin : begin + size] = difference[rng.integers(N, size=(size, N), dtype=np.int32)].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    p = 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (samples + 1)
+    return Difference(float(difference.mean()), float(low), float(high), float(min(1.0, p)))

@@ -1,0 +1,94 @@
+"""Floors: what can be had without training. A model that does not beat them has learned little.
+
+All statistics come from training sequences alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec_fast.data.domain import Sequences, Split
+from metarec_fast.data.transitions import TransitionKernel
+from metarec_fast.evaluation.evaluate import evaluate
+from metarec_fast.evaluation.metrics import Metrics
+from metarec_fast.evaluation.scorer import Scorer, ScoreTile
+
+
+class Popularity:
+    """Scores an item by its number of training events, whatever the history."""
+
+    def __init__(self, train: Sequences) -> None:
+        self._counts = torch.from_numpy(_counts(train)).double()
+
+    @property
+    def num_items(self) -> int:
+        return len(self._counts)
+
+    def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> ScoreTile:
+        return lambda begin, end: self._counts[begin:end].expand(len(histories), end - begin)
+
+
+class Transitions:
+    """Scores an item by how often it followed the last items of the history, and popularity where that is silent.
+
+    kernel: see `TransitionKernel`; last, fade: see `TransitionKernel.evidence`.
+
+    Popularity orders only what evidence leaves open. With p in [0, 1) the item's place among the distinct numbers of
+    events, an item with evidence x scores x (1 + 2**-25 p) and one without p - 1: x is a float32 and the score a
+    float64, and 2**-25 is less than half the gap to the next float32, so that no order of evidence ever changes.
+    """
+
+    def __init__(self, train: Sequences, kernel: TransitionKernel, *, last: int = 1, fade: float = 1.0) -> None:
+        levels, place = np.unique(_counts(train), return_inverse=True)
+        self._popularity = torch.from_numpy(place / len(levels))
+        self._kernel, self._last, self._fade = kernel, last, fade
+
+    @property
+    def num_items(self) -> int:
+        return self._kernel.num_items
+
+    def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> ScoreTile:
+        evidence = self._kernel.evidence(histories, last=self._last, fade=self._fade)
+
+        def score_tile(begin: int, end: int) -> Tensor:
+            x, p = evidence(begin, end), self._popularity[begin:end]
+            scores = x.double().mul_(1 + 2.0**-25 * p)
+            return torch.where(x > 0, scores, p - 1, out=scores)
+
+        return score_tile
+
+
+def floors(train: Sequences) -> dict[str, Scorer]:
+    """The floors that a result is held against, by name."""
+    counts = TransitionKernel.fit(train, window=5, decay=0.8)
+    return {
+        "popularity": Popularity(train),
+        "transitions, window 1, last item": Transitions(train, TransitionKernel.fit(train, window=1)),
+        "transitions, window 5, last item": Transitions(train, TransitionKernel.fit(train, window=5)),
+        "transitions, window 5 fading, last item": Transitions(train, counts),
+        "transitions, window 5 fading, last 3 items": Transitions(train, counts, last=3, fade=0.5),
+        "shares, window 5 fading, last 3 items": Transitions(train, counts.normalised(), last=3, fade=0.5),
+        "cosines, window 5 fading, last 3 items": Transitions(
+            train, counts.normalised(row=0.5, column=0.5), last=3, fade=0.5
+        ),
+    }
+
+
+def best_floor(split: Split, *, mask_history: bool) -> tuple[str, Scorer, dict[str, Metrics]]:
+    """The floor with the highest NDCG@10 on validation: its name, the scorer, and what each reached there.
+
+    The scorer is fitted to training events alone, also where it is then asked test questions.
+    """
+    scorers = floors(split.train)
+    table = {
+        name: evaluate(scorer, split.valid, mask_history=mask_history, protocol=f"{split.protocol}; valid")
+        for name, scorer in scorers.items()
+    }
+    best = max(table, key=lambda name: table[name]["ndcg@10"])
+    return best, scorers[best], table
+
+
+def _counts(train: Sequences) -> np.ndarray:
+    return np.bincount(train.items, minlength=train.num_items)
