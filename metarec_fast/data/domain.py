@@ -37,7 +37,32 @@ class Sequences:
         return len(self.items)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class ReadReport:
+    """What `read` found in a file."""
+
+    path: str
+    rows: int  # rows of data, rejected ones included
+    rejected: int
+    examples: tuple[tuple[int, str], ...]  # the first rejected rows: (line from 1, reason)
+    duplicates: int  # rows that repeat the user, item and time of an earlier one
+    dropped: int  # rows left out because of duplicates=...
+    tied: float | None  # share of neighbouring events of one user that have the same time; None without times
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.rows:,} rows, {self.rejected:,} rejected, {self.duplicates:,} duplicates"]
+        if self.dropped:
+            lines[0] += f", {self.dropped:,} dropped as repeated"
+        if self.tied is not None:
+            lines[0] += f", {self.tied:.1%} of neighbouring events tied in time"
+        lines += [f"{self.path}:{line}: {reason}" for line, reason in self.examples]
+        if self.rejected > len(self.examples):
+            lines.append(f"... and {self.rejected - len(self.examples):,} more rejected rows")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Domain:
     """One catalogue with its users: nothing in it is shared with another domain."""
 
@@ -45,6 +70,7 @@ class Domain:
     sequences: Sequences
     users: Vocabulary
     items: Vocabulary
+    report: ReadReport | None = None
 
     @property
     def num_users(self) -> int:
@@ -53,6 +79,22 @@ class Domain:
     @property
     def num_items(self) -> int:
         return self.sequences.num_items
+
+    @property
+    def num_interactions(self) -> int:
+        return self.sequences.num_events
+
+    def summary(self) -> str:
+        """One line for people: size, mean sequence length, and whether events have times."""
+        mean = self.num_interactions / max(self.num_users, 1)
+        time = "no times" if self.sequences.times is None else "with times"
+        return (
+            f"{self.name}: {self.num_users:,} users, {self.num_items:,} items, "
+            f"{self.num_interactions:,} interactions, mean length {mean:.1f}, {time}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Domain {self.summary()}>"
 
 
 @dataclass(frozen=True, eq=False)
