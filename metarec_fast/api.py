@@ -37,8 +37,8 @@ def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Sp
 class MetaRec:
     """A recommender of one target domain, trained with the help of source domains.
 
-    Made by ``fit`` or ``from_pretrained``. ``model`` is the torch module, ``split`` the target's split, ``config`` every
-    option, ``history`` what training found out (similarities and weights of the sources over time among it).
+    Made by ``fit`` or ``from_pretrained``. ``model`` is the torch module, ``split`` the target's split, ``config``
+    every option, ``history`` what training found out: similarities and weights of the sources over time among it.
     """
 
     def __init__(

@@ -295,7 +295,7 @@ def recommend(command: Recommend) -> int:
         answers = model.recommend(histories=[model.domain.items.parse(command.history)], **options)
     asked = command.users or ("history",)
     if command.json:
-        print(json.dumps({who: answer for who, answer in zip(asked, answers, strict=True)}, ensure_ascii=False))
+        print(json.dumps(dict(zip(asked, answers, strict=True)), ensure_ascii=False))
         return 0
     table = Table("for", "rank", "item", "score")
     for who, answer in zip(asked, answers, strict=True):

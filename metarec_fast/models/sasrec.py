@@ -26,7 +26,7 @@ class AttentionBlock(nn.Module):
         self.into, self.out = linear(dim, 4 * dim), linear(4 * dim, dim)
 
     def forward(self, x_TD: Tensor, slot: Tensor, B: int, L: int) -> Tensor:
-        T, D = x_TD.shape
+        D = x_TD.shape[1]
         qkv = self.qkv(self.attention_norm(x_TD))
         padded = qkv.new_zeros(B * L, 3 * D).index_copy(0, slot, qkv).view(B, L, 3, self.heads, D // self.heads)
         q_BHLd, k_BHLd, v_BHLd = padded.permute(2, 0, 3, 1, 4)

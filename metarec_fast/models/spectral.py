@@ -7,21 +7,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast.data.domain import Sequences
-
-
-def cooccurrence(train: Sequences, *, window: int, decay: float) -> Tensor:
-    """Symmetric [V, V] sparse counts of items at most ``window`` events apart, lag l weighing decay^(l-1)."""
-    V, items = train.num_items, np.asarray(train.items, dtype=np.int64)
-    user = np.repeat(np.arange(len(train)), train.lengths)
-    index, weight = [], []
-    for lag in range(1, window + 1):
-        together = user[lag:] == user[:-lag]
-        index.append(np.stack((items[:-lag][together], items[lag:][together])))
-        weight.append(np.full(index[-1].shape[1], decay ** (lag - 1)))
-    forward = np.concatenate(index, 1)
-    both = np.concatenate((forward, forward[::-1]), 1)
-    values = np.tile(np.concatenate(weight), 2)
-    return torch.sparse_coo_tensor(torch.from_numpy(both), torch.from_numpy(values), (V, V)).coalesce()
+from metarec_fast.data.transitions import TransitionKernel
 
 
 def spectral_table(train: Sequences, dim: int, *, seed: int, window: int = 10, decay: float = 0.9) -> Tensor:
@@ -32,14 +18,19 @@ def spectral_table(train: Sequences, dim: int, *, seed: int, window: int = 10, d
     V = train.num_items
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(V, dim, generator=generator)
-    counts = cooccurrence(train, window=window, decay=decay)
-    if counts._nnz():
-        mass = torch.zeros(V, dtype=torch.float64).index_add_(0, counts.indices()[0], counts.values())
-        row, column = counts.indices()
-        pmi = (counts.values() * mass.sum() / (mass[row] * mass[column])).log()
+    forward = TransitionKernel.fit(train, window=window, decay=decay)
+    row, column, weight = (
+        torch.cat(pair) for pair in zip(_entries(forward), _entries(forward.transposed()), strict=True)
+    )
+    if len(row):
+        # a pair seen in both directions stands twice: the logarithm needs their sum
+        counts = torch.sparse_coo_tensor(torch.stack((row, column)), weight, (V, V), check_invariants=True).coalesce()
+        (row, column), weight = counts.indices(), counts.values()
+        mass = torch.zeros(V, dtype=torch.float64).index_add_(0, row, weight)
+        pmi = (weight * mass.sum() / (mass[row] * mass[column])).log()
         keep = pmi > 0
-        matrix = (
-            torch.sparse_coo_tensor(counts.indices()[:, keep], pmi[keep].float(), (V, V)).coalesce().to_sparse_csr()
+        matrix = torch.sparse_coo_tensor(
+            counts.indices()[:, keep], pmi[keep].float(), (V, V), is_coalesced=True, check_invariants=True
         )
         rank = min(dim, V)
         U, S = _leading_singular(matrix, rank, generator)
@@ -47,6 +38,15 @@ def spectral_table(train: Sequences, dim: int, *, seed: int, window: int = 10, d
         table[seen, :rank] = (U * S.sqrt())[seen]
         table[seen, rank:] = 0
     return torch.nn.functional.normalize(table, dim=1)
+
+
+def _entries(kernel: TransitionKernel) -> tuple[Tensor, Tensor, Tensor]:
+    rows = np.repeat(np.arange(kernel.num_items), np.diff(kernel.offsets))
+    return (
+        torch.from_numpy(rows),
+        torch.from_numpy(kernel.columns.astype(np.int64)),
+        torch.from_numpy(kernel.weights).double(),
+    )
 
 
 def _leading_singular(

@@ -59,9 +59,7 @@ def test_equals_nested_differentiation(order, steps, sources):
 
 def test_no_inner_step_and_no_source_loss_is_target_only():
     shared, named, target, batch = world(3, 1)
-    got = outer_step(
-        loss, shared, named, target, batch, config=replace(CONFIG, inner_lr=0.0, source_loss_weight=0.0)
-    )
+    got = outer_step(loss, shared, named, target, batch, config=replace(CONFIG, inner_lr=0.0, source_loss_weight=0.0))
     expected = torch.func.grad(loss, argnums=(0, 1))(shared, target, batch)
     torch.testing.assert_close((got.shared_grad, got.target_grad), expected)
 
