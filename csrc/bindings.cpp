@@ -31,4 +31,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
     });
     bind_sequence(m);
+    bind_vq(m);
 }

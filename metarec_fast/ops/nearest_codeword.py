@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metarec_fast import _C
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair
-from metarec_fast.ops._register import Backend, choose_backend, define
+from metarec_fast.ops._register import Backend, choose_backend, define, empty
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 
 
@@ -20,7 +21,22 @@ class NearestCodeword(NamedTuple):
 
 
 def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    return reference_nearest_codeword(x, codebook)
+    x, codebook = x.contiguous(), codebook.contiguous()
+    H, N, D = x.shape
+    indices = empty((H, N), dtype=torch.int64, device=x.device)
+    margin = empty((H, N), dtype=torch.float32, device=x.device)
+    _C.nearest_codeword(
+        x.data_ptr(),
+        codebook.data_ptr(),
+        indices.data_ptr(),
+        margin.data_ptr(),
+        heads=H,
+        rows=N,
+        codes=codebook.shape[1],
+        dim=D,
+        is_double=x.dtype == torch.float64,
+    )
+    return indices, margin
 
 
 def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

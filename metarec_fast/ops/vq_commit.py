@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from metarec_fast import _C
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
-from metarec_fast.ops._register import Backend, choose_backend, define
+from metarec_fast.ops._register import Backend, choose_backend, define, empty
+from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 from metarec_fast.reference.vq_commit import mean_row_error
 from metarec_fast.reference.vq_commit import vq_commit as reference_vq_commit
@@ -22,19 +25,37 @@ class VQCommit(NamedTuple):
     loss: Tensor
 
 
-def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    indices, _ = reference_nearest_codeword(x, codebook)
+def _composed(x: Tensor, codebook: Tensor, nearest: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    indices, _ = nearest(x, codebook)
     quantized = codebook.gather(1, indices.unsqueeze(-1).expand_as(x))
     return quantized, indices, (x - quantized).square().sum(-1)
 
 
 def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _reference(x, codebook)
+    if x.dtype == torch.float64:
+        return _composed(x, codebook, nearest_codeword_op)
+    x, codebook = x.contiguous(), codebook.contiguous()
+    H, N, D = x.shape
+    quantized = empty((H, N, D), dtype=x.dtype, device=x.device)
+    indices = empty((H, N), dtype=torch.int64, device=x.device)
+    row_error = empty((H, N), dtype=x.dtype, device=x.device)
+    _C.vq_commit(
+        x.data_ptr(),
+        codebook.data_ptr(),
+        quantized.data_ptr(),
+        indices.data_ptr(),
+        row_error.data_ptr(),
+        heads=H,
+        rows=N,
+        codes=codebook.shape[1],
+        dim=D,
+    )
+    return quantized, indices, row_error
 
 
 def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return _reference(x, codebook)
+        return _composed(x, codebook, reference_nearest_codeword)
     from metarec_fast.kernels.vq_commit import vq_commit
 
     return vq_commit(x.contiguous(), codebook.contiguous())

@@ -1,0 +1,151 @@
+#include "core/bindings.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "vq/exact.h"
+#include "vq/nearest_codeword.h"
+#include "vq/statistics.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace metarec {
+namespace {
+
+int max_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+void search(const float* x, const float* codebook, const SearchOutput& out, int64_t heads, int64_t rows, int64_t codes,
+            int64_t dim) {
+    if (codes > std::numeric_limits<int32_t>::max()) {
+        throw std::invalid_argument("codebook must hold fewer than 2^31 codes, got " + std::to_string(codes));
+    }
+    if (heads * rows == 0) return;
+    const PreparedCodebook prepared(codebook, heads, codes, dim, METAREC_DISPATCH(codebook_width)());
+    const int threads = max_threads();
+    std::vector<float> scratch(threads * METAREC_DISPATCH(search_scratch)(dim));
+    METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), x, rows, threads, scratch.data(), out);
+}
+
+constexpr int64_t kGroupRows = 512;
+
+// Rows of x [H, rows, dim] by their code: counts [H, codes] and sums [H, codes, dim].
+template <typename T>
+void statistics(const T* x, const int64_t* indices, const T* weight, T* counts, T* sums, int64_t heads, int64_t rows,
+                int64_t codes, int64_t dim) {
+    const int64_t total = heads * rows, bins = heads * codes;
+    std::vector<uint8_t> kept(total);
+    if constexpr (sizeof(T) == 4) {
+        METAREC_DISPATCH(finite_rows_f32)(x, total, dim, kept.data());
+    } else {
+        METAREC_DISPATCH(finite_rows_f64)(x, total, dim, kept.data());
+    }
+
+    // counting sort by (head, code), rows in order within each
+    std::vector<int64_t> end(bins + 1, 0), order(total);
+    for (int64_t i = 0; i < total; ++i) {
+        const int64_t index = indices[i];
+        if (index < -1 || index >= codes) {
+            throw std::invalid_argument("indices must be in -1.." + std::to_string(codes - 1) + ", got " +
+                                        std::to_string(index));
+        }
+        kept[i] = kept[i] && index >= 0;
+        if (kept[i]) ++end[i / rows * codes + index + 1];
+    }
+    for (int64_t b = 0; b < bins; ++b) {
+        counts[b] = weight == nullptr ? static_cast<T>(end[b + 1]) : 0;
+        end[b + 1] += end[b];
+    }
+    for (int64_t i = 0; i < total; ++i) {
+        if (!kept[i]) continue;
+        const int64_t bin = i / rows * codes + indices[i];
+        if (weight != nullptr) counts[bin] += weight[i];
+        order[end[bin]++] = i;  // end[bin] starts where the bin does, and arrives at its end
+    }
+
+    // the first group of a code goes to its sum, further ones to `extra`, which is added in order
+    std::vector<RowGroup> first(bins), more;
+    std::vector<int64_t> extra_bin;
+    for (int64_t b = 0; b < bins; ++b) {
+        const int64_t begin = b == 0 ? 0 : end[b - 1];
+        first[b] = {begin, std::min(begin + kGroupRows, end[b]), b};
+        for (int64_t at = begin + kGroupRows; at < end[b]; at += kGroupRows) {
+            more.push_back({at, std::min(at + kGroupRows, end[b]), static_cast<int64_t>(more.size())});
+            extra_bin.push_back(b);
+        }
+    }
+    std::vector<T> extra(more.size() * dim);
+    auto sum = [&](const std::vector<RowGroup>& groups, T* out) {
+        const int64_t count = static_cast<int64_t>(groups.size());
+        if constexpr (sizeof(T) == 4) {
+            METAREC_DISPATCH(sum_groups_f32)(x, weight, order.data(), groups.data(), count, dim, out);
+        } else {
+            METAREC_DISPATCH(sum_groups_f64)(x, weight, order.data(), groups.data(), count, dim, out);
+        }
+    };
+    sum(first, sums);
+    sum(more, extra.data());
+    for (size_t g = 0; g < more.size(); ++g) {
+        for (int64_t d = 0; d < dim; ++d) sums[extra_bin[g] * dim + d] += extra[g * dim + d];
+    }
+}
+
+}  // namespace
+
+void bind_vq(py::module_& m) {
+    m.def(
+        "nearest_codeword",
+        [](uintptr_t x, uintptr_t codebook, uintptr_t indices, uintptr_t margin, int64_t heads, int64_t rows,
+           int64_t codes, int64_t dim, bool is_double) {
+            py::gil_scoped_release release;
+            if (is_double) {
+                METAREC_DISPATCH(nearest_codeword_f64)
+                (pointer<const double>(x), pointer<const double>(codebook), heads, rows, codes, dim,
+                 pointer<int64_t>(indices), pointer<float>(margin));
+            } else {
+                search(pointer<const float>(x), pointer<const float>(codebook),
+                       {pointer<int64_t>(indices), pointer<float>(margin), nullptr, nullptr}, heads, rows, codes, dim);
+            }
+        },
+        py::arg("x"), py::arg("codebook"), py::arg("indices"), py::arg("margin"), py::kw_only(), py::arg("heads"),
+        py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("is_double"));
+    m.def(
+        "vq_commit",
+        [](uintptr_t x, uintptr_t codebook, uintptr_t quantized, uintptr_t indices, uintptr_t row_error, int64_t heads,
+           int64_t rows, int64_t codes, int64_t dim) {
+            py::gil_scoped_release release;
+            search(pointer<const float>(x), pointer<const float>(codebook),
+                   {pointer<int64_t>(indices), nullptr, pointer<float>(quantized), pointer<float>(row_error)}, heads,
+                   rows, codes, dim);
+        },
+        py::arg("x"), py::arg("codebook"), py::arg("quantized"), py::arg("indices"), py::arg("row_error"),
+        py::kw_only(), py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"));
+    m.def(
+        "vq_statistics",
+        [](uintptr_t x, uintptr_t indices, uintptr_t weight, uintptr_t counts, uintptr_t sums, int64_t heads,
+           int64_t rows, int64_t codes, int64_t dim, bool is_double) {
+            py::gil_scoped_release release;
+            if (is_double) {
+                statistics(pointer<const double>(x), pointer<const int64_t>(indices), pointer<const double>(weight),
+                           pointer<double>(counts), pointer<double>(sums), heads, rows, codes, dim);
+            } else {
+                statistics(pointer<const float>(x), pointer<const int64_t>(indices), pointer<const float>(weight),
+                           pointer<float>(counts), pointer<float>(sums), heads, rows, codes, dim);
+            }
+        },
+        py::arg("x"), py::arg("indices"), py::arg("weight"), py::arg("counts"), py::arg("sums"), py::kw_only(),
+        py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("is_double"));
+}
+
+}  // namespace metarec
