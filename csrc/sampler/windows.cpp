@@ -1,0 +1,83 @@
+#include "sampler/windows.h"
+
+#include <algorithm>
+
+namespace metarec {
+namespace {
+
+constexpr int kRounds = 8;
+
+inline uint32_t mix(uint32_t x, uint32_t key) {
+    x = (x + key) * 0x9E3779B1u;
+    x = (x ^ x >> 16) * 0x85EBCA6Bu;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    return x ^ x >> 16;
+}
+
+template <typename T>
+void copy_row(const T* __restrict events, int64_t length, int64_t* __restrict inputs, int64_t* __restrict targets) {
+    for (int64_t i = 0; i < length; ++i) inputs[i] = events[i];
+    for (int64_t i = 0; i < length; ++i) targets[i] = events[i + 1];
+}
+
+}  // namespace
+
+void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t count, int64_t* out) {
+    int bits = 2;
+    while (uint64_t(size - 1) >> bits) ++bits;
+    const int low_bits = bits / 2;
+    const uint32_t low_mask = uint32_t((uint64_t(1) << low_bits) - 1);
+    const uint32_t high_mask = uint32_t((uint64_t(1) << (bits - low_bits)) - 1);
+    uint32_t keys[kRounds];
+    for (int i = 0; i < kRounds; ++i) keys[i] = block_of(random, uint32_t(i / 4), 0, 0).word[i % 4];
+
+#pragma omp parallel for if (count > 4096)
+    for (int64_t i = 0; i < count; ++i) {
+        uint64_t x = uint64_t(first + i);
+        do {
+            uint32_t high = uint32_t(x >> low_bits), low = uint32_t(x) & low_mask;
+            for (int r = 0; r < kRounds; r += 2) {
+                high ^= mix(low, keys[r]) & high_mask;
+                low ^= mix(high, keys[r + 1]) & low_mask;
+            }
+            x = uint64_t(high) << low_bits | low;
+        } while (x >= uint64_t(size));
+        out[i] = int64_t(x);
+    }
+}
+
+void plan_windows(const Sequences& data, const int64_t* users, const int64_t* index, int64_t rows, int64_t first_row,
+                  Window window, int64_t max_length, int64_t stride, const Randomness& random, int64_t* begins,
+                  int64_t* packed) {
+    packed[0] = 0;
+    for (int64_t b = 0; b < rows; ++b) {
+        const int64_t start = data.offsets[users[b]];
+        const int64_t inputs = std::max<int64_t>(data.offsets[users[b] + 1] - start - 1, 0);
+        int64_t end = inputs;
+        if (window == Window::sliding) {
+            // index * stride may pass the largest integer; past the oldest event it no longer matters
+            end = index[b] > inputs / stride ? 0 : inputs - index[b] * stride;
+        } else if (window == Window::crop && inputs > max_length) {
+            const uint64_t starts = uint64_t(inputs - max_length + 1);
+            end = max_length + int64_t(bounded_wide(random, starts, 0, uint32_t(first_row + b), 0));
+        }
+        const int64_t begin = std::max<int64_t>(end - max_length, 0);
+        begins[b] = start + begin;
+        packed[b + 1] = packed[b] + end - begin;
+    }
+}
+
+void copy_windows(const Sequences& data, const int64_t* begins, const int64_t* packed, int64_t rows, int64_t* inputs,
+                  int64_t* targets) {
+#pragma omp parallel for schedule(static) if (packed[rows] > 65536)
+    for (int64_t b = 0; b < rows; ++b) {
+        const int64_t at = packed[b], length = packed[b + 1] - at;
+        if (data.wide) {
+            copy_row(static_cast<const int64_t*>(data.items) + begins[b], length, inputs + at, targets + at);
+        } else {
+            copy_row(static_cast<const int32_t*>(data.items) + begins[b], length, inputs + at, targets + at);
+        }
+    }
+}
+
+}  // namespace metarec

@@ -1,0 +1,30 @@
+// Which events a batch shows: the order of an epoch, and the stretch of each user's sequence.
+#pragma once
+
+#include <cstdint>
+
+#include "sampler/philox.h"
+
+namespace metarec {
+
+// out[i] = entry first + i of a keyed permutation of [0, size): Feistel network with cycle walking, no array.
+void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t count, int64_t* out);
+
+// Item sequences of users; an item is 8 bytes if wide, else 4.
+struct Sequences {
+    const int64_t* offsets;
+    const void* items;
+    bool wide;
+};
+
+enum class Window { last, sliding, crop };
+
+// begins[b] = index into items of row b's first input; packed[b] .. packed[b + 1] = where its inputs go.
+// index: which window of the user, 0 the newest, for sliding windows.
+void plan_windows(const Sequences& data, const int64_t* users, const int64_t* index, int64_t rows, int64_t first_row,
+                  Window window, int64_t max_length, int64_t stride, const Randomness& random, int64_t* begins,
+                  int64_t* packed);
+void copy_windows(const Sequences& data, const int64_t* begins, const int64_t* packed, int64_t rows, int64_t* inputs,
+                  int64_t* targets);
+
+}  // namespace metarec

@@ -1,0 +1,313 @@
+"""sample_negatives: items that a user has not seen, with the log of the probability of drawing them.
+
+Runs on the CPU, where the sequences lie (perhaps memory-mapped), ahead of any traced graph: plain functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec_fast import _C
+from metarec_fast.ops._arrays import (
+    INT64,
+    INTEGERS,
+    Array,
+    address,
+    arange,
+    as_array,
+    check_integer,
+    check_offsets,
+    check_randomness,
+)
+from metarec_fast.ops._register import empty
+from metarec_fast.reference.negatives import CAPACITY, CELL, integer_weights
+
+Distribution = Literal["uniform", "popularity"]
+DISTRIBUTIONS = ("uniform", "popularity")
+NARROW = 2**31  # catalogues up to here use 32-bit random words and 32-bit ids inside
+
+
+@dataclass(frozen=True, eq=False)
+class PopularityTable:
+    """A distribution over V items as an alias table, exact in integers: item i weighs ``weights[i]`` of V * 2**32.
+
+    cells: [V] of threshold, alias and both logs of probability. cumulative: int64 [V+1], weight of the items before.
+    24 bytes an item. Made by ``popularity_table``.
+    """
+
+    cells: np.ndarray
+    cumulative: np.ndarray
+
+    def __post_init__(self) -> None:
+        V = len(self.cells)
+        as_array(self.cells, "cells", dtypes=(CELL,))
+        as_array(self.cumulative, "cumulative", size=V + 1)
+        rising = self.cumulative[0] == 0 and (self.cumulative[1:] >= self.cumulative[:-1]).all()
+        if not rising or self.cumulative[-1] != V * CAPACITY or self.cells["alias"].max(initial=0) >= V:
+            raise ValueError(f"cells and cumulative do not describe a distribution over {V} items")
+
+    @property
+    def weights(self) -> np.ndarray:
+        return np.diff(self.cumulative)
+
+    @property
+    def log_p(self) -> np.ndarray:
+        """log of each item's probability, float32 [V]; -inf for an item that is never drawn."""
+        return self.cells["log_p"]
+
+
+def popularity_table(counts: Array, *, alpha: float = 0.75) -> PopularityTable:
+    """The distribution proportional to counts ** alpha; an item of count 0 is never drawn.
+
+    counts: int64 [V], V < 2**31. alpha: 0 is uniform over the items that occur, 1 is proportional to popularity.
+    Raises ValueError for negative counts, counts that are all 0, and an alpha that is not finite.
+    """
+    counts = as_array(counts, "counts")
+    V = len(counts)
+    if V >= NARROW:
+        raise ValueError(f"popularity needs fewer than 2**31 items, got {V}")
+    if not np.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    if V == 0 or counts.min() < 0 or counts.max() == 0:
+        raise ValueError("counts must be non-negative and not all 0")
+    weights = integer_weights(counts, alpha=alpha)
+    cells = np.zeros(V, CELL)
+    _C.build_alias(address(weights), address(cells), size=V)
+    log_p = np.full(V, -np.inf)
+    np.log(weights / (V * float(CAPACITY)), out=log_p, where=weights > 0)
+    cells["log_p"], cells["log_p_alias"] = log_p, log_p[cells["alias"]]
+    return PopularityTable(cells, np.concatenate(([0], np.cumsum(weights))))
+
+
+@dataclass(frozen=True, eq=False)
+class SeenItems:
+    """What each user's negatives must avoid: the distinct items in rising order, prepared once by ``seen_items``.
+
+    Row u is ``items[offsets[u]:offsets[u] + counts[u]]``; weights[u] is its weight in ``table``, if there is one.
+    """
+
+    num_items: int
+    offsets: Tensor  # int64 [U+1]
+    counts: Tensor  # int64 [U]
+    items: Tensor  # int32 [E], int64 if num_items > 2**31
+    table: PopularityTable | None
+    weights: Tensor | None  # int64 [U]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def exhausted(self) -> Tensor:
+        """bool [U]: the user has seen every item that could be drawn."""
+        if self.weights is None:
+            return self.counts >= self.num_items
+        return self.weights >= int(self.table.cumulative[-1])
+
+
+def seen_items(
+    offsets: Array, items: Array, rows: Array | None = None, *, num_items: int, table: PopularityTable | None = None
+) -> SeenItems:
+    """The distinct items of users ``rows`` (all if None), as ``sample_unseen`` needs them.
+
+    Arguments as in ``sample_negatives``. Takes the memory of one sorted copy of the events. Raises ValueError for items
+    outside [0, num_items).
+    """
+    offsets, items = check_offsets(offsets), as_array(items, "items", dtypes=INTEGERS)
+    check_integer(num_items, "num_items", least=1, below=2**62)
+    if table is not None and len(table.cells) != num_items:
+        raise ValueError(f"table must be over num_items={num_items} items, got one over {len(table.cells)}")
+    users = arange(len(offsets) - 1) if rows is None else as_array(rows, "rows")
+    U, cpu, wide = len(users), torch.device("cpu"), num_items > NARROW
+    seen_offsets, counts = (empty((n,), dtype=torch.int64, device=cpu) for n in (U + 1, U))
+    E = _C.row_lengths(
+        address(offsets),
+        address(users),
+        seen_offsets.data_ptr(),
+        num_users=len(offsets) - 1,
+        events=len(items),
+        rows=U,
+    )
+    seen = empty((E,), dtype=torch.int64 if wide else torch.int32, device=cpu)
+    _C.sorted_items(
+        address(offsets),
+        address(items),
+        address(users),
+        seen_offsets.data_ptr(),
+        seen.data_ptr(),
+        counts.data_ptr(),
+        rows=U,
+        num_items=num_items,
+        wide=items.dtype.itemsize == 8,
+        seen_wide=wide,
+    )
+    weights = None
+    if table is not None:
+        weights = empty((U,), dtype=torch.int64, device=cpu)
+        _C.row_weights(
+            seen_offsets.data_ptr(),
+            counts.data_ptr(),
+            seen.data_ptr(),
+            address(table.cumulative),
+            weights.data_ptr(),
+            rows=U,
+        )
+    return SeenItems(num_items, seen_offsets, counts, seen, table, weights)
+
+
+def sample_unseen(
+    seen: SeenItems,
+    rows: Array,
+    *,
+    count: int,
+    segments: Array | None = None,
+    seed: int = 0,
+    stream: int = 0,
+    step: int = 0,
+    first_row: int = 0,
+    _users: Array | None = None,
+    _shared: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``sample_negatives`` from what was prepared: rows are rows of ``seen``, the distribution is its table.
+
+    _users: what errors call the rows, if not by their own numbers. _shared: words of their own for shared negatives.
+    """
+    rows = as_array(rows, "rows")
+    segments = arange(len(rows) + 1) if segments is None else as_array(segments, "segments", size=len(rows) + 1)
+    check_integer(count, "count", least=0, below=2**33)
+    random = check_randomness(seed, stream, step)
+    T, cpu = max(int(segments[-1]), 0), torch.device("cpu")
+    negatives = empty((T, count), dtype=torch.int64, device=cpu)
+    logq = empty((T, count), dtype=torch.float32, device=cpu)
+    _C.sample_negatives(
+        address(rows),
+        address(rows if _users is None else _users),
+        address(segments),
+        seen.offsets.data_ptr(),
+        seen.counts.data_ptr(),
+        seen.items.data_ptr(),
+        negatives.data_ptr(),
+        logq.data_ptr(),
+        0 if seen.table is None else address(seen.table.cells),
+        0 if seen.table is None else address(seen.table.cumulative),
+        0 if seen.weights is None else seen.weights.data_ptr(),
+        rows=len(rows),
+        num_users=len(seen),
+        positions=T,
+        first_row=check_integer(first_row, "first_row", least=0),
+        count=count,
+        num_items=seen.num_items,
+        wide=seen.items.dtype == torch.int64,
+        shared=_shared,
+        **random,
+    )
+    return negatives, logq
+
+
+def _table(distribution: str, counts: np.ndarray | None, num_items: int, alpha: float, table: PopularityTable | None):
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+    if distribution == "uniform":
+        if table is not None:
+            raise ValueError("table belongs to distribution='popularity', got it with 'uniform'")
+        return None
+    if table is None and counts is not None:
+        table = popularity_table(item_counts(counts, num_items=num_items), alpha=alpha)
+    return table
+
+
+def item_counts(items: Array, *, num_items: int) -> np.ndarray:
+    """How often each item occurs: int64 [num_items]. Raises ValueError for items outside [0, num_items)."""
+    items = as_array(items, "items", dtypes=INTEGERS)
+    check_integer(num_items, "num_items", least=1, below=2**62)
+    if len(items) and (items.min() < 0 or items.max() >= num_items):
+        raise ValueError(f"items must be in [0, {num_items}), got {items.min()} to {items.max()}")
+    counts = np.zeros(num_items, INT64[0])
+    for part in np.array_split(items, range(2**22, len(items), 2**22)):  # bincount widens what it is given
+        counts += np.bincount(part, minlength=num_items)
+    return counts
+
+
+def sample_negatives(
+    offsets: Array,
+    items: Array,
+    rows: Array,
+    *,
+    num_items: int,
+    count: int,
+    distribution: Distribution = "uniform",
+    alpha: float = 0.75,
+    table: PopularityTable | None = None,
+    segments: Array | None = None,
+    seed: int = 0,
+    stream: int = 0,
+    step: int = 0,
+    first_row: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Items that the row's user has never seen, with replacement, and the log of their probability.
+
+    offsets: int64 [U+1], items: int32 or int64 [E], the users' sequences; NumPy (also memory-mapped) or CPU tensors.
+    rows: int64 [B], the users of the batch.
+    num_items: V, the size of the catalogue; also beyond 2**31 for "uniform".
+    count: negatives of a row or, with ``segments``, of each of its positions.
+    distribution: "uniform", or "popularity": proportional to (occurrences in items) ** alpha.
+    table: what ``popularity_table`` made, for "popularity"; made from items and alpha at every call if None.
+    segments: int64 [B+1] rising from 0 to T: row b draws for positions segments[b] to segments[b + 1] - 1.
+    seed, stream, step: what every negative depends on, with the row's place ``first_row + b`` in the whole batch and
+        its own place in the row: not on threads, instruction set or how a batch is split.
+
+    Returns negatives int64 and logq float32, [B, count] or [T, count]. With S the distinct items of the user, logq is
+    the log of the true probability: -log(V - |S|) for uniform, log(p_i / (1 - sum of p over S)) for popularity.
+
+    Uniform needs no rejection: the r-th unseen item for a uniform r. Popularity draws from the alias table until an
+    unseen item comes, 16 times at most, and then inverts the cumulative weights of the unseen. Both are exact. The same
+    items as ``reference.negatives``; logq within one float32 rounding.
+
+    Raises ValueError where a user has seen every item that could be drawn, for rows or items out of range, and
+    TypeError or ValueError for other dtypes or shapes.
+    """
+    rows = as_array(rows, "rows")
+    if distribution == "popularity":
+        check_integer(num_items, "num_items", least=1, below=NARROW)
+    table = _table(distribution, items, num_items, alpha, table)
+    seen = seen_items(offsets, items, rows, num_items=num_items, table=table)
+    return sample_unseen(
+        seen,
+        arange(len(rows)),
+        count=count,
+        segments=segments,
+        seed=seed,
+        stream=stream,
+        step=step,
+        first_row=first_row,
+        _users=rows,
+    )
+
+
+def sample_shared_negatives(
+    *,
+    num_items: int,
+    count: int,
+    distribution: Distribution = "uniform",
+    table: PopularityTable | None = None,
+    seed: int = 0,
+    stream: int = 0,
+    step: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """One set of items for a whole batch, with replacement, whatever users have seen: for sampled softmax with logQ.
+
+    Arguments as in ``sample_negatives``; "popularity" needs ``table``. A draw may equal a target: the loss masks it.
+
+    Returns negatives int64 [count] and logq float32 [count]: -log V, or log p_i.
+    """
+    table = _table(distribution, None, num_items, 0.0, table)
+    if distribution == "popularity" and table is None:
+        raise ValueError("distribution='popularity' needs table, got None")
+    none = torch.zeros(2, dtype=torch.int64)
+    seen = seen_items(none, none[:0], num_items=num_items, table=table)
+    negatives, logq = sample_unseen(seen, none[:1], count=count, seed=seed, stream=stream, step=step, _shared=True)
+    return negatives[0], logq[0]
