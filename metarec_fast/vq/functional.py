@@ -1,0 +1,38 @@
+"""Vector quantization as a function of a codebook: for codebooks that live in someone else's parameters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from metarec_fast.ops import vq_commit
+from metarec_fast.vq.gradient_estimators import rotate_to, straight_through
+
+Gradient = Literal["rotation", "straight_through"]
+GRADIENT_ESTIMATORS = {"rotation": rotate_to, "straight_through": straight_through}
+
+
+def quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    gradient: Gradient = "rotation",
+    row_weight: Tensor | None = None,
+    codebook_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace each row by its nearest code, with a gradient to the row.
+
+    x: [N, D] rows. codebook: [K, D]. With a leading [H], H codebooks at once.
+    gradient: what passes to x through ``quantized``: "rotation" (see rotate_to) or "straight_through".
+    row_weight: weight of each row in the loss, 0 to leave it out; None counts all alike.
+    codebook_grad: let the loss pull the codes to the rows as well; False when an average moves the codes.
+
+    Returns (quantized like x, indices int64 [N], loss: mean squared distance of row and code, one number). Nothing
+    is mutated, so it may be used under torch.func and functional_call.
+    Raises ValueError for an unknown ``gradient`` and what vq_commit raises.
+    """
+    if gradient not in GRADIENT_ESTIMATORS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)}, got {gradient!r}")
+    codes, indices, loss = vq_commit(x, codebook, row_weight=row_weight, codebook_grad=codebook_grad)
+    return GRADIENT_ESTIMATORS[gradient](x, codes), indices, loss

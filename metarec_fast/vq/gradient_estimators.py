@@ -1,0 +1,70 @@
+"""Gradients past the nearest-code lookup: the value is the code, the gradient goes to the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_EPS = 1e-6  # least length by which a vector is divided
+
+
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized`` in value; the gradient passes to ``x`` unchanged, none to ``quantized``.
+
+    x, quantized: the same shape. Source: Bengio et al., arXiv 1308.3432. Raises ValueError for unequal shapes.
+    """
+    _check_shapes(x, quantized)
+    return quantized.detach() + (x - x.detach())  # the bracket is exactly zero, so codes come out exact
+
+
+def rotate_to(x: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized`` in value; the gradient passes to ``x`` through the rotation and scaling that carry x to it.
+
+    x, quantized: [..., D], the same shape. With u and v the directions of x and quantized, R the rotation in their
+    plane that takes u to v, and s = |quantized| / |x|, the result is s R x with s and R held constant: angles between
+    gradient and code survive the lookup. Differentiable in x, also under torch.func. Source: arXiv 2410.06424.
+    Raises ValueError for unequal shapes.
+    """
+    _check_shapes(x, quantized)
+    return _RotateTo.apply(x, quantized)
+
+
+def _check_shapes(x: Tensor, quantized: Tensor) -> None:
+    if x.shape != quantized.shape:
+        raise ValueError(f"x and quantized must have one shape, got {tuple(x.shape)} and {tuple(quantized.shape)}")
+
+
+class _RotateTo(torch.autograd.Function):
+    """Saves x and the code alone; the rotation is a pair of rank-one terms, rebuilt in the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.to(x.dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # s R and its transpose are constants, so a second derivative sees only `grad`
+        x, quantized = (t.detach() for t in ctx.saved_tensors)
+        half = grad.dtype in (torch.float16, torch.bfloat16)
+        g = grad.float() if half else grad
+        x, quantized = x.to(g.dtype), quantized.to(g.dtype)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_EPS)
+        code_length = torch.linalg.vector_norm(quantized, dim=-1, keepdim=True)
+        u, v = x / length, quantized / code_length.clamp_min(_EPS)
+        w = F.normalize(u + v, dim=-1, eps=_EPS)
+        # R = I - 2 w w^T + 2 v u^T, so R^T g = g - 2 w (w.g) + 2 u (v.g)
+        turned = g - w * (2 * _dot(w, g)) + u * (2 * _dot(v, g))
+        return (turned * (code_length / length)).to(grad.dtype), None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b, dim=-1).unsqueeze(-1)
