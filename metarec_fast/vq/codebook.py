@@ -87,7 +87,7 @@ class Codebook(nn.Module):
     ) -> None:
         """Move the averages by one batch, then the codes, then replace dead codes.
 
-        rows: float32 [H, N, D]. indices: int64 [H, N], -1 for a row to skip. keep: bool [H, N], None for all.
+        rows: [H, N, D]. indices: int64 [H, N], -1 for a row to skip. keep: bool [N], None for all.
         Rows that are not finite are skipped. ema_update: overrides the module's.
         weight: [K] or [H, K], or a function of (sums, counts) that returns it; scales how far each code moves.
         accumulate: only add the batch to the ``grad`` of the averages; the next update takes it in.
@@ -95,8 +95,9 @@ class Codebook(nn.Module):
         ema_update = self.ema_update if ema_update is None else ema_update
         if not ema_update and not self.has_dead_code_replacement:
             return
-        valid = _valid_rows(rows, keep)
-        counts, sums = self._statistics(rows, indices.masked_fill(~valid, -1), sync=self._syncs)
+        if keep is not None:
+            indices = indices.masked_fill(~keep, -1)
+        counts, sums = self._statistics(rows, indices, sync=self._syncs)
         if callable(weight):
             weight = weight(sums, counts)
         if weight is not None:
@@ -105,7 +106,7 @@ class Codebook(nn.Module):
             _add_to_grad(self.cluster_size, counts)
             _add_to_grad(self.embed_avg, sums)
             return
-        counts, sums = counts + _take_grad(self.cluster_size), sums + _take_grad(self.embed_avg)
+        counts, sums = _take_grad(self.cluster_size, counts), _take_grad(self.embed_avg, sums)
         if ema_update and not self.manual_ema_update:
             vq_ema_update_(
                 self.cluster_size,
@@ -122,7 +123,7 @@ class Codebook(nn.Module):
             step = (1 - self.decay) * (torch.ones_like(counts) if weight is None else weight)
             self.cluster_size.lerp_(counts, step)
             self.embed_avg.lerp_(sums, step.unsqueeze(-1))
-        self._replace_dead_codes(rows, valid)
+        self._replace_dead_codes(rows, keep)
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -135,19 +136,17 @@ class Codebook(nn.Module):
     def expire_codes_(self, rows: Tensor, seq_mask: Tensor | None = None) -> None:
         """In training, replace codes whose ``cluster_size`` is below the threshold by rows of the batch.
 
-        rows: [..., D] or [H, ..., D] with H codebooks. seq_mask: bool [H, N], rows to choose from.
+        rows: [..., D], or [H, ..., D] with H codebooks. seq_mask: bool [N] or [H, N], rows to choose from.
         """
-        if self.training and self.has_dead_code_replacement:
-            rows = rows.float().reshape(self.num_codebooks, -1, rows.shape[-1])
-            self._replace_dead_codes(rows, _valid_rows(rows, seq_mask))
+        self._replace_dead_codes(rows.reshape(self.num_codebooks, -1, rows.shape[-1]), seq_mask)
 
-    def _replace_dead_codes(self, rows: Tensor, valid: Tensor) -> None:
+    def _replace_dead_codes(self, rows: Tensor, keep: Tensor | None) -> None:
         if not self.training or not self.has_dead_code_replacement:
             return
         dead = self.cluster_size < self.threshold_ema_dead_code
         if dead.device.type == "cpu" and not self._syncs and not torch.compiler.is_compiling() and not dead.any():
             return  # on a CPU the question is free; elsewhere it would stall the device, and an empty draw is cheap
-        drawn, replaced = draw_rows(rows, valid, dead, sync=self._syncs)
+        drawn, replaced = draw_rows(rows.float(), _valid_rows(rows, keep), dead, sync=self._syncs)
         drawn, replaced = self.transform_input(drawn), replaced.unsqueeze(-1)
         self.embed.copy_(torch.where(replaced, drawn, self.embed))
         self.embed_avg.copy_(torch.where(replaced, drawn * self.threshold_ema_dead_code, self.embed_avg))
@@ -157,7 +156,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def init_kmeans_(self, rows: Tensor, keep: Tensor | None = None) -> None:
         """Start the codes at the k-means centres of ``rows`` [H, N, D]; waits for a batch that has valid rows."""
-        valid = _valid_rows(rows, keep)
+        rows, valid = rows.float(), _valid_rows(rows, keep)
         sync = self._syncs and self.sync_kmeans
         num_rows = int(sum_over_ranks(valid.sum(-1).amin(), sync=sync))
         if num_rows == 0:
@@ -184,8 +183,7 @@ class Codebook(nn.Module):
         return self.sync is not False and world_size() > 1
 
     def _statistics(self, rows: Tensor, indices: Tensor, *, sync: bool) -> tuple[Tensor, Tensor]:
-        counts, sums = vq_statistics(rows, indices, self.codebook_size)
-        counts = counts.to(sums.dtype)
+        counts, sums = vq_statistics(rows.float(), indices, self.codebook_size)
         if sync:
             packed = sum_over_ranks(torch.cat((sums, counts.unsqueeze(-1)), -1), sync=True)
             sums, counts = packed[..., :-1].contiguous(), packed[..., -1].contiguous()
@@ -200,7 +198,8 @@ class Codebook(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.needs_kmeans = not bool(self.initted)
+        if not self.initted.is_meta:
+            self.needs_kmeans = not bool(self.initted)
 
 
 def _valid_rows(rows: Tensor, keep: Tensor | None) -> Tensor:
@@ -213,6 +212,8 @@ def _add_to_grad(buffer: Tensor, value: Tensor) -> None:
     buffer.grad = value if buffer.grad is None else buffer.grad + value
 
 
-def _take_grad(buffer: Tensor) -> Tensor | int:
+def _take_grad(buffer: Tensor, value: Tensor) -> Tensor:
+    if buffer.grad is None:
+        return value
     grad, buffer.grad = buffer.grad, None
-    return 0 if grad is None else grad
+    return value + grad

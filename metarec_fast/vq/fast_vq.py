@@ -251,12 +251,14 @@ class FastVQ(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             rows = self._rows(tokens)
             keep = None if mask is None else self._per_row(mask)
+            if keep is not None:
+                rows = torch.where(keep.unsqueeze(-1), rows, 0)  # padding may hold anything, NaN too
             if self._codebook.needs_kmeans:
                 self._codebook.init_kmeans_(rows.detach(), keep)
             codes, row_indices, commitment = vq_commit(
                 rows,
                 self._codebook.embed,
-                row_weight=None if keep is None else keep.to(rows.dtype),
+                row_weight=keep,
                 codebook_grad=self.learnable_codebook and not frozen,
             )
             if moves:
@@ -369,13 +371,14 @@ class FastVQ(nn.Module):
             mask = torch.arange(tokens.shape[1], device=lens.device) < lens.unsqueeze(-1)
         if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
             raise ValueError(f"mask must be bool {tuple(tokens.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
-        return mask.view(*mask.shape, *(1,) * (tokens.dim() - 3)).expand(tokens.shape[:-1])
+        return mask[(..., *(None,) * (tokens.dim() - 3))].expand(tokens.shape[:-1])
 
     def _rows(self, tokens: Tensor) -> Tensor:
-        """Tokens [..., dim] to rows [H, N, D] as they are compared with the codes, in float32."""
+        """Tokens [..., dim] to rows [H, N, D] as they are compared with the codes, float32 or float64."""
         if self.has_projections:
             tokens = self.project_in(tokens.to(self.project_out.weight.dtype))
-        return self._codebook.transform_input(self._split_heads(tokens).float())
+        rows = self._split_heads(tokens)
+        return self._codebook.transform_input(rows if rows.dtype == torch.float64 else rows.float())
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
         """[..., heads * D] to [heads, N, D], or [1, N * heads, D] if heads share a codebook."""
@@ -384,15 +387,13 @@ class FastVQ(nn.Module):
         return tokens.reshape(1, -1, tokens.shape[-1] // self.heads)
 
     def _per_row(self, mask: Tensor) -> Tensor:
-        """Mask of tokens to mask of rows, [H, N]."""
-        if self.separate_codebook_per_head:
-            return mask.reshape(1, -1).expand(self.heads, -1)
-        return mask.reshape(-1, 1).expand(-1, self.heads).reshape(1, -1)
+        """Mask of tokens to mask of rows, [N]."""
+        return mask.flatten() if self.separate_codebook_per_head else mask.flatten().repeat_interleave(self.heads)
 
     def _from_rows(self, codes: Tensor, tokens: Tensor) -> Tensor:
         if self.separate_codebook_per_head:
             codes = codes.transpose(0, 1)
-        codes = codes.reshape(*tokens.shape[:-1], -1) if codes.numel() else codes.new_zeros(0)
+        codes = codes.reshape(*tokens.shape[:-1], codes.shape[-1] * self.heads)
         if self.has_projections:
             codes = self.project_out(codes.to(self.project_out.weight.dtype))
         return codes.to(tokens.dtype)
@@ -425,7 +426,7 @@ class FastVQ(nn.Module):
         commitment = commitment.to(dtype) if self.training and self.has_commitment_loss else off
         orthogonality = off
         if self.training and self.has_codebook_orthogonal_loss:
-            used = row_indices.masked_fill(~keep, -1) if keep is not None else row_indices
+            used = row_indices if keep is None else row_indices.masked_fill(~keep, -1)
             orthogonality = orthogonality_loss(
                 self._codebook.embed,
                 used=used if self.orthogonal_reg_active_codes_only else None,
