@@ -10,8 +10,6 @@ from torch import Tensor
 from metarec_fast import _C
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair
 from metarec_fast.ops._register import Backend, choose_backend, define, empty
-from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair
-from metarec_fast.ops._register import Backend, choose_backend, define
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 
 
@@ -39,7 +37,6 @@ def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         is_double=x.dtype == torch.float64,
     )
     return indices, margin
-    return reference_nearest_codeword(x, codebook)
 
 
 def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,6 @@ from metarec_fast import _C
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
 from metarec_fast.ops._register import Backend, choose_backend, define, empty
 from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
-from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
-from metarec_fast.ops._register import Backend, choose_backend, define
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 from metarec_fast.reference.vq_commit import mean_row_error
 from metarec_fast.reference.vq_commit import vq_commit as reference_vq_commit
@@ -29,8 +27,6 @@ class VQCommit(NamedTuple):
 
 def _composed(x: Tensor, codebook: Tensor, nearest: Callable) -> tuple[Tensor, Tensor, Tensor]:
     indices, _ = nearest(x, codebook)
-def _reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    indices, _ = reference_nearest_codeword(x, codebook)
     quantized = codebook.gather(1, indices.unsqueeze(-1).expand_as(x))
     return quantized, indices, (x - quantized).square().sum(-1)
 
@@ -55,13 +51,11 @@ def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dim=D,
     )
     return quantized, indices, row_error
-    return _reference(x, codebook)
 
 
 def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
         return _composed(x, codebook, reference_nearest_codeword)
-        return _reference(x, codebook)
     from metarec_fast.kernels.vq_commit import vq_commit
 
     return vq_commit(x.contiguous(), codebook.contiguous())

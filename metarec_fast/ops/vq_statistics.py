@@ -10,8 +10,6 @@ from torch import Tensor
 from metarec_fast import _C
 from metarec_fast.ops._codebook import FLOATS, add_head, check_row_weight, fold_into_heads, unfold_heads
 from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty
-from metarec_fast.ops._codebook import FLOATS, add_head, check_row_weight, fold_into_heads, unfold_heads
-from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define
 from metarec_fast.reference.vq_statistics import vq_statistics as reference_vq_statistics
 
 
@@ -45,7 +43,6 @@ def _cpu(x: Tensor, indices: Tensor, codebook_size: int, row_weight: Tensor | No
         is_double=x.dtype == torch.float64,
     )
     return counts, sums
-    return _reference(x, indices, codebook_size, row_weight)
 
 
 def _cuda(x: Tensor, indices: Tensor, codebook_size: int, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
