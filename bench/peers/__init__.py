@@ -1,0 +1,1 @@
+"""The usual ways to do what metarec_fast does, written for comparison."""

@@ -1,0 +1,112 @@
+"""The outer step as public code writes it: left-padded windows, dense logits at every position, a loop over sources.
+
+The mathematics is that of ``metarec_fast.meta.outer_step`` at first order with one inner step, on the parameters of
+``metarec_fast.models.Recommender`` with the LRU encoder, so that gradients can be compared.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+
+def pad_left(items: Tensor, targets: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed windows as [B, length] items and targets (0 and -100 where there is nothing) and a mask."""
+    B = len(offsets) - 1
+    x, y, real = torch.zeros(B, length).long(), torch.full((B, length), -100), torch.zeros(B, length).bool()
+    for b in range(B):
+        n = int(offsets[b + 1] - offsets[b])
+        x[b, length - n :], y[b, length - n :] = items[offsets[b] : offsets[b + 1]], targets[offsets[b] : offsets[b + 1]]
+        real[b, length - n :] = True
+    return x, y, real
+
+
+def scan(eigenvalues: Tensor, u: Tensor, real: Tensor) -> Tensor:
+    """h_t = lambda * h_(t-1) + u_t for real t-1, by doubling blocks; u [B, L, h] complex, L a power of two."""
+    B, L, width = u.shape
+    powers = eigenvalues.expand(L, width).cumprod(0)
+    h, block = u, 2
+    while block <= L:
+        halves = h.view(B * L // block, 2, block // 2, width)
+        last_real = real.view(B * L // block, 2, block // 2)[:, 0, -1].to(u.dtype)
+        carry = halves[:, 0, -1:] * powers[: block // 2] * last_real[:, None, None]
+        h = torch.stack((halves[:, 0], halves[:, 1] + carry), 1).view(B, L, width)
+        block *= 2
+    return h
+
+
+def encode(p: Parameters, x: Tensor, real: Tensor, layers: int) -> Tensor:
+    D = x.shape[-1]
+    for i in range(layers):
+        name = f"encoder.layers.{i}."
+        modulus, phase = torch.exp(-torch.exp(p[name + "0.log_decay"])), torch.exp(p[name + "0.log_phase"])
+        u = F.linear(x, p[name + "0.into.weight"], p[name + "0.into.bias"])
+        width = u.shape[-1] // 2
+        u = torch.complex(u[..., :width], u[..., width:]) * torch.exp(p[name + "0.log_gamma"])
+        h = scan(torch.polar(modulus, phase), u, real)
+        y = F.linear(torch.cat((h.real, h.imag), -1), p[name + "0.out.weight"], p[name + "0.out.bias"])
+        x = F.layer_norm(y + x, (D,), p[name + "0.norm.weight"], p[name + "0.norm.bias"])
+        y = F.gelu(F.linear(x, p[name + "1.into.weight"], p[name + "1.into.bias"]))
+        y = F.linear(y, p[name + "1.out.weight"], p[name + "1.out.bias"])
+        x = F.layer_norm(y + x, (D,), p[name + "1.norm.weight"], p[name + "1.norm.bias"])
+    return x
+
+
+def loss(shared: Parameters, private: Parameters, batch: tuple[Tensor, Tensor, Tensor], *, layers: int, beta: float) -> Tensor:
+    """Cross-entropy over dense logits at every position, padding ignored, plus the VQ loss."""
+    items, targets, real = batch
+    D = private["weight"].shape[1]
+    z = F.layer_norm(private["weight"][items], (D,), private["norm.weight"], private["norm.bias"])
+    codebook = shared["codebook"]
+    H, _, d = codebook.shape
+    heads = z.view(*items.shape, H, d)
+    indices = torch.stack([torch.cdist(heads[:, :, h].reshape(-1, d), codebook[h]).argmin(1) for h in range(H)], 1)
+    q = torch.stack([codebook[h][indices[:, h]] for h in range(H)], 1).view(*items.shape, D)
+    weight = real[..., None] / (real.sum() * D)
+    vq = ((q - z.detach()).square() * weight).sum() + beta * ((z - q.detach()).square() * weight).sum()
+    x = F.layer_norm(z + q + (z - z.detach()), (D,), shared["norm.weight"], shared["norm.bias"])
+    states = encode(shared, x, real, layers)
+    logits = states @ private["weight"].T + private["bias"]
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-100) + vq
+
+
+def outer_step(
+    shared: Parameters,
+    sources: list[tuple[Parameters, tuple]],
+    target_private: Parameters,
+    target_batch: tuple,
+    *,
+    layers: int,
+    beta: float,
+    inner_lr: float,
+    temperature: float,
+    source_loss_weight: float,
+) -> tuple[Parameters, Parameters, list[Parameters], Tensor]:
+    """First order, one inner step: shared gradient, target table's gradient, source tables' gradients, weights."""
+    meta, target_grads, source_grads, deltas, similarities = [], [], [], [], []
+    for private, batch in sources:
+        value = loss(shared, private, batch, layers=layers, beta=beta)
+        grads = torch.autograd.grad(value, [*shared.values(), *private.values()])
+        inner = dict(zip(shared, grads, strict=False))
+        source_grads.append(dict(zip(private, grads[len(shared) :], strict=True)))
+        phi = {k: (v - inner_lr * inner[k]).detach().requires_grad_() for k, v in shared.items()}
+        value = loss(phi, target_private, target_batch, layers=layers, beta=beta)
+        grads = torch.autograd.grad(value, [*phi.values(), *target_private.values()])
+        answer = dict(zip(phi, grads, strict=False))
+        delta = {k: (shared[k] - phi[k]).detach() for k in shared}
+        dot = sum((delta[k] * answer[k]).sum() for k in shared)
+        norms = [torch.sqrt(sum(v.square().sum() for v in part.values())) for part in (delta, answer)]
+        similarities.append(dot / (norms[0] * norms[1]))
+        meta.append(answer)
+        deltas.append(delta)
+        target_grads.append(dict(zip(target_private, grads[len(phi) :], strict=True)))
+    weights = torch.softmax(torch.stack(similarities) / temperature, 0)
+    own = source_loss_weight / inner_lr
+    total = {
+        k: sum(w * (m[k] + own * d[k]) for w, m, d in zip(weights, meta, deltas, strict=True)) for k in shared
+    }
+    table = {k: sum(w * g[k] for w, g in zip(weights, target_grads, strict=True)) for k in target_private}
+    return total, table, source_grads, weights
