@@ -94,6 +94,8 @@ inline void pack(const float* const* row, const float* mean, int64_t dim, float*
 inline void update(Lead* lead, const float* x, const float* panel, const float* start, int64_t dim, int32_t vector) {
     vfloat score[kRows][kVectors];
     scores(x, panel, start, dim, score);
+    // opaque from here on: broadcast before the loop over dim, it would hold registers that the tile needs
+    asm volatile("" : "+r"(vector));
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
         vfloat best = lead[r].best, second = lead[r].second;
