@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,37 +80,61 @@ class TransitionKernel:
         weights = self.weights / (row_sums[rows] ** row * column_sums[self.columns] ** column)
         return TransitionKernel(self.offsets, self.columns, weights.astype(np.float32))
 
-    def evidence(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> Callable[[int, int], Tensor]:
+    def evidence(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> Evidence:
         """What the last events of each history speak for: sum over age < last of fade**age * row of that event.
 
-        The newest event has age 0. Returns a function of a stretch of the catalogue, (begin, end) -> float32
-        [B, end - begin], summed in float64; 0 where there is none, as for every item after an empty history.
+        The newest event has age 0. The answer is a function of a stretch of the catalogue, see `Evidence`.
         """
         if last < 1:
             raise ValueError(f"last must be at least 1, got {last}")
-        B, V = len(histories), self.num_items
         taken = np.minimum(histories.lengths, last)
-        case = np.repeat(np.arange(B), taken)
+        case = np.repeat(np.arange(len(histories)), taken)
         age = _csr.positions(np.zeros_like(taken), taken)
         events = histories.items[histories.offsets[1:][case] - 1 - age].astype(np.int64)
-        strength = float(fade) ** age
-
-        def evidence_tile(begin: int, end: int) -> Tensor:
-            first, stop = (np.searchsorted(self._keys, events * V + bound) for bound in (begin, end))
-            lengths, width = stop - first, end - begin
-            entries = _csr.positions(first, lengths)
-            cells = self.columns[entries] + np.repeat(case * width - begin, lengths)
-            weights = self.weights[entries] * np.repeat(strength, lengths)
-            total = np.bincount(cells, weights=weights, minlength=B * width)
-            return torch.from_numpy(total.reshape(B, width).astype(np.float32))
-
-        return evidence_tile
+        return Evidence(self, len(histories), case, events, float(fade) ** age)
 
     @cached_property
     def _rows_of_entries(self) -> np.ndarray:
         return np.repeat(np.arange(self.num_items), np.diff(self.offsets))
 
     @cached_property
-    def _keys(self) -> np.ndarray:
+    def keys(self) -> np.ndarray:
         """row * V + column of every entry, ascending: where a tile begins in a row is a binary search."""
         return self._rows_of_entries * self.num_items + self.columns
+
+
+class Evidence:
+    """``evidence(begin, end) -> float32 [B, end - begin]``: evidence of B histories for items begin to end.
+
+    0 where there is none, as for every item after an empty history. Sums are taken in float64, newest event first.
+    """
+
+    def __init__(
+        self, kernel: TransitionKernel, num_cases: int, case: np.ndarray, events: np.ndarray, strength: np.ndarray
+    ) -> None:
+        self._kernel, self._num_cases = kernel, num_cases
+        self._case, self._events, self._strength = case, events, strength
+        self._total = np.zeros(0)  # zero between calls
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        evidence = torch.zeros(self._num_cases, end - begin)
+        cells, weights = self.entries(begin, end)
+        evidence.view(-1)[cells] = weights
+        return evidence
+
+    def entries(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Where the evidence is not zero: cells of the flattened [B, end - begin], int64, and their float32 values.
+
+        A cell may come more than once, always with the same value.
+        """
+        kernel, V, width = self._kernel, self._kernel.num_items, end - begin
+        first, stop = (np.searchsorted(kernel.keys, self._events * V + bound) for bound in (begin, end))
+        lengths = stop - first
+        entries = _csr.positions(first, lengths)
+        cells = kernel.columns[entries] + np.repeat(self._case * width - begin, lengths)
+        if len(self._total) < self._num_cases * width:
+            self._total = np.zeros(self._num_cases * width)
+        np.add.at(self._total, cells, kernel.weights[entries] * np.repeat(self._strength, lengths))
+        values = self._total[cells].astype(np.float32)
+        self._total[cells] = 0
+        return torch.from_numpy(cells), torch.from_numpy(values)

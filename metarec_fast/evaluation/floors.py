@@ -53,9 +53,10 @@ class Transitions:
         evidence = self._kernel.evidence(histories, last=self._last, fade=self._fade)
 
         def score_tile(begin: int, end: int) -> Tensor:
-            x, p = evidence(begin, end), self._popularity[begin:end]
-            scores = x.double().mul_(1 + 2.0**-25 * p)
-            return torch.where(x > 0, scores, p - 1, out=scores)
+            scores = (self._popularity[begin:end] - 1).repeat(len(histories), 1)
+            cells, x = evidence.entries(begin, end)
+            scores.view(-1)[cells] = x.double() * (1 + 2.0**-25 * self._popularity[begin + cells % (end - begin)])
+            return scores
 
         return score_tile
 
@@ -66,7 +67,7 @@ def floors(train: Sequences) -> dict[str, Scorer]:
     return {
         "popularity": Popularity(train),
         "transitions, window 1, last item": Transitions(train, TransitionKernel.fit(train, window=1)),
-        "transitions, window 5, last item": Transitions(train, TransitionKernel.fit(train, window=5)),
+        "transitions, window 5, last item": Transitions(train, TransitionKernel.fit(train, window=5, decay=1)),
         "transitions, window 5 fading, last item": Transitions(train, counts),
         "transitions, window 5 fading, last 3 items": Transitions(train, counts, last=3, fade=0.5),
         "shares, window 5 fading, last 3 items": Transitions(train, counts.normalised(), last=3, fade=0.5),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metarec_fast.evaluation.scorer import ScoreTile
 
-TILE = 4096
+TILE = 2048
 
 
 class NonFiniteScoresError(ValueError):

@@ -1,0 +1,118 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from metarec_fast.data.domain import Sequences
+from metarec_fast.data.transitions import TransitionKernel
+
+
+def packed(rows, num_items, dtype=np.int32):
+    items = np.concatenate([np.zeros(0, dtype), *(np.asarray(row, dtype) for row in rows)])
+    return Sequences(np.cumsum([0, *map(len, rows)]), items, num_items)
+
+
+def random_rows(seed=0, count=60, num_items=23):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(num_items, size=rng.integers(0, 15)).tolist() for _ in range(count)]
+
+
+def counted(rows, window, decay):
+    """The definition, event by event."""
+    weight = Counter()
+    for row in rows:
+        for i, a in enumerate(row):
+            for lag, b in enumerate(row[i + 1 : i + 1 + window]):
+                weight[a, b] += decay**lag
+    return weight
+
+
+def dense(kernel):
+    matrix = np.zeros((kernel.num_items, kernel.num_items))
+    for a in range(kernel.num_items):
+        cut = slice(kernel.offsets[a], kernel.offsets[a + 1])
+        assert (np.diff(kernel.columns[cut]) > 0).all()
+        matrix[a, kernel.columns[cut]] = kernel.weights[cut]
+    return matrix
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 20])
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_fit_counts_pairs_within_the_window(window, decay):
+    rows = random_rows()
+    kernel = TransitionKernel.fit(packed(rows, 23), window=window, decay=decay)
+    expected = np.zeros((23, 23))
+    for pair, weight in counted(rows, window, decay).items():
+        expected[pair] = weight
+    np.testing.assert_allclose(dense(kernel), expected, rtol=1e-6)
+    assert len(kernel.columns) == (expected > 0).sum()
+    assert kernel.columns.dtype == np.int32
+    assert kernel.weights.dtype == np.float32
+    np.testing.assert_allclose(dense(kernel.transposed()), dense(kernel).T)
+
+
+def test_normalised():
+    kernel = TransitionKernel.fit(packed(random_rows(), 23))
+    matrix = dense(kernel)
+    rows, columns = matrix.sum(1, keepdims=True), matrix.sum(0)
+    np.testing.assert_allclose(dense(kernel.normalised()), matrix / np.maximum(rows, 1e-9), rtol=1e-5)
+    cosine = matrix / np.maximum(np.sqrt(rows * columns), 1e-9)
+    np.testing.assert_allclose(dense(kernel.normalised(row=0.5, column=0.5)), cosine, rtol=1e-5)
+
+
+def test_rows():
+    kernel = TransitionKernel.fit(packed(random_rows(), 23))
+    items = np.array([3, 3, 22, 0])
+    offsets, columns, weights = kernel.rows(items)
+    matrix = dense(kernel)
+    for i, item in enumerate(items):
+        row = np.zeros(23)
+        row[columns[offsets[i] : offsets[i + 1]]] = weights[offsets[i] : offsets[i + 1]]
+        np.testing.assert_array_equal(row, matrix[item])
+    assert [len(part) for part in kernel.rows(np.zeros(0, np.int64))] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("last", "fade"), [(1, 1.0), (3, 0.5), (100, 0.9)])
+def test_evidence(last, fade):
+    kernel = TransitionKernel.fit(packed(random_rows(), 23))
+    histories = [[], [4], *random_rows(seed=1, count=9), []]
+    evidence = kernel.evidence(packed(histories, 23), last=last, fade=fade)
+    matrix, expected = dense(kernel), np.zeros((len(histories), 23))
+    for case, history in enumerate(histories):
+        for age, item in enumerate(history[::-1][:last]):
+            expected[case] += fade**age * matrix[item]
+    for begin, end in ((0, 23), (5, 12), (22, 23), (0, 1)):  # the buffer inside is reused: order matters
+        tile = evidence(begin, end)
+        assert tile.dtype == torch.float32
+        np.testing.assert_allclose(tile.numpy(), expected[:, begin:end], rtol=1e-6)
+
+
+def test_nothing_to_count():
+    for rows in ([], [[]], [[1], [2]]):
+        kernel = TransitionKernel.fit(packed(rows, 5))
+        assert kernel.offsets.tolist() == [0] * 6
+        assert not kernel.evidence(packed([[1], []], 5))(0, 5).any()
+    assert kernel.evidence(packed([], 5))(0, 5).shape == (0, 5)
+
+
+def test_ids_beyond_float_precision():
+    big = 2**24 + 1
+    kernel = TransitionKernel.fit(packed([[big, big - 1, big]], big + 1, np.int64), window=1)
+    offsets, columns, weights = kernel.rows(np.array([big, big - 1]))
+    assert (offsets.tolist(), columns.tolist(), weights.tolist()) == ([0, 1, 2], [big - 1, big], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"decay": 0.0}, r"decay must be in \(0, 1\], got 0\.0"),
+        ({"decay": 1.5}, r"decay must be in \(0, 1\], got 1\.5"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        TransitionKernel.fit(packed([[1, 2]], 5), **options)
+    with pytest.raises(ValueError, match="last must be at least 1, got 0"):
+        TransitionKernel.fit(packed([[1, 2]], 5)).evidence(packed([[1]], 5), last=0)
