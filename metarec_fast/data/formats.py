@@ -33,10 +33,16 @@ NEWLINE, QUOTE, CARRIAGE_RETURN = b'\n"\r'
 LISTED = 100  # rejected rows that are kept with their reason
 SAMPLE = 100  # JSON rows that are looked at for column names and types
 
-COMMON_NAMES = {
-    "user": "user_id user userid uid reviewerid customer_id customerid visitor_id visitorid account_id session_id".split(),
-    "item": "item_id item itemid iid sku parent_asin asin product_id productid movie_id movieid article_id book_id".split(),
-    "time": "timestamp time ts unixreviewtime unix_time event_time datetime date created_at".split(),
+COMMON_NAMES = {  # lower case, by preference
+    "user": (
+        *("user_id", "user", "userid", "uid", "reviewerid", "customer_id", "customerid"),
+        *("visitor_id", "visitorid", "account_id", "session_id"),
+    ),
+    "item": (
+        *("item_id", "item", "itemid", "iid", "sku", "parent_asin", "asin", "product_id", "productid"),
+        *("movie_id", "movieid", "article_id", "book_id"),
+    ),
+    "time": ("timestamp", "time", "ts", "unixreviewtime", "unix_time", "event_time", "datetime", "date", "created_at"),
 }
 
 
@@ -119,7 +125,9 @@ def choose_columns(path: Path, columns: list[str], wanted: dict[str, str | None]
             if not matches:
                 raise ValueError(f"{path}: no column looks like the {role}; name it with {role}=...; {found}")
         if len(matches) > 1:
-            raise ValueError(f"{path}: {len(matches)} columns could be the {role}: {', '.join(map(repr, matches))}; {found}")
+            raise ValueError(
+                f"{path}: {len(matches)} columns could be the {role}: {', '.join(map(repr, matches))}; {found}"
+            )
         chosen[role] = matches[0]
     if len(set(chosen.values())) != len(chosen):
         raise ValueError(f"{path}: user, item and time must be different columns, got {chosen}")
@@ -179,7 +187,7 @@ def _delimited(
         separator=separator,
         quote_char='"' if quoted else None,
         columns=list(names.values()),
-        schema_overrides={name: pl.String for name in names.values()},
+        schema_overrides=dict.fromkeys(names.values(), pl.String),
     ).select(pl.col(name).alias(role) for role, name in names.items())
     if len(frame) != len(good):
         raise RuntimeError(f"{path}: {len(good)} rows were expected and {len(frame)} parsed")
@@ -258,7 +266,7 @@ class _Records:
         keep = np.zeros(len(self.ends), bool)
         keep[records] = True
         if keep[1:].all():
-            return self._data[self.starts[1] :]
+            return self._data[self._lengths[0] :]
         return self.buffer[np.repeat(keep, self._lengths)].tobytes()
 
 

@@ -47,7 +47,8 @@ def read(
     separator: one character, for the separated formats.
     on_error: "raise" stops at rows that cannot be used, naming them as file:line: reason; "skip" leaves them out,
         counted and listed in the domain's `report`. Such rows lack a user or an item, have a wrong number of fields, a
-        misplaced quote, a NUL in an id, bytes that are not UTF-8, or a time that is missing or no finite number or date.
+        misplaced quote, a NUL in an id, bytes that are not UTF-8, or a time that is missing or neither a finite number
+        nor a date.
     duplicates: "keep"; "drop" keeps the first row of each (user, item, time); "drop_pairs" keeps the earliest row of
         each (user, item). Without times the last two are the same.
 
@@ -83,10 +84,10 @@ def read(
     user_of, item_of = user_of[order], item_of[order]
     times = None if times is None else times[order]
     repeated = _repeated(user_of, item_of, times)
-    drop = repeated if duplicates == "drop" else _repeated(user_of, item_of, None)
-    if duplicates != "keep" and drop.any():
-        user_of, item_of = user_of[~drop], item_of[~drop]
-        times = None if times is None else times[~drop]
+    if duplicates != "keep":
+        keep = ~(repeated if duplicates == "drop" else _repeated(user_of, item_of, None))
+        user_of, item_of = user_of[keep], item_of[keep]
+        times = None if times is None else times[keep]
     offsets = np.zeros(len(user_ids) + 1, np.int64)
     np.cumsum(np.bincount(user_of, minlength=len(user_ids)), out=offsets[1:])
 
@@ -195,8 +196,7 @@ def _iso(text: pl.Series) -> pl.Series:
     text = text.str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
     zoned = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False, time_unit="us")
     plain = [
-        text.str.to_datetime(form, strict=False, time_unit="us")
-        for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")
+        text.str.to_datetime(form, strict=False, time_unit="us") for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")
     ]
     day = text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))
     return pl.select(pl.coalesce(zoned.dt.convert_time_zone("UTC").dt.replace_time_zone(None), *plain, day)).to_series()
@@ -222,10 +222,15 @@ def _number(ids: pl.Series, typed: bool) -> tuple[np.ndarray, Vocabulary]:
 
 def _repeated(user_of: np.ndarray, item_of: np.ndarray, times: np.ndarray | None) -> np.ndarray:
     """bool [events]: an earlier event has the same user and item, and the same time where times are given."""
-    import polars as pl
-
-    keys = {"user": user_of, "item": item_of} | ({} if times is None else {"time": times})
-    return ~pl.DataFrame(keys).select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()
+    keys = (item_of, user_of) if times is None else (times, item_of, user_of)
+    order = np.lexsort(keys)  # stable: the earliest of equals comes first
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for key in keys:
+        ordered = key[order]
+        same &= ordered[1:] == ordered[:-1]
+    repeated = np.zeros(len(order), bool)
+    repeated[order[1:][same]] = True
+    return repeated
 
 
 def _tied_share(user_of: np.ndarray, times: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -154,7 +155,7 @@ class Vocabulary:
             raise ValueError(f"offsets must rise from 0 to the {len(utf8)} bytes of utf8")
         blob, bounds = utf8.tobytes(), offsets.tolist()
         try:
-            return cls([blob[a:b].decode() for a, b in zip(bounds, bounds[1:], strict=False)])
+            return cls([blob[a:b].decode() for a, b in itertools.pairwise(bounds)])
         except UnicodeDecodeError as error:
             raise ValueError(f"utf8 holds bytes that are not UTF-8: {error}") from None
 
