@@ -1,22 +1,30 @@
 """From files to domains, and from domains to training sequences and questions."""
 
 from metarec_fast.data.domain import Cases, Domain, ReadReport, Sequences, Split
+from metarec_fast.data.folder import load_domain, save_domain
 from metarec_fast.data.read import read
+from metarec_fast.data.sampler import PackedBatch, Sampler
 from metarec_fast.data.split import leave_one_out, limit_users, time_cut
 from metarec_fast.data.synthetic import SyntheticDomains, synthetic
+from metarec_fast.data.transitions import TransitionKernel
 from metarec_fast.data.vocabulary import Vocabulary
 
 __all__ = [
     "Cases",
     "Domain",
+    "PackedBatch",
     "ReadReport",
+    "Sampler",
     "Sequences",
     "Split",
     "SyntheticDomains",
+    "TransitionKernel",
     "Vocabulary",
     "leave_one_out",
     "limit_users",
+    "load_domain",
     "read",
+    "save_domain",
     "synthetic",
     "time_cut",
 ]

@@ -15,7 +15,7 @@ from metarec_fast.data.sampler import PackedBatch
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.models.spectral import spectral_table
-from metarec_fast.ops import linear_cross_entropy, nearest_codeword, sampled_cross_entropy
+from metarec_fast.ops import linear_cross_entropy, nearest_codeword
 
 Parameters = dict[str, Tensor]
 
@@ -115,7 +115,7 @@ class Recommender(nn.Module):
         h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets)
         table, bias = private["weight"], private["bias"]
         if batch.negatives is None:
-            task = linear_cross_entropy(h_TD, table, batch.targets, bias, double_backward=double_backward)
+            task = linear_cross_entropy(h_TD, table, batch.targets, bias, **({"double_backward": True} if double_backward else {}))
         else:
             task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias)
         return task.mean() + self.config.vq_loss_weight * vq_loss
