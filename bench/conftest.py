@@ -58,8 +58,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Rat
     """``compare(fast, baseline, subject=, shape=, against=, check=)`` -> `Ratio`.
 
     fast, baseline: callables without arguments that do the same work. check: called with both results before anything
-    is timed, raises if they disagree. subject, shape, dtype, against (the baseline's name), provider: words for the row;
-    packages: distributions whose versions belong to it. device: "cpu" or "cuda".
+    is timed, raises if they disagree. subject, shape, dtype, against (the baseline's name), provider: words for the
+    row; packages: distributions whose versions belong to it. device: "cpu" or "cuda".
 
     The fast one's own time goes to pytest-benchmark, with the ratio in ``extra_info``. The row is written with
     ``--benchmark-only`` (``make bench``); under ``--benchmark-disable`` the results are checked and nothing is timed.

@@ -41,6 +41,8 @@ class Transitions:
     """
 
     def __init__(self, train: Sequences, kernel: TransitionKernel, *, last: int = 1, fade: float = 1.0) -> None:
+        if kernel.num_items != train.num_items:
+            raise ValueError(f"kernel must have the {train.num_items} items of train, got {kernel.num_items}")
         levels, place = np.unique(_counts(train), return_inverse=True)
         self._popularity = torch.from_numpy(place / len(levels))
         self._kernel, self._last, self._fade = kernel, last, fade

@@ -55,6 +55,12 @@ def test_popularity_never_changes_an_order_of_evidence():
         assert scores[0] < scores[1] < scores[2]
 
 
+def test_kernel_of_another_catalogue():
+    kernel = TransitionKernel.fit(sequences([[1, 2]], 3))
+    with pytest.raises(ValueError, match="kernel must have the 4 items of train, got 3"):
+        Transitions(sequences([[1, 2]], 4), kernel)
+
+
 def test_floors_see_training_events_only():
     rows = random_rows(np.random.default_rng(0), 30, 15)
     split = leave_one_out(rows, 15)

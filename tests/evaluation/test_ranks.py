@@ -137,6 +137,20 @@ def test_bad_arguments(change, error, message):
         target_ranks(arguments.pop("score_tile"), **arguments)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_tiles_on_a_gpu(on_gpu):
+    scores, targets, seen = problem(40, 200, tied=True)
+    expected = reference.target_ranks(scores, targets, seen)
+    on_device = scores.cuda()
+    if on_gpu:
+        targets, seen = targets.cuda(), (seen[0].cuda(), seen[1].cuda())
+    ours = target_ranks(lambda b, e: on_device[:, b:e], num_items=200, targets=targets, seen=seen, tile=64)
+    for count, right in zip(ours, expected, strict=True):
+        assert count.is_cuda
+        assert torch.equal(count.cpu(), right)
+
+
 def test_no_cases():
     greater, equal = target_ranks(
         lambda b, e: torch.zeros(0, e - b), num_items=5, targets=torch.zeros(0, dtype=torch.int64)
