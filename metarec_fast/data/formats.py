@@ -312,7 +312,7 @@ def _json_lines_fast(data: bytes, chosen: dict[str, str], sample: list[dict]) ->
         return None
     try:
         frame = pl.read_ndjson(io.BytesIO(data), schema=schema)
-    except (pl.exceptions.PolarsError, UnicodeDecodeError):
+    except (pl.exceptions.PolarsError, RuntimeError):  # RuntimeError: early 1.x, for numbers out of range
         return None
     frame = frame.select(pl.col(column).alias(role) for role, column in chosen.items())
     if len(frame) != len(numbers) or sum(frame.null_count().row(0)):

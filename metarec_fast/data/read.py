@@ -140,13 +140,14 @@ def _usable(table: Table) -> tuple[pl.Series, pl.Series, np.ndarray | None]:
         if column.dtype == pl.String:
             missing |= (column.str.strip_chars() == "").fill_null(True)
         reject(missing.to_numpy(), "missing time")
-        times, fine = _seconds(column)
-        reject(~fine, lambda i: f"time {_short(column[i])} is neither a finite number nor an ISO date")
-        times = times[good]
-        if times.dtype == np.float64 and column.dtype == pl.String:
-            whole = column.filter(good).str.strip_chars().cast(pl.Int64, strict=False)
-            times = whole.to_numpy() if not whole.null_count() else times
-    keep = pl.Series(good)
+        # Rows already rejected have no say in what the times are.
+        left = np.flatnonzero(good)
+        times, fine = _seconds(column.filter(pl.Series(good, dtype=pl.Boolean)))
+        wrong = np.zeros(len(good), bool)
+        wrong[left[~fine]] = True
+        reject(wrong, lambda i: f"time {_short(column[i])} is neither a finite number nor an ISO date")
+        times = times[fine]
+    keep = pl.Series(good, dtype=pl.Boolean)
     return frame["user"].filter(keep), frame["item"].filter(keep), times
 
 

@@ -9,10 +9,10 @@ where a class before the first event counts as phase 0 and c[0] is one of two en
 the class of an event is drawn uniformly instead. Each item of a domain belongs to one class, and is drawn within it
 with a Zipf-like popularity that is the domain's own.
 
-Why transfer helps. Which class an item is in shows in few events: items of one class have the same three successors
-and predecessors. The rule among the three needs contexts of three events, far more data than the small target has,
-and says nothing about any domain's items: what an encoder learns of it on the sources holds on the target as soon as
-the target's items are placed.
+Why transfer helps. The rule is about classes alone, so what an encoder has learned of it on the sources holds on the
+target as soon as the target's items are placed. To place them is easy: items of one class have the same few successors
+and predecessors, which shows in few events. A ranker that is told the classes can count the rule on the target too; a
+model that has to find places and rule together from the target alone falls well short of it.
 
 The control is drawn as a source is, and then its events are put in random order over all users: popularity and
 lengths are a source's, and beyond popularity there is nothing to learn.

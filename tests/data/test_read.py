@@ -75,8 +75,10 @@ def as_json(rows):
 
 def as_parquet(rows):
     out = io.BytesIO()
-    users, items, times = zip(*rows, strict=True)
-    pl.DataFrame({"user_id": users, "item_id": items, "timestamp": times}).write_parquet(out)
+    users, items, times = map(list, zip(*rows, strict=True))
+    kind = pl.UInt64 if isinstance(users[0], int) and max(users) >= 2**63 else None
+    columns = {"user_id": pl.Series(users, dtype=kind), "item_id": items, "timestamp": times}
+    pl.DataFrame(columns).write_parquet(out)
     return out.getvalue()
 
 
@@ -341,6 +343,13 @@ def test_times_of_parquet(file, series, values):
     domain = read(file("d.parquet", out.getvalue()))
     assert domain.sequences.times.tolist() == values
     assert domain.sequences.times.dtype == np.array(values).dtype
+
+
+def test_rejected_rows_have_no_say_in_the_kind_of_times(file):
+    rows = [("a", "x", 2**53 + 1), ("a", "y", 2**53), ("", "x", "0.5"), ("b", "x", "inf"), ("b", "x", "2020-01-01")]
+    domain = read(file("d.inter", as_inter(rows)), on_error="skip")
+    assert domain.sequences.times.dtype == np.int64
+    assert events(domain) == {"a": [("y", 2**53), ("x", 2**53 + 1)]}
 
 
 def test_times_of_no_kind(file):
