@@ -31,7 +31,7 @@ inline V load_as(const T* p) {
 // 64-bit products of the even 32-bit lanes.
 inline vulong multiply_even(vuint a, vuint b) {
 #if defined(METAREC_ISA_avx512)
-    return (vulong)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+    return (vulong)_mm512_maskz_mul_epu32(__mmask8(0xFF), (__m512i)a, (__m512i)b);  // the plain form warns in gcc 12
 #elif defined(METAREC_ISA_avx2)
     return (vulong)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
@@ -118,56 +118,42 @@ inline uint32_t bounded_again(const Randomness& random, uint32_t n, int64_t slot
     }
 }
 
-// ranks[i] -> the item with that rank among the unseen: rank + number of seen items below it, which are those with
-// seen[j] - j <= rank. ranks hold whole vectors.
-inline void select_unseen(const int32_t* seen, int count, int32_t* ranks, int slots) {
+// below[i] = how many seen items lie at or under values[i]; if kAsRanks, how many have seen[j] - j <= values[i].
+// values and below hold whole vectors.
+template <bool kAsRanks>
+inline void count_below(const int32_t* __restrict seen, int count, const int32_t* __restrict values, int slots,
+                        int32_t* __restrict below) {
     if (count <= kLinear) {
         for (int i = 0; i < slots; i += kLanes) {
-            const vint rank = load_as<vint>(ranks + i);
-            vint below = {};
-            for (int j = 0; j < count; ++j) below -= (vint{} + (seen[j] - j)) <= rank;
-            const vint item = rank + below;
-            std::memcpy(ranks + i, &item, sizeof item);
+            const vint value = load_as<vint>(values + i);
+            vint sum = {};
+            for (int j = 0; j < count; ++j) sum -= (vint{} + (kAsRanks ? seen[j] - j : seen[j])) <= value;
+            std::memcpy(below + i, &sum, sizeof sum);
         }
         return;
     }
-    for (int i = 0; i < slots; ++i) {
-        int base = 0;
-        for (int length = count; length > 1;) {
-            const int half = length / 2, probe = base + half - 1;
-            base += seen[probe] - probe <= ranks[i] ? half : 0;
-            length -= half;
+    // one binary search for each slot, all a step at a time: independent loads, no branches
+    for (int i = 0; i < slots; ++i) below[i] = 0;
+    for (int length = count, half; length > 0; length -= half) {
+        half = (length + 1) / 2;
+        for (int i = 0; i < slots; ++i) {
+            const int probe = below[i] + half - 1;
+            below[i] += (kAsRanks ? seen[probe] - probe : seen[probe]) <= values[i] ? half : 0;
         }
-        ranks[i] += base + (seen[base] - base <= ranks[i]);
     }
 }
 
-inline bool contains(const int32_t* seen, int64_t count, int32_t item) {
-    int64_t base = 0;
-    for (int64_t length = count; length > 1;) {
-        const int64_t half = length / 2;
-        base += seen[base + half - 1] < item ? half : 0;
-        length -= half;
+inline bool contains(const int32_t* seen, int count, int32_t item) {
+    int below = 0;
+    for (int length = count, half; length > 0; length -= half) {
+        half = (length + 1) / 2;
+        below += seen[below + half - 1] <= item ? half : 0;
     }
-    return count > 0 && seen[base] == item;
-}
-
-// hits[i] = all bits if items[i] was seen
-inline void mark_seen(const int32_t* seen, int64_t count, const int32_t* items, int slots, int32_t* hits) {
-    if (count <= kLinear) {
-        for (int i = 0; i < slots; i += kLanes) {
-            const vint item = load_as<vint>(items + i);
-            vint hit = {};
-            for (int64_t j = 0; j < count; ++j) hit |= (vint{} + seen[j]) == item;
-            std::memcpy(hits + i, &hit, sizeof hit);
-        }
-        return;
-    }
-    for (int i = 0; i < slots; ++i) hits[i] = -int32_t(contains(seen, count, items[i]));
+    return below > 0 && seen[below - 1] == item;
 }
 
 void uniform_narrow(const NegativeRows& in, int64_t first, int64_t last) {
-    alignas(64) int32_t ranks[kPadded] = {};
+    alignas(64) int32_t ranks[kPadded] = {}, below[kPadded];
     draw_rows<4>(in, first, last, [&](int64_t row, int64_t slot, int slots, const uint32_t* words) {
         const int64_t user = in.users[row];
         const int32_t* seen = static_cast<const int32_t*>(in.seen) + in.seen_offsets[user];
@@ -187,11 +173,12 @@ void uniform_narrow(const NegativeRows& in, int64_t first, int64_t last) {
                 }
             }
         }
-        select_unseen(seen, int(count), ranks, slots);
+        // the unseen item of a rank: as many places further as seen items lie below it
+        count_below<true>(seen, int(count), ranks, slots, below);
         const float logq = float(-std::log(double(n)));
         int64_t* negatives = in.negatives + in.segments[row] * in.count + slot;
         float* logs = in.logq + in.segments[row] * in.count + slot;
-        for (int i = 0; i < slots; ++i) negatives[i] = ranks[i];
+        for (int i = 0; i < slots; ++i) negatives[i] = ranks[i] + below[i];
         for (int i = 0; i < slots; ++i) logs[i] = logq;
     });
 }
@@ -244,9 +231,11 @@ struct Drawn {
     float log_p;
 };
 
+// Without a branch: which half of a cell is drawn cannot be predicted.
 inline Drawn from_cell(const AliasCell* cells, uint32_t column, uint32_t word) {
-    const AliasCell cell = cells[column];
-    return word < cell.threshold ? Drawn{int32_t(column), cell.log_p} : Drawn{int32_t(cell.alias), cell.log_p_alias};
+    const AliasCell& cell = cells[column];
+    const uint32_t other = word >= cell.threshold;
+    return {int32_t(column ^ ((column ^ cell.alias) & (0 - other))), cell.log_p[other]};
 }
 
 // Draws on where the first attempt was refused or seen.
@@ -258,15 +247,15 @@ Drawn popular_again(const NegativeRows& in, const Popularity& popularity, const 
         const uint64_t product = uint64_t(block.word[2 * (slot % 2)]) * n;
         if (uint32_t(product) < threshold) continue;
         const Drawn drawn = from_cell(popularity.cells, uint32_t(product >> 32), block.word[2 * (slot % 2) + 1]);
-        if (!contains(seen, count, drawn.item)) return drawn;
+        if (!contains(seen, int(count), drawn.item)) return drawn;
     }
     const int64_t item = inverse_unseen(in, popularity, seen, count, unseen_weight, slot, row);
-    return {int32_t(item), popularity.cells[item].log_p};
+    return {int32_t(item), popularity.cells[item].log_p[0]};
 }
 
 void popular_rows(const NegativeRows& in, const Popularity& popularity, int64_t first, int64_t last) {
     constexpr int kHalf = kSlots / 2;  // two words a draw
-    alignas(64) int32_t items[kHalf + 2 * kLanes] = {}, hits[kHalf + 2 * kLanes] = {};
+    alignas(64) int32_t items[kHalf + 2 * kLanes] = {}, below[kHalf + 2 * kLanes];
     alignas(64) uint32_t columns[kHalf];
     float log_p[kHalf];
     const uint32_t n = uint32_t(in.num_items), threshold = (0 - n) % n;
@@ -284,13 +273,14 @@ void popular_rows(const NegativeRows& in, const Popularity& popularity, int64_t 
             items[i] = drawn.item;
             log_p[i] = drawn.log_p;
         }
-        mark_seen(seen, count, items, slots, hits);
+        count_below<false>(seen, int(count), items, slots, below);
         const double shift = std::log(double(unseen_weight) / total);
         int64_t* negatives = in.negatives + in.segments[row] * in.count + slot;
         float* logq = in.logq + in.segments[row] * in.count + slot;
         for (int i = 0; i < slots; ++i) {
             Drawn drawn{items[i], log_p[i]};
-            if (hits[i] || words[2 * i] * n < threshold) {
+            const bool is_seen = below[i] > 0 && seen[below[i] - 1] == items[i];
+            if (is_seen || words[2 * i] * n < threshold) {
                 drawn = popular_again(in, popularity, seen, count, unseen_weight, threshold, slot + i,
                                       uint32_t(in.first_row + row));
             }

@@ -22,7 +22,7 @@ void row_weights(const int64_t* offsets, const int64_t* counts, const int32_t* s
 // One column of an alias table: the item itself if a random word is below threshold, else its alias.
 struct AliasCell {
     uint32_t threshold, alias;
-    float log_p, log_p_alias;
+    float log_p[2];  // of the item, of its alias
 };
 
 constexpr uint64_t kCapacity = uint64_t(1) << 32;  // weight of one cell

@@ -6,6 +6,7 @@ namespace metarec {
 namespace {
 
 constexpr int kRounds = 8;
+constexpr int kMinBits = 8;  // halves of one or two bits do not mix
 
 inline uint32_t mix(uint32_t x, uint32_t key) {
     x = (x + key) * 0x9E3779B1u;
@@ -23,7 +24,7 @@ void copy_row(const T* __restrict events, int64_t length, int64_t* __restrict in
 }  // namespace
 
 void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t count, int64_t* out) {
-    int bits = 2;
+    int bits = kMinBits;
     while (uint64_t(size - 1) >> bits) ++bits;
     const int low_bits = bits / 2;
     const uint32_t low_mask = uint32_t((uint64_t(1) << low_bits) - 1);

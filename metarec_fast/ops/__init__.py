@@ -1,21 +1,35 @@
 """The operators: one file each, with schema, checks, dispatch to CPU, Triton or reference, and gradient."""
 
 from metarec_fast.ops._register import backend_info
+from metarec_fast.ops.epoch_order import epoch_order
 from metarec_fast.ops.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.ops.linear_scan import linear_scan
 from metarec_fast.ops.nearest_codeword import NearestCodeword, nearest_codeword
+from metarec_fast.ops.pack_windows import pack_windows
+from metarec_fast.ops.sample_negatives import (
+    PopularityTable,
+    popularity_table,
+    sample_negatives,
+    sample_shared_negatives,
+)
 from metarec_fast.ops.vq_commit import VQCommit, vq_commit
 from metarec_fast.ops.vq_ema_update import vq_ema_update_
 from metarec_fast.ops.vq_statistics import VQStatistics, vq_statistics
 
 __all__ = [
     "NearestCodeword",
+    "PopularityTable",
     "VQCommit",
     "VQStatistics",
     "backend_info",
+    "epoch_order",
     "linear_cross_entropy",
     "linear_scan",
     "nearest_codeword",
+    "pack_windows",
+    "popularity_table",
+    "sample_negatives",
+    "sample_shared_negatives",
     "vq_commit",
     "vq_ema_update_",
     "vq_statistics",

@@ -19,7 +19,7 @@ def integer_weights(counts: np.ndarray, *, alpha: float) -> np.ndarray:
     Integers, so that the alias table, the cumulative weights and the stated probabilities agree exactly.
     """
     seen = counts > 0
-    powers = np.where(seen, counts.astype(np.float64) ** alpha, 0.0)
+    powers = np.power(counts, alpha, out=np.zeros(len(counts)), where=seen, dtype=np.float64)
     total = len(counts) * CAPACITY
     weights = (powers / powers.sum() * total).astype(np.int64)
     weights[seen] = np.maximum(weights[seen], 1)

@@ -7,15 +7,17 @@ import numpy as np
 from metarec_fast.reference.philox import PERMUTATION, Randomness, derive_key
 
 ROUNDS = 8
+MIN_BITS = 8  # halves of one or two bits do not mix: small orders walk through 256 numbers instead
 
 
 def epoch_order(size: int, first: int, count: int, *, seed: int, stream: int, epoch: int) -> np.ndarray:
     """Entries [first, first + count) of the permutation of [0, size) that belongs to (seed, stream, epoch): int64.
 
     A Feistel network permutes the 2**bits numbers that just hold ``size``; a result outside [0, size) is sent through
-    again until it falls inside, which keeps the map one to one (cycle walking) and takes two passes at most on average.
+    again until it falls inside, which keeps the map one to one (cycle walking) and takes two passes at most on average
+    above 2**(MIN_BITS - 1).
     """
-    bits = max(2, (size - 1).bit_length())
+    bits = max(MIN_BITS, (size - 1).bit_length())
     low_bits = bits // 2
     high_mask, low_mask = np.uint64(2 ** (bits - low_bits) - 1), np.uint64(2**low_bits - 1)
     randomness = Randomness(derive_key(seed, stream), epoch, PERMUTATION)

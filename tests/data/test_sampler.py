@@ -1,0 +1,256 @@
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metarec_fast import _C
+from metarec_fast.data.domain import Sequences
+from metarec_fast.data.sampler import PackedBatch, Sampler
+
+
+def make(lengths, num_items=500, dtype=np.int32, seed=0):
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    return Sequences(offsets, np.random.default_rng(seed).integers(0, num_items, offsets[-1]).astype(dtype), num_items)
+
+
+def geometric(users=300, num_items=500, dtype=np.int32):
+    return make(np.random.default_rng(1).geometric(1 / 9, users) - 1, num_items, dtype)
+
+
+def same(a: PackedBatch, b: PackedBatch) -> bool:
+    pairs = [(getattr(a, n), getattr(b, n)) for n in ("items", "targets", "offsets", "users", "negatives", "logq")]
+    return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("window", ["last", "sliding", "crop"])
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 10_000])
+def test_an_epoch_shows_every_window_once(window, batch_size):
+    data = geometric(60)
+    sampler = Sampler(data, batch_size=batch_size, max_length=6, window=window, seed=3)
+    for epoch in (0, 2):
+        first = epoch * sampler.steps_per_epoch
+        batches = [sampler.batch(first + i) for i in range(sampler.steps_per_epoch)]
+        assert [len(b) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        assert sum(len(b) for b in batches) == sampler.num_windows
+        users = torch.cat([b.users for b in batches])
+        if window == "sliding":
+            assert users.unique().tolist() == np.flatnonzero(data.lengths >= 2).tolist()
+            # disjoint windows: the targets of an epoch are all events but each user's first, once each
+            expected = [i for u in range(len(data)) for i in data[u][1:].tolist()]
+            assert sorted(torch.cat([b.targets for b in batches]).tolist()) == sorted(expected)
+        else:
+            assert users.sort().values.tolist() == np.flatnonzero(data.lengths >= 2).tolist()
+
+
+@pytest.mark.parametrize("window", ["last", "sliding", "crop"])
+def test_windows_are_stretches_of_their_users(window):
+    data = geometric(dtype=np.int64)
+    sampler = Sampler(data, batch_size=50, max_length=5, window=window, stride=2 if window == "sliding" else None)
+    for step in range(sampler.steps_per_epoch):
+        batch = sampler.batch(step)
+        assert {x.dtype for x in (batch.items, batch.targets, batch.offsets, batch.users)} == {torch.int64}
+        for b, user in enumerate(batch.users.tolist()):
+            row = slice(batch.offsets[b], batch.offsets[b + 1])
+            inputs, targets = batch.items[row].tolist(), batch.targets[row].tolist()
+            events = data[user].tolist()
+            stretches = [events[i : i + len(inputs) + 1] for i in range(len(events) - len(inputs))]
+            assert [*inputs, targets[-1]] in stretches
+            assert inputs[1:] == targets[:-1]
+            if window != "sliding":
+                assert len(inputs) == min(5, len(events) - 1)
+            if window == "last":
+                assert targets[-1] == events[-1]
+
+
+def test_epochs_differ_and_so_do_seeds_and_streams():
+    data = geometric()
+    orders = {
+        tuple(Sampler(data, batch_size=300, seed=seed, stream=stream).batch(step).users.tolist())
+        for seed, stream, step in ((0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0))
+    }
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"negatives": 2}, {"negatives": 1, "distribution": "popularity"}, {"shared_negatives": 9}, {"window": "crop"}],
+    ids=str,
+)
+def test_a_batch_does_not_depend_on_earlier_ones(options):
+    data = geometric()
+    used, fresh = (Sampler(data, batch_size=32, max_length=4, seed=6, **options) for _ in range(2))
+    steps = [5, 0, 3, 5, 100, 12345678901]
+    batches = [used.batch(step) for step in steps]
+    assert all(same(batch, fresh.batch(step)) for step, batch in reversed(list(zip(steps, batches, strict=True))))
+    assert not same(batches[0], batches[1])
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+def test_negatives_of_every_position_are_unseen_and_logq_is_theirs(distribution):
+    data = geometric(num_items=60)
+    sampler = Sampler(data, batch_size=100, max_length=5, negatives=3, distribution=distribution, alpha=0.5)
+    p = np.sqrt(np.bincount(data.items, minlength=60)) if distribution == "popularity" else np.ones(60)
+    for step in range(sampler.steps_per_epoch):
+        batch = sampler.batch(step)
+        assert batch.negatives.shape == batch.logq.shape == (len(batch.items), 3)
+        for b, user in enumerate(batch.users.tolist()):
+            row = slice(batch.offsets[b], batch.offsets[b + 1])
+            drawn, logq = batch.negatives[row].numpy(), batch.logq[row].double().numpy()
+            assert not np.isin(drawn, data[user]).any()
+            unseen = p.copy()
+            unseen[data[user]] = 0
+            np.testing.assert_allclose(np.exp(logq), unseen[drawn] / unseen.sum(), rtol=3e-6)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+def test_shared_negatives(distribution):
+    data = geometric()
+    sampler = Sampler(data, batch_size=10, shared_negatives=256, distribution=distribution, alpha=1.0)
+    batch, other = sampler.batch(3), sampler.batch(4)
+    assert batch.negatives.shape == batch.logq.shape == (256,)
+    assert not torch.equal(batch.negatives, other.negatives)
+    p = (
+        np.bincount(data.items, minlength=500) / len(data.items)
+        if distribution == "popularity"
+        else np.full(500, 0.002)
+    )
+    np.testing.assert_allclose(np.exp(batch.logq.double().numpy()), p[batch.negatives], rtol=3e-6)
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=20), seed=st.integers(0, 2**64 - 1))
+@settings(deadline=None, derandomize=True, max_examples=25)
+def test_small_random_domains(lengths, seed):
+    data = make(lengths, num_items=12)
+    if max(lengths) < 2:
+        with pytest.raises(ValueError, match="sequences hold no window"):
+            Sampler(data, batch_size=3)
+        return
+    sampler = Sampler(data, batch_size=3, max_length=4, window="sliding", stride=1, negatives=1, seed=seed)
+    batches = [sampler.batch(i) for i in range(sampler.steps_per_epoch)]
+    shown = sorted(
+        (u, tuple(b.items[b.offsets[i] : b.offsets[i + 1]].tolist()))
+        for b in batches
+        for i, u in enumerate(b.users.tolist())
+    )
+    expected = sorted(
+        (u, tuple(data[u][max(end - 4, 0) : end].tolist()))
+        for u in range(len(data))
+        for end in range(min(4, len(data[u]) - 1), len(data[u]))
+        if end > 0
+    )
+    assert shown == expected
+
+
+def test_memory_mapped_sequences_are_read_in_place(tmp_path):
+    data = geometric()
+    np.save(tmp_path / "offsets.npy", data.offsets)
+    np.save(tmp_path / "items.npy", data.items)
+    mapped = Sequences(
+        np.load(tmp_path / "offsets.npy", mmap_mode="r"), np.load(tmp_path / "items.npy", mmap_mode="r"), 500
+    )
+    options = {"batch_size": 20, "negatives": 1, "distribution": "popularity", "window": "crop", "max_length": 3}
+    assert same(Sampler(mapped, **options).batch(4), Sampler(data, **options).batch(4))
+
+
+def test_item_width_does_not_show():
+    batches = [Sampler(geometric(dtype=dtype), batch_size=50, negatives=2).batch(1) for dtype in (np.int32, np.int64)]
+    assert same(*batches)
+
+
+def test_ids_beyond_two_to_the_31():
+    V = 2**31 + 1000
+    offsets = np.array([0, 3, 5])
+    data = Sequences(offsets, np.array([V - 1, 2**24 + 1, 2**31 + 1, 5, V - 2]), V)
+    batch = Sampler(data, batch_size=2, negatives=500).batch(0)
+    rows = dict(zip(batch.users.tolist(), zip(batch.offsets[:-1], batch.offsets[1:], strict=True), strict=True))
+    assert batch.items[slice(*rows[0])].tolist() == [V - 1, 2**24 + 1]
+    assert batch.targets[slice(*rows[1])].tolist() == [V - 2]
+    assert batch.negatives.min() >= 0
+    assert 2**30 < batch.negatives.max() < V
+
+
+def test_batch_moves_and_prints():
+    sampler = Sampler(geometric(), batch_size=4)
+    batch = sampler.batch(0)
+    moved = batch.to("meta")
+    assert moved.items.device.type == "meta"
+    assert moved.negatives is None
+    assert len(moved) == 4
+    assert f"{sampler.num_windows} windows, batch_size=4" in repr(sampler)
+
+
+def digest() -> str:
+    """Of batches large enough to run on several threads."""
+    data = make(np.random.default_rng(2).geometric(1 / 40, 3000), num_items=2000)
+    total = hashlib.sha256()
+    for options in (
+        {"negatives": 3},
+        {"negatives": 2, "distribution": "popularity", "window": "crop"},
+        {"shared_negatives": 20_000, "window": "sliding", "stride": 9},
+    ):
+        sampler = Sampler(data, batch_size=4500, max_length=60, seed=11, stream=3, **options)
+        for step in (0, 7):
+            batch = sampler.batch(step)
+            for x in (batch.items, batch.targets, batch.offsets, batch.users, batch.negatives, batch.logq):
+                total.update(x.numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_same_bytes_for_every_instruction_set_and_number_of_threads():
+    run = (
+        "import importlib.util, sys, torch\n"
+        "spec = importlib.util.spec_from_file_location('t', sys.argv[1])\n"
+        "t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t)\n"
+        "for n in (1, 2):\n"
+        "    torch.set_num_threads(n); print(t._C.active_isa(), n, t.digest())\n"
+    )
+    lines = []
+    for isa in _C.supported_isas():
+        environment = {**os.environ, "METAREC_FAST_ISA": isa, "OMP_NUM_THREADS": "2"}
+        done = subprocess.run(
+            [sys.executable, "-c", run, __file__], env=environment, capture_output=True, text=True, check=True
+        )
+        lines += [line.split() for line in done.stdout.splitlines()]
+    assert [(isa, int(n)) for isa, n, _ in lines] == [(isa, n) for isa in _C.supported_isas() for n in (1, 2)]
+    assert {digest for *_, digest in lines} == {digest()}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({}, {"negatives": -1}, "negatives must be at least 0, got -1"),
+        ({}, {"negatives": 1, "shared_negatives": 2}, "exclude each other"),
+        ({}, {"distribution": "zipf"}, "distribution must be one of"),
+        ({}, {"window": "all"}, "window must be one of"),
+        ({}, {"stride": 3}, "stride belongs to window='sliding'"),
+        ({}, {"max_length": 0}, "max_length must be in"),
+        ({"items": np.array([0, 1, 2, 5, 1], np.int32)}, {}, r"items must be in \[0, 5\), got 0 to 5"),
+        ({"items": np.array([0, -1, 2, 3, 1], np.int32)}, {}, r"items must be in \[0, 5\), got -1 to 3"),
+        ({"offsets": np.array([0, 4, 3, 5])}, {}, "offsets must rise"),
+        ({"offsets": np.array([0, 2, 3, 6])}, {}, "offsets must rise"),
+        ({"offsets": np.array([1, 2, 3, 5])}, {}, "offsets must rise"),
+        ({"offsets": np.array([0, 1, 1, 1]), "items": np.array([1])}, {}, "sequences hold no window"),
+        ({"num_items": 4}, {"negatives": 1}, "1 users have seen every item that could be drawn, the first is user 1"),
+    ],
+)
+def test_bad_arguments(change, options, message):
+    fields = {
+        "offsets": np.array([0, 1, 5]),
+        "items": np.array([0, 1, 2, 3, 0], np.int32),
+        "num_items": 5,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        Sampler(Sequences(**fields), **{"batch_size": 2, **options})
+
+
+def test_a_negative_step():
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        Sampler(geometric(), batch_size=4).batch(-1)
