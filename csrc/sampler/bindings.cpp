@@ -69,6 +69,82 @@ void check_unseen(const NegativeRows& in, const int64_t* seen_weights, const int
     }
 }
 
+// popularity without cells: uniform
+void draw_negatives(const NegativeRows& in, const Popularity& popularity, const int64_t* names, int64_t num_users,
+                    int64_t positions) {
+    check_first_row(in.first_row, in.rows);
+    check_segments(in, positions);
+    for (int64_t b = 0; b < in.rows; ++b) {
+        if (in.users[b] < 0 || in.users[b] >= num_users) {
+            throw std::invalid_argument("rows must be in [0, " + std::to_string(num_users) + "), got " +
+                                        std::to_string(in.users[b]));
+        }
+    }
+    if (in.count == 0) return;
+    check_unseen(in, popularity.seen_weights, names);
+    py::gil_scoped_release release;
+    if (popularity.cells == nullptr) {
+        METAREC_DISPATCH(uniform_negatives)(in);
+    } else {
+        METAREC_DISPATCH(popular_negatives)(in, popularity);
+    }
+}
+
+// What the batches of a sampler have in common, so that a batch costs two calls. The arrays belong to the caller.
+struct EpochBatches {
+    Sequences data;
+    const int64_t* starts;
+    int64_t num_users, events, max_length, stride, num_items, count;
+    Window window;
+    uint64_t seed, stream;
+    const int64_t* seen_offsets;
+    const int64_t* seen_counts;
+    const void* seen;
+    bool seen_wide;
+    Popularity popularity;
+
+    // The windows at places [first, first + rows) of an epoch: users, begins, packed; returns the number of positions.
+    int64_t plan(uintptr_t users, uintptr_t begins, uintptr_t packed, int64_t first, int64_t rows, int64_t epoch,
+                 int64_t step) const {
+        const Randomness order = checked_randomness(seed, stream, epoch, Purpose::permutation);
+        const Randomness crop = checked_randomness(seed, stream, step, Purpose::crop);
+        const int64_t size = starts[num_users];
+        if (first < 0 || rows < 0 || first + rows > size) {
+            throw std::invalid_argument("first and count must lie in the epoch of " + std::to_string(size) +
+                                        " windows, got " + std::to_string(first) + " and " + std::to_string(rows));
+        }
+        check_first_row(0, rows);
+        auto* const ids = pointer<int64_t>(begins);  // until the windows' begins take their place
+        auto* const index = pointer<int64_t>(packed) + 1;
+        auto* const found = pointer<int64_t>(users);
+        {
+            py::gil_scoped_release release;
+            epoch_order(order, size, first, rows, ids);
+            locate_windows(starts, num_users, ids, rows, found, index);
+        }
+        check_users(found, rows, data.offsets, num_users, events);
+        py::gil_scoped_release release;
+        plan_windows(data, found, index, rows, 0, window, max_length, stride, crop, ids, pointer<int64_t>(packed));
+        return pointer<int64_t>(packed)[rows];
+    }
+
+    void fill(uintptr_t users, uintptr_t begins, uintptr_t packed, uintptr_t inputs, uintptr_t targets,
+              uintptr_t negatives, uintptr_t logq, int64_t rows, int64_t step) const {
+        const auto* const segments = pointer<const int64_t>(packed);
+        {
+            py::gil_scoped_release release;
+            copy_windows(data, pointer<const int64_t>(begins), segments, rows, pointer<int64_t>(inputs),
+                         pointer<int64_t>(targets));
+        }
+        if (count == 0) return;
+        const auto* const found = pointer<const int64_t>(users);
+        draw_negatives({found, segments, rows, 0, count, num_items, seen_offsets, seen_counts, seen, seen_wide,
+                        checked_randomness(seed, stream, step, Purpose::negative), pointer<int64_t>(negatives),
+                        pointer<float>(logq)},
+                       popularity, found, num_users, segments[rows]);
+    }
+};
+
 }  // namespace
 
 void bind_sampler(py::module_& m) {
@@ -173,6 +249,37 @@ void bind_sampler(py::module_& m) {
         },
         py::arg("weights"), py::arg("cells"), py::kw_only(), py::arg("size"));
 
+    py::class_<EpochBatches>(m, "EpochBatches")
+        .def(py::init([](uintptr_t offsets, uintptr_t items, uintptr_t starts, uintptr_t seen_offsets, uintptr_t counts,
+                         uintptr_t seen, uintptr_t cells, uintptr_t cumulative, uintptr_t seen_weights,
+                         int64_t num_users, int64_t events, int64_t num_items, bool wide, bool seen_wide, int window,
+                         int64_t max_length, int64_t stride, int64_t count, uint64_t seed, uint64_t stream) {
+                 return EpochBatches{{pointer<const int64_t>(offsets), pointer<const void>(items), wide},
+                                     pointer<const int64_t>(starts),
+                                     num_users,
+                                     events,
+                                     max_length,
+                                     stride,
+                                     num_items,
+                                     count,
+                                     Window(window),
+                                     seed,
+                                     stream,
+                                     pointer<const int64_t>(seen_offsets),
+                                     pointer<const int64_t>(counts),
+                                     pointer<const void>(seen),
+                                     seen_wide,
+                                     {pointer<const AliasCell>(cells), pointer<const int64_t>(cumulative),
+                                      pointer<const int64_t>(seen_weights)}};
+             }),
+             py::kw_only(), py::arg("offsets"), py::arg("items"), py::arg("starts"), py::arg("seen_offsets"),
+             py::arg("counts"), py::arg("seen"), py::arg("cells"), py::arg("cumulative"), py::arg("seen_weights"),
+             py::arg("num_users"), py::arg("events"), py::arg("num_items"), py::arg("wide"), py::arg("seen_wide"),
+             py::arg("window"), py::arg("max_length"), py::arg("stride"), py::arg("count"), py::arg("seed"),
+             py::arg("stream"))
+        .def("plan", &EpochBatches::plan)
+        .def("fill", &EpochBatches::fill);
+
     // cells, cumulative and seen_weights are 0 for uniform negatives.
     m.def(
         "sample_negatives",
@@ -180,37 +287,14 @@ void bind_sampler(py::module_& m) {
            uintptr_t seen, uintptr_t negatives, uintptr_t logq, uintptr_t cells, uintptr_t cumulative,
            uintptr_t seen_weights, int64_t rows, int64_t num_users, int64_t positions, int64_t first_row, int64_t count,
            int64_t num_items, bool wide, bool shared, uint64_t seed, uint64_t stream, int64_t step) {
-            const NegativeRows in{pointer<const int64_t>(users),
-                                  pointer<const int64_t>(segments),
-                                  rows,
-                                  first_row,
-                                  count,
-                                  num_items,
-                                  pointer<const int64_t>(seen_offsets),
-                                  pointer<const int64_t>(counts),
-                                  pointer<const void>(seen),
-                                  wide,
-                                  checked_randomness(seed, stream, step, shared ? Purpose::shared : Purpose::negative),
-                                  pointer<int64_t>(negatives),
-                                  pointer<float>(logq)};
-            check_first_row(first_row, rows);
-            check_segments(in, positions);
-            for (int64_t b = 0; b < rows; ++b) {
-                if (in.users[b] < 0 || in.users[b] >= num_users) {
-                    throw std::invalid_argument("rows must be in [0, " + std::to_string(num_users) + "), got " +
-                                                std::to_string(in.users[b]));
-                }
-            }
-            if (count == 0) return;
-            check_unseen(in, pointer<const int64_t>(seen_weights), pointer<const int64_t>(names));
-            py::gil_scoped_release release;
-            if (cells == 0) {
-                METAREC_DISPATCH(uniform_negatives)(in);
-            } else {
-                METAREC_DISPATCH(popular_negatives)
-                (in, {pointer<const AliasCell>(cells), pointer<const int64_t>(cumulative),
-                      pointer<const int64_t>(seen_weights)});
-            }
+            draw_negatives(
+                {pointer<const int64_t>(users), pointer<const int64_t>(segments), rows, first_row, count, num_items,
+                 pointer<const int64_t>(seen_offsets), pointer<const int64_t>(counts), pointer<const void>(seen), wide,
+                 checked_randomness(seed, stream, step, shared ? Purpose::shared : Purpose::negative),
+                 pointer<int64_t>(negatives), pointer<float>(logq)},
+                {pointer<const AliasCell>(cells), pointer<const int64_t>(cumulative),
+                 pointer<const int64_t>(seen_weights)},
+                pointer<const int64_t>(names), num_users, positions);
         },
         py::arg("users"), py::arg("names"), py::arg("segments"), py::arg("seen_offsets"), py::arg("counts"),
         py::arg("seen"), py::arg("negatives"), py::arg("logq"), py::arg("cells"), py::arg("cumulative"),

@@ -47,6 +47,15 @@ void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t 
     }
 }
 
+void locate_windows(const int64_t* starts, int64_t num_users, const int64_t* ids, int64_t count, int64_t* users,
+                    int64_t* index) {
+    for (int64_t i = 0; i < count; ++i) {
+        // where starts do not rise the search ends anywhere: keep to the arrays
+        users[i] = std::max<int64_t>(std::upper_bound(starts, starts + num_users + 1, ids[i]) - starts - 1, 0);
+        index[i] = std::max<int64_t>(ids[i] - starts[users[i]], 0);
+    }
+}
+
 void plan_windows(const Sequences& data, const int64_t* users, const int64_t* index, int64_t rows, int64_t first_row,
                   Window window, int64_t max_length, int64_t stride, const Randomness& random, int64_t* begins,
                   int64_t* packed) {

@@ -10,6 +10,10 @@ namespace metarec {
 // out[i] = entry first + i of a keyed permutation of [0, size): Feistel network with cycle walking, no array.
 void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t count, int64_t* out);
 
+// users[i] and index[i] = whose window ids[i] is, and which of the user's; user u has starts[u] to starts[u + 1] - 1.
+void locate_windows(const int64_t* starts, int64_t num_users, const int64_t* ids, int64_t count, int64_t* users,
+                    int64_t* index);
+
 // Item sequences of users; an item is 8 bytes if wide, else 4.
 struct Sequences {
     const int64_t* offsets;
@@ -20,7 +24,7 @@ struct Sequences {
 enum class Window { last, sliding, crop };
 
 // begins[b] = index into items of row b's first input; packed[b] .. packed[b + 1] = where its inputs go.
-// index: which window of the user, 0 the newest, for sliding windows.
+// index: which window of the user, 0 the newest, for sliding windows; may be packed + 1.
 void plan_windows(const Sequences& data, const int64_t* users, const int64_t* index, int64_t rows, int64_t first_row,
                   Window window, int64_t max_length, int64_t stride, const Randomness& random, int64_t* begins,
                   int64_t* packed);

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec_fast.ops.epoch_order import epoch_order
-from metarec_fast.ops.pack_windows import Window, check_window, pack_windows
+from metarec_fast.ops.epoch_batches import EpochBatches
+from metarec_fast.ops.pack_windows import Window, check_window
 from metarec_fast.ops.sample_negatives import (
     DISTRIBUTIONS,
     Distribution,
     item_counts,
     popularity_table,
     sample_shared_negatives,
-    sample_unseen,
     seen_items,
 )
 from metarec_fast.reference.windows import count_windows
@@ -103,8 +102,7 @@ class Sampler:
         _check_sequences(sequences)
 
         per_user = count_windows(sequences.offsets, max_length=max_length, window=window, stride=self.stride)
-        self._starts = np.concatenate(([0], np.cumsum(per_user)))  # window ids of user u: starts[u] to starts[u + 1]
-        self.num_windows = int(self._starts[-1])
+        self.num_windows = int(per_user.sum())
         if self.num_windows == 0:
             raise ValueError("sequences hold no window: every user has fewer than two events")
         self.steps_per_epoch = -(-self.num_windows // batch_size)
@@ -113,15 +111,28 @@ class Sampler:
         self.table = None
         if distribution == "popularity" and (negatives or shared_negatives):
             self.table = popularity_table(item_counts(sequences.items, num_items=sequences.num_items), alpha=alpha)
-        self._seen = None
+        seen = None
         if negatives:
-            self._seen = seen_items(sequences.offsets, sequences.items, num_items=sequences.num_items, table=self.table)
-            hopeless = np.flatnonzero(self._seen.exhausted.numpy() & (per_user > 0))
+            seen = seen_items(sequences.offsets, sequences.items, num_items=sequences.num_items, table=self.table)
+            hopeless = np.flatnonzero(seen.exhausted.numpy() & (per_user > 0))
             if len(hopeless):
                 raise ValueError(
                     f"{len(hopeless)} users have seen every item that could be drawn, the first is user {hopeless[0]}: "
                     f"no negative exists for them; leave such users out"
                 )
+
+        self._batches = EpochBatches(
+            sequences.offsets,
+            sequences.items,
+            np.concatenate(([0], np.cumsum(per_user))),
+            max_length=max_length,
+            window=window,
+            stride=stride,
+            seen=seen,
+            count=negatives,
+            seed=seed,
+            stream=stream,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -136,35 +147,18 @@ class Sampler:
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self.batch_size
         count = min(self.batch_size, self.num_windows - first)
-        random = {"seed": self.seed, "stream": self.stream}
-        ids = epoch_order(self.num_windows, first, count, epoch=epoch, **random).numpy()
-        users = np.searchsorted(self._starts, ids, side="right") - 1
-        items, targets, offsets = pack_windows(
-            self.sequences.offsets,
-            self.sequences.items,
-            users,
-            max_length=self.max_length,
-            window=self.window,
-            stride=self.stride if self.window == "sliding" else None,
-            window_index=ids - self._starts[users] if self.window == "sliding" else None,
-            step=step,
-            **random,
-        )
-        negatives = logq = None
-        if self._seen is not None:
-            negatives, logq = sample_unseen(
-                self._seen, users, count=self.negatives, segments=offsets, step=step, **random
-            )
-        elif self.shared_negatives:
+        items, targets, offsets, users, negatives, logq = self._batches.draw(first, count, epoch=epoch, step=step)
+        if self.shared_negatives:
             negatives, logq = sample_shared_negatives(
                 num_items=self.sequences.num_items,
                 count=self.shared_negatives,
                 distribution=self.distribution,
                 table=self.table,
+                seed=self.seed,
+                stream=self.stream,
                 step=step,
-                **random,
             )
-        return PackedBatch(items, targets, offsets, torch.from_numpy(users), negatives, logq)
+        return PackedBatch(items, targets, offsets, users, negatives, logq)
 
 
 def _check_sequences(sequences: Sequences) -> None:
