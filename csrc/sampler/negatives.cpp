@@ -104,8 +104,12 @@ inline void for_rows(const NegativeRows& in, Work work) {
     const int64_t chunks = (in.rows + kRows - 1) / kRows;
 #pragma omp parallel for schedule(dynamic, 1) if (in.segments[in.rows] * in.count > 8192)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t first = chunk * kRows;
-        work(first, first + kRows < in.rows ? first + kRows : in.rows);
+        const int64_t first = chunk * kRows, last = first + kRows < in.rows ? first + kRows : in.rows;
+        for (int64_t row = first; row < last; ++row) {  // users lie anywhere in memory
+            const int64_t at = in.seen_offsets[in.users[row]];
+            __builtin_prefetch(static_cast<const char*>(in.seen) + at * (in.wide ? 8 : 4));
+        }
+        work(first, last);
     }
 }
 

@@ -6,7 +6,8 @@ namespace metarec {
 namespace {
 
 constexpr int kRounds = 8;
-constexpr int kMinBits = 8;  // halves of one or two bits do not mix
+constexpr int64_t kAhead = 8;  // rows whose events are fetched early: users lie anywhere in memory
+constexpr int kMinBits = 8;    // halves of one or two bits do not mix
 
 inline uint32_t mix(uint32_t x, uint32_t key) {
     x = (x + key) * 0x9E3779B1u;
@@ -50,9 +51,13 @@ void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t 
 void locate_windows(const int64_t* starts, int64_t num_users, const int64_t* ids, int64_t count, int64_t* users,
                     int64_t* index) {
     for (int64_t i = 0; i < count; ++i) {
-        // where starts do not rise the search ends anywhere: keep to the arrays
-        users[i] = std::max<int64_t>(std::upper_bound(starts, starts + num_users + 1, ids[i]) - starts - 1, 0);
-        index[i] = std::max<int64_t>(ids[i] - starts[users[i]], 0);
+        const int64_t* last = starts;  // the last start at or under ids[i], without branches that cannot be predicted
+        for (int64_t length = num_users + 1, half; length > 1; length -= half) {
+            half = length / 2;
+            last += last[half] <= ids[i] ? half : 0;
+        }
+        users[i] = last - starts;
+        index[i] = std::max<int64_t>(ids[i] - *last, 0);  // whatever starts hold, no index falls outside
     }
 }
 
@@ -82,6 +87,8 @@ void copy_windows(const Sequences& data, const int64_t* begins, const int64_t* p
 #pragma omp parallel for schedule(static) if (packed[rows] > 65536)
     for (int64_t b = 0; b < rows; ++b) {
         const int64_t at = packed[b], length = packed[b + 1] - at;
+        const int64_t ahead = begins[std::min(b + kAhead, rows - 1)];
+        __builtin_prefetch(static_cast<const char*>(data.items) + ahead * (data.wide ? 8 : 4));
         if (data.wide) {
             copy_row(static_cast<const int64_t*>(data.items) + begins[b], length, inputs + at, targets + at);
         } else {

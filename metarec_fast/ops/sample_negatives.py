@@ -307,7 +307,11 @@ def sample_shared_negatives(
     table = _table(distribution, None, num_items, 0.0, table)
     if distribution == "popularity" and table is None:
         raise ValueError("distribution='popularity' needs table, got None")
-    none = torch.zeros(2, dtype=torch.int64)
-    seen = seen_items(none, none[:0], num_items=num_items, table=table)
+    check_integer(num_items, "num_items", least=1, below=2**62)
+    if table is not None and len(table.cells) != num_items:
+        raise ValueError(f"table must be over num_items={num_items} items, got one over {len(table.cells)}")
+    none = torch.zeros(2, dtype=torch.int64)  # one user who has seen nothing
+    items = torch.empty(0, dtype=torch.int64 if num_items > NARROW else torch.int32)
+    seen = SeenItems(num_items, none, none[:1], items, table, None if table is None else none[:1])
     negatives, logq = sample_unseen(seen, none[:1], count=count, seed=seed, stream=stream, step=step, _shared=True)
     return negatives[0], logq[0]

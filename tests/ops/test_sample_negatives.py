@@ -275,3 +275,8 @@ def test_bad_tables(counts, alpha, message):
         popularity_table(counts, alpha=alpha)
     with pytest.raises(ValueError, match="needs table"):
         sample_shared_negatives(num_items=3, count=2, distribution="popularity")
+    with pytest.raises(ValueError, match="table must be over num_items=3 items, got one over 4"):
+        table = popularity_table(np.ones(4, np.int64))
+        sample_shared_negatives(num_items=3, count=2, distribution="popularity", table=table)
+    with pytest.raises(ValueError, match="num_items must be in"):
+        sample_shared_negatives(num_items=0, count=2)
