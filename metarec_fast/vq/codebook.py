@@ -107,22 +107,18 @@ class Codebook(nn.Module):
             _add_to_grad(self.embed_avg, sums)
             return
         counts, sums = _take_grad(self.cluster_size, counts), _take_grad(self.embed_avg, sums)
-        if ema_update and not self.manual_ema_update:
-            vq_ema_update_(
-                self.cluster_size,
-                self.embed_avg,
-                self.embed.detach(),
-                counts,
-                sums,
-                decay=self.decay,
-                eps=self.eps,
-                weight=weight,
-                normalize=self.use_cosine_sim,
-            )
-        else:
-            step = (1 - self.decay) * (torch.ones_like(counts) if weight is None else weight)
-            self.cluster_size.lerp_(counts, step)
-            self.embed_avg.lerp_(sums, step.unsqueeze(-1))
+        moves_codes = ema_update and not self.manual_ema_update
+        vq_ema_update_(
+            self.cluster_size,
+            self.embed_avg,
+            self.embed if moves_codes else torch.empty_like(self.embed),
+            counts,
+            sums,
+            decay=self.decay,
+            eps=self.eps,
+            weight=weight,
+            normalize=self.use_cosine_sim,
+        )
         self._replace_dead_codes(rows, keep)
 
     @torch.no_grad()

@@ -249,17 +249,16 @@ class FastVQ(nn.Module):
         mask = self._resolve_mask(tokens, mask, lens)
 
         with torch.autocast(x.device.type, enabled=False):
-            rows = self._rows(tokens)
+            # padding may hold anything, NaN too: read zeros there
+            rows = self._rows(tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0))
             keep = None if mask is None else self._per_row(mask)
-            if keep is not None:
-                rows = torch.where(keep.unsqueeze(-1), rows, 0)  # padding may hold anything, NaN too
             if self._codebook.needs_kmeans:
                 self._codebook.init_kmeans_(rows.detach(), keep)
+            routed = self.training and self.route_gradients_to_input and x.requires_grad
+            pulled = self.learnable_codebook and not frozen
+            embed = self._codebook.embed
             codes, row_indices, commitment = vq_commit(
-                rows,
-                self._codebook.embed,
-                row_weight=keep,
-                codebook_grad=self.learnable_codebook and not frozen,
+                rows, embed.detach() if routed and not pulled else embed, row_weight=keep, codebook_grad=pulled
             )
             if moves:
                 self._codebook.update(
@@ -270,7 +269,7 @@ class FastVQ(nn.Module):
                     weight=ema_update_weight,
                     accumulate=accum_ema_update,
                 )
-            if self.training and self.route_gradients_to_input and x.requires_grad:
+            if routed:
                 codes = rotate_to(rows, codes) if self.rotation_trick else straight_through(rows, codes)
             loss, breakdown = self._losses(x, commitment, row_indices, keep)
 

@@ -33,23 +33,24 @@ def draw_rows(rows: Tensor, valid: Tensor, vacant: Tensor, *, sync: bool = False
     (H, N, D), K = rows.shape, vacant.shape[1]
     rank, world = (dist.get_rank(), world_size()) if sync and world_size() > 1 else (0, 1)
     # One reduction agrees on the draws (a sum of uniforms modulo 1 is uniform) and tells every rank the counts.
-    shared = torch.zeros(H, K + 1 + world, dtype=torch.float64, device=rows.device)
-    shared[:, : K + 1] = torch.rand(H, K + 1, dtype=torch.float64, device=rows.device)
-    shared[:, K + 1 + rank] = valid.sum(-1).double()
+    shared = torch.zeros(H, K + 2 + world, dtype=torch.float64, device=rows.device)
+    shared[:, : K + 2] = torch.rand(H, K + 2, dtype=torch.float64, device=rows.device)
+    shared[:, K + 2 + rank] = valid.sum(-1).double()
     sum_over_ranks(shared, sync=sync)
-    start, draw = shared[:, :1].frac(), shared[:, 1 : K + 1].frac()
-    counts = shared[:, K + 1 :].long()
+    first_place, first_row, draw = shared[:, : K + 2].frac().split((1, 1, K), -1)
+    counts = shared[:, K + 2 :].long()
     total, before = counts.sum(-1, keepdim=True), counts[:, :rank].sum(-1, keepdim=True)
 
     places = vacant.sum(-1, keepdim=True)
     runs = torch.minimum(places, total)
-    run = (vacant.cumsum(-1) - 1 + (start * places).long()) % places.clamp_min(1)
+    run = (vacant.cumsum(-1) - 1 + (first_place * places).long()) % places.clamp_min(1)
     distinct = vacant & (run < runs)
     runs = runs.clamp_min(1)
     run = run % runs
     begin = run * total // runs
     length = (run + 1) * total // runs - begin
-    chosen = begin + torch.minimum((draw * length).long(), (length - 1).clamp_min(0)) - before
+    # from a random first row on, so that rows in shorter runs are no likelier
+    chosen = (begin + (draw * length).long() + (first_row * total).long()) % total.clamp_min(1) - before
 
     own = (chosen >= 0) & (chosen < counts[:, rank : rank + 1])
     if N == 0:

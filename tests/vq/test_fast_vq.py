@@ -1,0 +1,353 @@
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call, grad
+
+from metarec_fast.vq import FastVQ
+
+PEER = pytest.importorskip("vector_quantize_pytorch").VectorQuantize
+
+
+def state(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+# -- arguments
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"codebook_size": 0}, "codebook_size must be at least 1, got 0"),
+        ({"codebook_dim": 0}, "codebook_dim must be at least 1"),
+        ({"heads": 0}, "heads must be at least 1"),
+        ({"kmeans_iters": 0}, "kmeans_iters must be at least 1"),
+        ({"decay": 1.5}, r"decay must be in \[0, 1\], got 1.5"),
+        ({"eps": -1.0}, "eps must not be negative"),
+        ({"threshold_ema_dead_code": -1}, "threshold_ema_dead_code must not be negative"),
+        ({"commitment_weight": -1.0}, "commitment_weight must not be negative"),
+        ({"orthogonal_reg_weight": -1.0}, "orthogonal_reg_weight must not be negative"),
+        ({"straight_through": True}, "straight_through and rotation_trick exclude each other"),
+        ({"learnable_codebook": True, "ema_update": False, "use_cosine_sim": True}, "needs use_cosine_sim=False"),
+        ({"learnable_codebook": True}, "needs ema_update=False"),
+        (
+            {"learnable_codebook": True, "ema_update": False, "straight_through": True, "rotation_trick": False},
+            "needs straight_through=False",
+        ),
+        ({"accept_image_fmap": True, "accept_3d_fmap": True}, "exclude each other"),
+        (
+            {"orthogonal_reg_active_codes_only": True, "heads": 2, "separate_codebook_per_head": True},
+            "needs separate_codebook_per_head=False",
+        ),
+    ],
+)
+def test_constructor_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        FastVQ(**{"dim": 8, "codebook_size": 4, **options})
+
+
+@pytest.mark.parametrize(
+    "option,value",
+    [
+        ("commitment_use_cross_entropy_loss", True),
+        ("codebook_diversity_loss_weight", 0.1),
+        ("stochastic_sample_codes", True),
+        ("directional_reparam", True),
+        ("vq_bridge", torch.nn.Identity()),
+        ("in_place_codebook_optimizer", torch.optim.SGD),
+        ("affine_param", True),
+        ("sync_update_v", 0.5),
+    ],
+)
+def test_options_of_the_peer_that_are_not_served_say_so(option, value):
+    with pytest.raises(ValueError, match=f"{option}=.* is not supported by FastVQ in this version: .*VectorQuantize"):
+        FastVQ(8, 4, **{option: value})
+
+
+def test_options_without_effect_on_their_own_are_accepted():
+    FastVQ(8, 4, codebook_diversity_temperature=1.0, sample_codebook_temp=0.5, manual_in_place_optimizer_update=True)
+
+
+@pytest.mark.parametrize(
+    "options,call,message",
+    [
+        ({}, {"x": torch.zeros(2, 3, 7)}, r"x must be \[B, ..., 8\], got \(2, 3, 7\)"),
+        ({}, {"x": torch.zeros(8)}, r"x must be \[B, ..., 8\]"),
+        ({}, {"x": torch.zeros(2, 8, dtype=torch.int64)}, "floating dtype, got torch.int64"),
+        ({"channel_last": False}, {"x": torch.zeros(2, 3, 8)}, r"x must be \[B, 8, N\] or \[B, 8\]"),
+        ({"accept_image_fmap": True}, {"x": torch.zeros(2, 8, 3)}, r"x must be \[B, 8, H, W\]"),
+        ({"accept_3d_fmap": True}, {"x": torch.zeros(2, 8, 3, 3)}, r"x must be \[B, 8, D, H, W\]"),
+        ({}, {"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask must be bool \(2, 3\), got torch.bool \(2, 4\)"),
+        ({}, {"mask": torch.ones(2, 3)}, r"mask must be bool \(2, 3\), got torch.float32"),
+        ({}, {"lens": torch.ones(3)}, r"lens must be \[2\], got \(3,\)"),
+        ({}, {"mask": torch.ones(2, 3, dtype=torch.bool), "lens": torch.ones(2)}, "mask and lens exclude each other"),
+        ({}, {"x": torch.zeros(2, 8), "mask": torch.ones(2, 1, dtype=torch.bool)}, "are for sequences"),
+        (
+            {"accept_image_fmap": True},
+            {"x": torch.zeros(2, 8, 3, 3), "mask": torch.ones(2, 9, dtype=torch.bool)},
+            "are for sequences",
+        ),
+        ({}, {"indices": torch.zeros(2, 3, dtype=torch.int64)}, "indices is not supported by FastVQ in this version"),
+        ({}, {"topk": 2}, "topk is not supported"),
+        ({}, {"codebook_transform_fn": torch.nn.Identity()}, "codebook_transform_fn is not supported"),
+    ],
+)
+def test_forward_errors(options, call, message):
+    with pytest.raises(ValueError, match=message):
+        FastVQ(8, 4, **options)(**{"x": torch.zeros(2, 3, 8), **call})
+
+
+# -- shapes
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("heads,separate", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("shape", [(1, 0, 8), (0, 3, 8), (1, 1, 8), (3, 8), (2, 3, 4, 8)])
+def test_odd_sizes(shape, heads, separate, training):
+    vq = FastVQ(8, 50, codebook_dim=4, heads=heads, separate_codebook_per_head=separate, threshold_ema_dead_code=2)
+    vq.train(training)
+    x = torch.randn(shape, requires_grad=True)
+    quantized, indices, loss = vq(x)
+    assert quantized.shape == x.shape
+    assert indices.shape == (shape[:-1] if heads == 1 else (*shape[:-1], heads))
+    assert indices.dtype == torch.int64 and loss.shape == ()
+    (quantized.sum() + loss).backward()
+    assert loss.isfinite() and all(v.isfinite().all() for v in vq.state_dict().values())
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}, {"heads": 2}, {"heads": 2, "codebook_dim": 3}])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("form", ["last", "first", "image", "volume"])
+def test_output_from_indices_is_the_forward_output(options, separate, form):
+    # VectorQuantize projects channels-first codes along the wrong dimension and fails for heads that share a codebook
+    shape = {"last": (2, 5, 8), "first": (2, 8, 5), "image": (2, 8, 3, 2), "volume": (2, 8, 3, 2, 2)}[form]
+    vq = FastVQ(
+        8,
+        20,
+        separate_codebook_per_head=separate,
+        channel_last=form == "last",
+        accept_image_fmap=form == "image",
+        accept_3d_fmap=form == "volume",
+        **options,
+    ).eval()
+    mask = torch.rand(2, 5) > 0.4 if form in ("last", "first") else None
+    quantized, indices, _ = vq(torch.randn(shape), mask=mask)
+    torch.testing.assert_close(vq.get_output_from_indices(indices), quantized)
+
+
+def test_lens_is_a_mask_also_with_channels_first():
+    # VectorQuantize takes the channels for the length when channels come first
+    vq = FastVQ(8, 20, channel_last=False).eval()
+    x, lens = torch.randn(3, 8, 5), torch.tensor([5, 0, 2])
+    mask = torch.arange(5) < lens[:, None]
+    for actual, expected in zip(vq(x, lens=lens), vq(x, mask=mask), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_codebook_can_be_assigned():
+    for options in ({}, {"heads": 2, "separate_codebook_per_head": True}, {"orthogonal_reg_weight": 1.0}):
+        vq = FastVQ(8, 4, **options)
+        codes = torch.randn_like(vq.codebook)
+        vq.codebook = codes
+        assert torch.equal(vq.codebook, codes)
+        assert vq._codebook.embed.requires_grad == ("orthogonal_reg_weight" in options)
+
+
+# -- what it promises beyond the peer; each test names the defect of VectorQuantize 1.32.0 that it guards against
+
+
+def test_loss_is_never_a_buffer_and_may_be_added_to():
+    """VectorQuantize returns its buffer `zero` as the loss in eval, so `loss += y` shows in the next call."""
+    vq = FastVQ(8, 4)
+    for module in (vq.eval(), FastVQ(8, 4, commitment_weight=0.0)):
+        x = torch.randn(2, 3, 8, requires_grad=True)
+        for part in (0, 1):
+            loss = module(x)[2] if part == 0 else module(x, return_loss_breakdown=True)[3].commitment
+            loss += 5.0
+        assert module(x)[2].item() == 0
+        assert module(x)[2].requires_grad == module.training
+    vq.train()(x)
+    assert not vq.eval()(x)[2].requires_grad
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("codebook_dim", [8, 4])
+@pytest.mark.parametrize("heads,separate", [(1, False), (2, False), (2, True)])
+def test_masked_step_is_the_step_on_the_rows_that_are_kept(heads, separate, codebook_dim, cosine):
+    """VectorQuantize raises for mask with projections or heads, and compares normalised codes with raw input."""
+    masked = FastVQ(
+        8, 20, codebook_dim, heads=heads, separate_codebook_per_head=separate, use_cosine_sim=cosine, decay=0.5
+    )
+    plain = copy.deepcopy(masked)
+    mask = torch.rand(3, 7) > 0.4
+    x = torch.randn(3, 7, 8).masked_fill(~mask.unsqueeze(-1), float("nan")).requires_grad_()  # padding is never read
+    kept = x.detach()[mask].unsqueeze(0).requires_grad_()
+    quantized, indices, loss = masked(x, mask=mask)
+    expected, expected_indices, expected_loss = plain(kept)
+    assert torch.equal(indices[mask], expected_indices[0])
+    assert (indices[~mask] == -1).all() and not quantized[~mask].any()
+    torch.testing.assert_close((quantized[mask], loss), (expected[0], expected_loss))
+    torch.testing.assert_close(state(masked), state(plain))
+    (quantized.square().sum() + loss).backward()
+    (expected.square().sum() + expected_loss).backward()
+    torch.testing.assert_close(x.grad[mask], kept.grad[0])
+    assert not x.grad[~mask].any()
+    torch.testing.assert_close([p.grad for p in masked.parameters()], [p.grad for p in plain.parameters()])
+
+
+def test_mask_without_a_single_row_gives_loss_zero():
+    vq = FastVQ(8, 4, threshold_ema_dead_code=2)
+    _, indices, loss = vq(torch.randn(2, 3, 8), mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert loss.item() == 0 and (indices == -1).all()
+    assert all(v.isfinite().all() for v in vq.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_stay_float32_when_the_module_is_cast(dtype):
+    """VectorQuantize.bfloat16() averages with an 8-bit mantissa."""
+    vq = FastVQ(8, 4, codebook_dim=4)
+    before = state(vq)
+    vq.to(dtype)
+    for name in ("embed", "embed_avg", "cluster_size"):
+        assert torch.equal(vq.state_dict()[f"_codebook.{name}"], before[f"_codebook.{name}"])
+        assert vq.state_dict()[f"_codebook.{name}"].dtype == torch.float32
+    quantized, indices, loss = vq(torch.randn(2, 3, 8).to(dtype))
+    assert quantized.dtype == dtype
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert vq.get_codes_from_indices(indices).dtype == vq.get_output_from_indices(indices).dtype == dtype
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"threshold_ema_dead_code": 2.0}, {"kmeans_init": True}])
+def test_bad_rows_never_reach_the_codebook(options, bad):
+    """One NaN in the input of VectorQuantize makes its codebook NaN."""
+    vq, x = FastVQ(8, 10, **options), torch.randn(4, 10, 8)
+    x[1, 3, 2] = x[2, 5, 0] = bad
+    for _ in range(3):
+        _, indices, _ = vq(x)
+        assert indices.min() >= 0 and indices.max() < 10
+    assert all(v.isfinite().all() for v in vq.state_dict().values())
+
+
+def test_all_rows_bad():
+    vq, x = FastVQ(8, 10, kmeans_init=True, threshold_ema_dead_code=2), torch.full((2, 3, 8), float("nan"))
+    vq(x)
+    assert not vq._codebook.initted  # k-means waits for rows
+    assert all(v.isfinite().all() for v in vq.state_dict().values())
+    vq(torch.randn(2, 30, 8))
+    assert vq._codebook.initted
+
+
+def test_indices_do_not_depend_on_the_rest_of_the_batch():
+    vq = FastVQ(8, 300).eval()
+    x = torch.randn(1, 200, 8)
+    indices = vq(x)[1]
+    assert torch.equal(torch.cat([vq(part)[1] for part in x.split(7, 1)], 1), indices)
+    padded = torch.cat((torch.randn(1, 50, 8), x), 1)
+    mask = torch.arange(250)[None] >= 50
+    assert torch.equal(vq(padded, mask=mask)[1][:, 50:], indices)
+
+
+def test_indices_are_nearest_by_float64_distance():
+    """The float32 distances of VectorQuantize take the second nearest code at near ties."""
+    vq = FastVQ(8, 300).eval()
+    codes = vq.codebook.double()
+    x = torch.cat((torch.randn(300, 8), (vq.codebook + vq.codebook.roll(1, 0)) / 2))  # midpoints nearly tie
+    assert torch.equal(vq(x)[1], (x.double()[:, None] - codes).square().sum(-1).argmin(-1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}, {"use_cosine_sim": True}])
+def test_autocast_changes_nothing(options, training):
+    plain = FastVQ(8, 200, **options).train(training)
+    cast = copy.deepcopy(plain)
+    x = torch.randn(4, 50, 8)
+    expected = plain(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = cast(x)
+    assert torch.equal(actual[1], expected[1]) and torch.equal(actual[2], expected[2])
+    assert actual[0].dtype == x.dtype
+    torch.testing.assert_close(state(cast), state(plain), rtol=0, atol=0)
+
+
+def test_indices_that_mark_padding_do_not_count_as_code_zero():
+    """VectorQuantize.update_indices counts -1 as a use of code 0."""
+    vq = FastVQ(8, 4, decay=0.0)
+    vq.update_indices(torch.randn(1, 3, 8), torch.tensor([[-1, 2, -1]]))
+    assert vq._codebook.cluster_size.tolist() == [[0, 0, 1, 0]]
+
+
+# -- tracing and transforms
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codebook_dim": 4, "heads": 2, "separate_codebook_per_head": True},
+        {"use_cosine_sim": True, "rotation_trick": False},
+        {"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True, "mask": True},
+    ],
+)
+def test_compiles_whole(options, training):
+    options = dict(options)
+    mask = torch.rand(3, 9) > 0.3 if options.pop("mask", False) else None
+    eager = FastVQ(8, 20, **options).train(training)
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(3, 9, 8)
+        results = []
+        for run in (eager, compiled):
+            leaf = x.clone().requires_grad_()
+            quantized, indices, loss = run(leaf, mask=mask)
+            (quantized.sin().sum() + loss).backward()
+            results.append((quantized, indices, loss, leaf.grad))
+        torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(state(module), state(eager))
+
+
+def test_dead_code_replacement_compiles_whole():
+    module = FastVQ(8, 20, threshold_ema_dead_code=2.5, decay=0.0)
+    x = torch.randn(3, 30, 8)
+    torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    is_row = (module.codebook[:, None] == x.flatten(0, 1)).all(-1).any(-1)
+    replaced = module._codebook.cluster_size[0] == 2.5  # with decay 0 the others hold whole counts
+    assert replaced.any() and (module._codebook.cluster_size >= 2.5).all()
+    assert torch.equal(is_row, replaced)
+
+
+def test_exports_in_eval():
+    vq, x = FastVQ(8, 20).eval(), torch.randn(3, 9, 8)
+    exported = torch.export.export(vq, (x,)).module()
+    torch.testing.assert_close(exported(x), vq(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"manual_ema_update": True}])
+def test_func_grad_over_parameters_moves_the_codebook_too(options):
+    vq = FastVQ(8, 20, codebook_dim=4, **options)
+    reference, x = copy.deepcopy(vq), torch.randn(3, 9, 8)
+
+    def loss(parameters):
+        quantized, _, commitment = functional_call(vq, parameters, (x,))
+        return quantized.square().sum() + commitment
+
+    torch.manual_seed(1)
+    grads = grad(loss)(dict(vq.named_parameters()))
+    torch.manual_seed(1)
+    quantized, _, commitment = reference(x)
+    (quantized.square().sum() + commitment).backward()
+    torch.testing.assert_close(grads, {k: p.grad for k, p in reference.named_parameters()})
+    torch.testing.assert_close(state(vq), state(reference))
+
+
+def test_vmap_over_a_frozen_module():
+    vq, x = FastVQ(8, 20, freeze_codebook=True), torch.randn(5, 3, 9, 8)
+
+    def loss(x):
+        quantized, _, commitment = vq(x)
+        return quantized.sin().sum() + commitment
+
+    torch.testing.assert_close(torch.vmap(grad(loss))(x), torch.stack([grad(loss)(b) for b in x]))
