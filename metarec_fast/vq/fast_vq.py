@@ -141,7 +141,9 @@ class FastVQ(nn.Module):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if straight_through and rotation_trick:
-            raise ValueError("straight_through and rotation_trick exclude each other; pass rotation_trick=False as well")
+            raise ValueError(
+                "straight_through and rotation_trick exclude each other; pass rotation_trick=False as well"
+            )
         if learnable_codebook and use_cosine_sim:
             raise ValueError("learnable_codebook=True needs use_cosine_sim=False")
         if learnable_codebook and straight_through:

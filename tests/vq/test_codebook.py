@@ -108,7 +108,9 @@ def test_kmeans_start_finds_the_clusters(cosine, separate):
     assert vq._codebook.initted and (vq._codebook.cluster_size.sum(-1) == 300).all()
     rows = vq._rows(x)
     start = (rows - rows.mean(1, keepdim=True)).square().sum()
-    error = (rows - vq._codebook.embed.gather(1, nearest_codeword(rows, vq._codebook.embed).indices[..., None].expand_as(rows)))
+    error = rows - vq._codebook.embed.gather(
+        1, nearest_codeword(rows, vq._codebook.embed).indices[..., None].expand_as(rows)
+    )
     assert error.square().sum() < 0.6 * start  # Lloyd may stop at a poor optimum, never at no structure
     before = vq.codebook.clone()
     vq.eval()(torch.randn(1, 40, 8 * heads))

@@ -73,9 +73,7 @@ def test_two_ranks_are_one_with_all_rows(states, name):
 
 def test_dead_codes_are_replaced_by_rows_of_both_ranks(states):
     codes = states[0]["dead_codes"]["_codebook.embed"][0]
-    origins = [
-        rank for rank in range(RANKS) for x in batches(rank) if (codes[:, None] == x[0]).all(-1).any()
-    ]
+    origins = [rank for rank in range(RANKS) for x in batches(rank) if (codes[:, None] == x[0]).all(-1).any()]
     assert set(origins) == {1}  # rank 0 had no rows in the last step
     assert (states[0]["dead_codes"]["_codebook.cluster_size"] >= 3).all()
 

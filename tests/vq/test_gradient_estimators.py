@@ -102,7 +102,9 @@ def test_quantize_second_derivative_holds_the_rotation_constant(gradient):
 @pytest.mark.parametrize("gradient", ESTIMATORS)
 def test_quantize_compiles_whole_inside_and_around_grad(gradient):
     x, codebook = torch.randn(7, 8), torch.randn(5, 8)
-    compiled = torch.compile(lambda x, c: grad(quantized_loss, (0, 1))(x, c, gradient), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, c: grad(quantized_loss, (0, 1))(x, c, gradient), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(x, codebook), grad(quantized_loss, (0, 1))(x, codebook, gradient))
 
 

@@ -109,9 +109,15 @@ def test_same_training_steps(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"codebook_dim": 4}, {"codebook_dim": 4, "layernorm_after_project_in": True}, {"orthogonal_reg_weight": 1.0}]
-    + [{"learnable_codebook": True, "ema_update": False}, {"heads": 2, "separate_codebook_per_head": True}]
-    + [{"kmeans_init": True}],
+    [
+        {},
+        {"codebook_dim": 4},
+        {"codebook_dim": 4, "layernorm_after_project_in": True},
+        {"orthogonal_reg_weight": 1.0},
+        {"learnable_codebook": True, "ema_update": False},
+        {"heads": 2, "separate_codebook_per_head": True},
+        {"kmeans_init": True},
+    ],
 )
 def test_state_dict_has_the_same_layout_and_loads_both_ways(options):
     peer, fast = pair(**options)
@@ -149,9 +155,7 @@ def test_loss_breakdown_codes_and_ema_weight(options):
     assert actual[3]._fields == expected[3]._fields
     torch.testing.assert_close(tuple(actual[3]), tuple(expected[3]), **CLOSE)
     torch.testing.assert_close(dict(fast.state_dict()), dict(peer.state_dict()), **CLOSE)
-    torch.testing.assert_close(
-        fast.get_codes_from_indices(actual[1]), peer.get_codes_from_indices(actual[1]), **CLOSE
-    )
+    torch.testing.assert_close(fast.get_codes_from_indices(actual[1]), peer.get_codes_from_indices(actual[1]), **CLOSE)
     torch.testing.assert_close(fast.codebook, peer.codebook, **CLOSE)
 
 
@@ -195,7 +199,7 @@ def test_inside_residual_vq(name, monkeypatch):
         expected, actual = peer(inputs[0], **options), fast(inputs[1], **options)
         assert torch.equal(actual[1], expected[1])
         torch.testing.assert_close((actual[0], actual[2]), (expected[0], expected[2]), **CLOSE)
-        for out, leaf in zip((expected, actual), inputs, strict=True):
+        for out in (expected, actual):
             (out[0].square().sum() + out[2].sum()).backward()
         torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **CLOSE)
         torch.testing.assert_close(dict(fast.state_dict()), dict(peer.state_dict()), **CLOSE)
