@@ -6,8 +6,6 @@ from torch.func import functional_call, grad
 
 from metarec_fast.vq import FastVQ
 
-PEER = pytest.importorskip("vector_quantize_pytorch").VectorQuantize
-
 
 def state(module):
     return {k: v.clone() for k, v in module.state_dict().items()}

@@ -5,12 +5,10 @@ import inspect
 import pytest
 import torch
 
-vector_quantize_pytorch = pytest.importorskip("vector_quantize_pytorch")
-
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.vq import FastVQ
 
-VectorQuantize = vector_quantize_pytorch.VectorQuantize
+VectorQuantize = pytest.importorskip("vector_quantize_pytorch").VectorQuantize
 STEPS = 30
 # float32 sums in another order, compounded over the steps; the codebook moves by O(0.1) a step
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
