@@ -33,7 +33,7 @@ void search(const float* x, const float* codebook, const SearchOutput& out, int6
     }
     if (heads * rows == 0) return;
     const PreparedCodebook prepared(codebook, heads, codes, dim, METAREC_DISPATCH(codebook_width)());
-    const int threads = max_threads();
+    const int threads = heads * rows * codes * dim < 1 << 15 ? 1 : max_threads();
     std::vector<float> scratch(threads * METAREC_DISPATCH(search_scratch)(dim));
     METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), x, rows, threads, scratch.data(), out);
 }

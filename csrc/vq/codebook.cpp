@@ -13,27 +13,33 @@ namespace {
 constexpr std::align_val_t kAlignment{64};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Equal codes hash equally: adding zero turns -0 into 0.
+constexpr int kLanes = 4;  // independent chains, to hide the latency of each
+
+// Equal codes hash equally (adding zero turns -0 into 0); 0 for a code with a NaN or an infinity.
 uint64_t hash(const float* code, int64_t dim) {
-    uint64_t lane[4] = {1, 2, 3, 4};
-    for (int64_t d = 0; d < dim; ++d) {
+    uint64_t lane[kLanes] = {1, 2, 3, 4};
+    uint32_t infinite = 0;
+    auto mix = [&](int64_t d, int j) {
         const float value = code[d] + 0.0f;
         uint32_t bits;
         std::memcpy(&bits, &value, sizeof bits);
-        lane[d & 3] = (lane[d & 3] ^ bits) * 0x9E3779B97F4A7C15u;
-        lane[d & 3] ^= lane[d & 3] >> 29;
+        infinite |= (bits & 0x7F800000u) == 0x7F800000u;
+        lane[j] = (lane[j] ^ bits) * 0x9E3779B97F4A7C15u;
+        lane[j] ^= lane[j] >> 29;
+    };
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+        for (int j = 0; j < kLanes; ++j) mix(d + j, j);
     }
-    return (lane[0] * 3 + lane[1]) * 0xBF58476D1CE4E5B9u ^ (lane[2] * 5 + lane[3]) * 0x94D049BB133111EBu;
-}
-
-bool finite(const float* code, int64_t dim) {
-    float sum = 0;
-    for (int64_t d = 0; d < dim; ++d) sum += code[d] * 0.0f;
-    return sum == 0;
+    for (; d < dim; ++d) mix(d, 0);
+    const uint64_t sum =
+        ((lane[0] * 3 + lane[1]) * 0xBF58476D1CE4E5B9u) ^ ((lane[2] * 5 + lane[3]) * 0x94D049BB133111EBu);
+    return infinite ? 0 : sum | 1;
 }
 
 // Distinct finite codes, each at its lowest index. Returns how many.
-int64_t distinct_codes(const float* codes, int64_t count, int64_t dim, int32_t* kept, uint8_t* duplicated) {
+int64_t distinct_codes(const float* codes, const uint64_t* hashes, int64_t count, int64_t dim, int32_t* kept,
+                       uint8_t* duplicated) {
     size_t capacity = 16;
     while (capacity < 2 * static_cast<size_t>(count)) capacity *= 2;
     std::vector<int32_t> table(capacity, -1);
@@ -41,12 +47,12 @@ int64_t distinct_codes(const float* codes, int64_t count, int64_t dim, int32_t* 
     std::fill_n(duplicated, count, 0);
     for (int64_t k = 0; k < count; ++k) {
         const float* code = codes + k * dim;
-        if (!finite(code, dim)) continue;
-        const uint64_t key = hash(code, dim);
-        size_t at = (key ^ key >> 32) & (capacity - 1);
-        while (table[at] >= 0 && !std::equal(code, code + dim, codes + kept[table[at]] * dim)) {
-            at = (at + 1) & (capacity - 1);
-        }
+        if (hashes[k] == 0) continue;
+        size_t at = (hashes[k] >> 1) & (capacity - 1);
+        auto differs = [&](int32_t other) {
+            return hashes[other] != hashes[k] || !std::equal(code, code + dim, codes + other * dim);
+        };
+        while (table[at] >= 0 && differs(kept[table[at]])) at = (at + 1) & (capacity - 1);
         if (table[at] >= 0) {
             duplicated[kept[table[at]]] = 1;
             continue;
@@ -105,9 +111,13 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
     view_ = {heads, codes, dim,  width,     panels,   codebook, mean,       packed,
              start, slope, base, max_slope, max_base, code,     duplicated, slots};
 
-#pragma omp parallel for schedule(dynamic) if (heads > 1)
+    std::vector<uint64_t> hashes(heads * codes);
+#pragma omp parallel for schedule(static) if (heads * codes * dim > 1 << 15)
+    for (int64_t k = 0; k < heads * codes; ++k) hashes[k] = hash(codebook + k * dim, dim);
+#pragma omp parallel for schedule(dynamic) if (heads > 1 && heads * codes * dim > 1 << 15)
     for (int64_t h = 0; h < heads; ++h) {
-        slots[h] = distinct_codes(codebook + h * codes * dim, codes, dim, code + h * padded, duplicated + h * codes);
+        slots[h] = distinct_codes(codebook + h * codes * dim, hashes.data() + h * codes, codes, dim, code + h * padded,
+                                  duplicated + h * codes);
         mean_code(codebook + h * codes * dim, code + h * padded, slots[h], dim, mean + h * dim);
     }
 
@@ -129,12 +139,17 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
                 continue;
             }
             const float* row = codebook + (h * codes + code[s]) * dim;
-            double square[4] = {0, 0, 0, 0};
-            for (int64_t d = 0; d < dim; ++d) {
+            double square[kLanes] = {};
+            auto place = [&](int64_t d, int j) {
                 const double value = static_cast<double>(row[d]) - centre[d];
-                square[d & 3] += value * value;
+                square[j] += value * value;
                 out[d * width + w] = row[d] - centre[d];
+            };
+            int64_t d = 0;
+            for (; d + kLanes <= dim; d += kLanes) {
+                for (int j = 0; j < kLanes; ++j) place(d + j, j);
             }
+            for (; d < dim; ++d) place(d, 0);
             const double norm2 = (square[0] + square[1]) + (square[2] + square[3]);
             start[s] = static_cast<float>(-0.5 * norm2);
             slope[s] = static_cast<float>(relative * std::sqrt(norm2));

@@ -20,7 +20,7 @@
 namespace metarec::METAREC_ISA {
 namespace {
 
-// A tile of kRows x kVectors accumulators, two or so registers left for operands.
+// A tile of kRows x kVectors accumulators; the registers left hold kVectors of codes and a broadcast element of a row.
 #if defined(METAREC_ISA_avx512)
 constexpr int kRows = 12, kVectors = 2;
 #elif defined(METAREC_ISA_avx2)

@@ -1,0 +1,204 @@
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from metarec_fast import reference
+from metarec_fast.ops import nearest_codeword
+
+SHAPES = [(1, 1, 1), (7, 5, 3), (100, 256, 8), (33, 31, 17), (101, 100, 64), (50, 70, 256), (97, 1, 33), (0, 4, 3)]
+INF, NAN = float("inf"), float("nan")
+
+
+def duplicated(N, K, D):
+    codes = torch.randn(K, D)
+    codes[K // 2 :] = codes[: K - K // 2].clone()
+    return torch.randn(N, D), codes
+
+
+def signed_zero_duplicates(N, K, D):
+    codes = torch.zeros(K, D)
+    codes[K // 2 :] = -0.0
+    return torch.randn(N, D), codes
+
+
+def outlier(N, K, D):
+    codes = 1e-6 * torch.randn(K, D)
+    codes[-1] = 1e6
+    return torch.randn(N, D), codes
+
+
+def not_finite(N, K, D):
+    x, codes = torch.randn(N, D), torch.randn(K, D)
+    x[:1, 0], x[-1:, -1] = NAN, INF
+    codes[K // 2, 0], codes[0, -1] = NAN, -INF
+    return x, codes
+
+
+# What makes float32 scores lie: ties, equal and almost equal codes, offsets, extreme and non-finite values.
+DATA = {
+    "gaussian": lambda N, K, D: (torch.randn(N, D), torch.randn(K, D)),
+    "offset": lambda N, K, D: (1000 + 1e-3 * torch.randn(N, D), 1000 + 1e-3 * torch.randn(K, D)),
+    "offset_rows": lambda N, K, D: (1000 + torch.randn(N, D), torch.randn(K, D)),
+    "lattice": lambda N, K, D: (torch.randint(-2, 3, (N, D)).float(), torch.randint(-2, 3, (K, D)).float()),
+    "midpoints": lambda N, K, D: (torch.zeros(N, D), torch.randint(0, 2, (K, D)) * 2.0 - 1),
+    "duplicated": duplicated,
+    "signed_zeros": signed_zero_duplicates,
+    "nearly_equal": lambda N, K, D: (torch.randn(N, D), 1e-6 * torch.randn(K, D)),
+    "one_ulp": lambda N, K, D: (torch.randn(N, D), 1 + 2.0**-23 * torch.randint(0, 2, (K, D))),
+    "outlier": outlier,
+    "huge": lambda N, K, D: (1e30 * torch.randn(N, D), 1e30 * torch.randn(K, D)),
+    "tiny": lambda N, K, D: (1e-30 * torch.randn(N, D), 1e-30 * torch.randn(K, D)),
+    "subnormal": lambda N, K, D: (1e-40 * torch.randn(N, D), 1e-22 * torch.randn(K, D)),
+    "not_finite": not_finite,
+}
+
+
+def check(x, codebook):
+    found, (indices, margin) = nearest_codeword(x, codebook), reference.nearest_codeword(x, codebook)
+    assert found.indices.dtype == torch.int64 and found.margin.dtype == torch.float32
+    assert torch.equal(found.indices, indices)
+    assert torch.equal(found.margin == 0, margin == 0)  # zero for ties, and for ties only
+    assert torch.equal(found.margin.isinf(), margin.isinf())
+    finite = margin.isfinite()
+    # float32 scores: an error of D + 6 roundings of ||x|| ||c|| + ||c||^2 / 2, after centring, doubled by the gap
+    x, codebook = x.double().nan_to_num(0, 0, 0), codebook.double().nan_to_num(0, 0, 0)
+    centre = codebook.mean(-2, keepdim=True)
+    size = (x - centre).norm(dim=-1) + (codebook - centre).norm(dim=-1).amax(-1, keepdim=True)
+    bound = 4 * (x.shape[-1] + 6) * 2.0**-24 * size.square() + 2.0**-24 * margin.double()
+    assert ((found.margin.double() - margin.double()).abs() <= bound)[finite].all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.usefixtures("poison")
+def test_equals_reference(data, shape):
+    check(*DATA[data](*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("data", ["gaussian", "duplicated", "not_finite"])
+@pytest.mark.usefixtures("poison")
+def test_dtypes_and_heads(data, dtype):
+    heads = [DATA[data](53, 37, 12) for _ in range(3)]
+    x, codebook = (torch.stack(tensors).to(dtype) for tensors in zip(*heads, strict=True))
+    check(x, codebook)
+    for h in range(3):
+        assert torch.equal(nearest_codeword(x, codebook).indices[h], nearest_codeword(x[h], codebook[h]).indices)
+
+
+def test_half_rows_are_compared_exactly_against_a_float32_codebook():
+    x, codebook = torch.randn(200, 16).half(), torch.randn(50, 16)
+    assert torch.equal(nearest_codeword(x, codebook).indices, reference.nearest_codeword(x, codebook)[0])
+
+
+def test_float64_tells_apart_what_float32_cannot():
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    codebook = torch.ones(2, 4, dtype=torch.float64)
+    codebook[1, 2] -= 1e-12
+    assert nearest_codeword(x, codebook).indices.item() == 1
+    assert nearest_codeword(x.float(), codebook.float()).indices.item() == 0
+
+
+def test_index_depends_on_the_row_alone():
+    x, codebook = DATA["nearly_equal"](500, 90, 24)
+    whole = nearest_codeword(x, codebook)
+    for split in (1, 7, 96, 499):
+        parts = [nearest_codeword(part, codebook) for part in x.split(split)]
+        assert torch.equal(torch.cat([p.indices for p in parts]), whole.indices)
+        assert torch.equal(torch.cat([p.margin for p in parts]), whole.margin)
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    x, codebook = torch.randn(3, 700, 20), torch.randn(3, 130, 20)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(nearest_codeword(x, codebook))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert torch.equal(result.indices, results[0].indices) and torch.equal(result.margin, results[0].margin)
+
+
+def test_strided_input():
+    x, codebook = torch.randn(40, 30).t()[:, ::2], torch.randn(24, 20).t()[:, 4:]
+    assert torch.equal(nearest_codeword(x, codebook).indices, nearest_codeword(x.clone(), codebook.clone()).indices)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, None), (None, 2), (2, 1)])
+def test_vmap(in_dims):
+    x, codebook = torch.randn(4, 4, 4), torch.randn(4, 4, 4)
+    take = lambda t, dim, b: t if dim is None else t.select(dim, b)  # noqa: E731
+    if in_dims[0] is None:
+        x = x[0]
+    if in_dims[1] is None:
+        codebook = codebook[0]
+    batched = torch.vmap(nearest_codeword, in_dims=in_dims)(x, codebook)
+    for b in range(4):
+        one = nearest_codeword(take(x, in_dims[0], b), take(codebook, in_dims[1], b))
+        assert torch.equal(batched.indices[b], one.indices)
+    nested = torch.vmap(torch.vmap(nearest_codeword, in_dims=(0, None)), in_dims=(0, 0))
+    x, codebook = torch.randn(2, 3, 5, 6), torch.randn(2, 7, 6)
+    expected = nearest_codeword(x.reshape(2, 15, 6), codebook).indices.view(2, 3, 5)
+    assert torch.equal(nested(x, codebook).indices, expected)
+
+
+def test_not_differentiable():
+    x, codebook = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    assert not nearest_codeword(x, codebook).margin.requires_grad
+
+
+def test_compiles_without_breaks_and_without_recompiling():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(nearest_codeword, fullgraph=True, dynamic=True, backend=counter)
+    codebook = torch.randn(9, 5)
+    for N in (3, 8, 21):
+        x = torch.randn(N, 5)
+        assert torch.equal(compiled(x, codebook).indices, nearest_codeword(x, codebook).indices)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    arguments = (torch.randn(2, 6, 3, dtype=dtype), torch.randn(2, 4, 3, dtype=dtype))
+    torch.library.opcheck(torch.ops.metarec_fast.nearest_codeword.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["gaussian", "duplicated", "offset", "lattice"])
+def test_cuda_equals_cpu(data):
+    pytest.importorskip("metarec_fast.kernels.nearest_codeword")
+    x, codebook = DATA[data](501, 300, 48)
+    assert torch.equal(nearest_codeword(x.cuda(), codebook.cuda()).indices.cpu(), nearest_codeword(x, codebook).indices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0], torch.ones(2, 2)), TypeError, r"x must be a torch.Tensor, got list"),
+        ((torch.ones(3, 2).int(), torch.ones(2, 2)), TypeError, "x must be float32 or .* got int32"),
+        ((torch.ones(3), torch.ones(2, 2)), ValueError, r"x must have 2 dimensions, got shape \(3,\)"),
+        ((torch.ones(3, 2), torch.ones(1, 2, 2)), ValueError, "codebook must have 2 dimensions"),
+        ((torch.ones(3, 2), torch.ones(2, 5)), ValueError, r"codebook must be \[K, 2\] to match x, got \(2, 5\)"),
+        ((torch.ones(4, 3, 2), torch.ones(3, 5, 2)), ValueError, r"codebook must be \[4, K, 2\] to match x"),
+        ((torch.ones(3, 2), torch.ones(0, 2)), ValueError, "codebook must hold at least one code"),
+        ((torch.ones(3, 2), torch.ones(2, 2, device="meta")), ValueError, "codebook must be on cpu, got meta"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nearest_codeword(*arguments)
+
+
+def test_backends():
+    x, codebook = torch.randn(5, 3), torch.randn(4, 3)
+    for backend in ("auto", "cpu", "reference"):
+        assert torch.equal(
+            nearest_codeword(x, codebook, backend=backend).indices, nearest_codeword(x, codebook).indices
+        )
+    with pytest.raises(RuntimeError, match="backend='triton' needs tensors on a CUDA device"):
+        nearest_codeword(x, codebook, backend="triton")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        nearest_codeword(x, codebook, backend="fast")
