@@ -54,6 +54,15 @@ struct Search {
     const SearchOutput& out;
 };
 
+inline int64_t used_panels(const Codebook& codebook, int64_t h) { return (codebook.slots[h] + kWidth - 1) / kWidth; }
+
+inline bool any_lane(vint mask) {
+    int64_t words[sizeof(vint) / 8], any = 0;
+    std::memcpy(words, &mask, sizeof words);
+    for (int64_t word : words) any |= word;
+    return any != 0;
+}
+
 // [dim, kRows] rows minus the mean; missing rows repeat the first. norm: at least ||row - mean||.
 inline void pack(const float* const* row, const float* mean, int64_t dim, float* packed, float* norm) {
     float square[kRows] = {};
@@ -174,17 +183,24 @@ void decide_exactly(const Search& search, int64_t h, const Row* undecided, int c
         nearest[r] = {__builtin_inf(), __builtin_inf(), -1};
     }
     pack(row, codebook.mean + h * dim, dim, packed, norm);
-    for (int64_t p = 0; p < codebook.panels; ++p) {
+    for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
         const int64_t first = slots + p * kWidth;
         vfloat score[kRows][kVectors];
         scores(packed, codebook.packed + (h * codebook.panels + p) * dim * kWidth, codebook.start + first, dim, score);
         for (int r = 0; r < count; ++r) {
+            vint possible[kVectors];
+            vint any = {};
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t s = first + v * kFloats;
+                const vfloat error =
+                    load(codebook.error_slope + s) * broadcast(norm[r]) + load(codebook.error_base + s);
+                possible[v] = ~(score[r][v] + error < broadcast(least_score[r]));  // NaN, from an overflow, is possible
+                any |= possible[v];
+            }
+            if (!any_lane(any)) continue;
             for (int64_t w = 0; w < kWidth && p * kWidth + w < codebook.slots[h]; ++w) {
-                const int64_t s = first + w;
-                const float most =
-                    score[r][w / kFloats][w % kFloats] + (codebook.error_slope[s] * norm[r] + codebook.error_base[s]);
-                if (most < least_score[r]) continue;  // NaN, from an overflow, stays a candidate
-                candidates[r][waiting[r]++] = codebook.code[s];
+                if (possible[w / kFloats][w % kFloats] == 0) continue;
+                candidates[r][waiting[r]++] = codebook.code[first + w];
                 if (waiting[r] < kCandidates) continue;
                 offer_exact_f32(&nearest[r], row[r], original, candidates[r], kCandidates, dim);
                 waiting[r] = 0;
@@ -233,7 +249,7 @@ void search_block(const Search& search, int64_t h, int64_t begin, int64_t end, U
     }
     const int64_t tiles = (end - begin + kRows - 1) / kRows;
     for (int64_t r = 0; r < tiles * kRows; ++r) lead[r] = {broadcast(-kInfinity), broadcast(-kInfinity), vint{}};
-    for (int64_t p = 0; p < codebook.panels; ++p) {
+    for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
         const float* panel = codebook.packed + (h * codebook.panels + p) * dim * kWidth;
         const float* start = codebook.start + (h * codebook.panels + p) * kWidth;
         for (int64_t t = 0; t < tiles; ++t) {
