@@ -82,6 +82,23 @@ void bind_sequence(py::module_& m) {
         py::arg("grad"), py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::arg("lse"),
         py::arg("grad_h"), py::arg("grad_table"), py::arg("grad_bias"), py::kw_only(), py::arg("T"), py::arg("V"),
         py::arg("D"));
+    m.def(
+        "linear_cross_entropy_double_backward",
+        [](uintptr_t grad, uintptr_t h, uintptr_t table, uintptr_t targets, uintptr_t bias, uintptr_t lse, uintptr_t u,
+           uintptr_t w, uintptr_t c, uintptr_t grad_grad, uintptr_t grad_h, uintptr_t grad_table, uintptr_t grad_bias,
+           int64_t T, int64_t V, int64_t D) {
+            check_targets(pointer<const int64_t>(targets), T, V);
+            py::gil_scoped_release release;
+            const Scratch scratch = allocate(METAREC_DISPATCH(linear_cross_entropy_scratch)(T, V, D));
+            METAREC_DISPATCH(linear_cross_entropy_double_backward)
+            (pointer<const float>(grad), pointer<const float>(h), pointer<const float>(table),
+             pointer<const int64_t>(targets), pointer<const float>(bias), pointer<const float>(lse),
+             pointer<const float>(u), pointer<const float>(w), pointer<const float>(c), pointer<float>(grad_grad),
+             pointer<float>(grad_h), pointer<float>(grad_table), pointer<float>(grad_bias), scratch.get(), T, V, D);
+        },
+        py::arg("grad"), py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::arg("lse"),
+        py::arg("u"), py::arg("w"), py::arg("c"), py::arg("grad_grad"), py::arg("grad_h"), py::arg("grad_table"),
+        py::arg("grad_bias"), py::kw_only(), py::arg("T"), py::arg("V"), py::arg("D"));
 }
 
 }  // namespace metarec

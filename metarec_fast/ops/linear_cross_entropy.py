@@ -37,22 +37,42 @@ def _backward_cpu(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [x if x is None else x.contiguous() for x in (grad, h, table, targets, bias, lse)]
-    (T, D), V = h.shape, table.shape[0]
-    shapes = ((T, D) if need_h else (0,), (V, D) if need_table else (0,), (V,) if need_bias else (0,))
-    outputs = tuple(empty(shape, dtype=h.dtype, device=h.device) for shape in shapes)
     needs = (need_h, need_table, need_bias)
-    addresses = (x.data_ptr() if need else 0 for x, need in zip(outputs, needs, strict=True))
-    _C.linear_cross_entropy_backward(*map(_address, inputs), *addresses, T=T, V=V, D=D)
-    return outputs
+    outputs = [empty(shape, dtype=h.dtype, device=h.device) for shape in _shapes(h, table, *needs)]
+    asked = (x if need else None for x, need in zip(outputs, needs, strict=True))
+    (T, D), V = h.shape, table.shape[0]
+    _C.linear_cross_entropy_backward(*map(_address, inputs), *map(_address, asked), T=T, V=V, D=D)
+    return tuple(outputs)
 
 
-def _backward_fake(grad, h, table, targets, bias, lse, need_h, need_table, need_bias):
-    V = table.shape[0]
-    return (
-        h.new_empty(h.shape if need_h else (0,)),
-        h.new_empty(table.shape if need_table else (0,)),
-        h.new_empty((V,) if need_bias else (0,)),
-    )
+def _double_backward_cpu(
+    grad: Tensor,
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    u: Tensor | None,
+    w: Tensor | None,
+    c: Tensor | None,
+    need_h: bool,
+    need_table: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = [x if x is None else x.contiguous() for x in (grad, h, table, targets, bias, lse, u, w, c)]
+    needs = (True, need_h, need_table, need_bias)
+    shapes = (grad.shape, *_shapes(h, table, *needs[1:]))
+    outputs = [empty(tuple(shape), dtype=h.dtype, device=h.device) for shape in shapes]
+    asked = (x if need else None for x, need in zip(outputs, needs, strict=True))
+    (T, D), V = h.shape, table.shape[0]
+    _C.linear_cross_entropy_double_backward(*map(_address, inputs), *map(_address, asked), T=T, V=V, D=D)
+    return tuple(outputs)
+
+
+def _shapes(h: Tensor, table: Tensor, need_h: bool, need_table: bool, need_bias: bool) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the gradients of h, table and bias; those that nobody needs are empty."""
+    (T, D), V = h.shape, table.shape[0]
+    return (T, D) if need_h else (0,), (V, D) if need_table else (0,), (V,) if need_bias else (0,)
 
 
 def _loop(run: Callable) -> Callable:
@@ -79,12 +99,27 @@ _backward = define(
     "linear_cross_entropy_backward(Tensor grad, Tensor h, Tensor table, Tensor targets, Tensor? bias, Tensor lse, "
     "bool need_h, bool need_table, bool need_bias) -> (Tensor grad_h, Tensor grad_table, Tensor grad_bias)",
     cpu=_backward_cpu,
-    fake=_backward_fake,
+    fake=lambda grad, h, table, targets, bias, lse, *needs: tuple(map(h.new_empty, _shapes(h, table, *needs))),
     vmap=_loop(lambda: _backward),
 )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+_double_backward = define(
+    "linear_cross_entropy_double_backward(Tensor grad, Tensor h, Tensor table, Tensor targets, Tensor? bias, "
+    "Tensor lse, Tensor? u, Tensor? w, Tensor? c, bool need_h, bool need_table, bool need_bias) "
+    "-> (Tensor grad_grad, Tensor grad_h, Tensor grad_table, Tensor grad_bias)",
+    cpu=_double_backward_cpu,
+    fake=lambda grad, h, table, targets, bias, lse, u, w, c, *needs: (
+        h.new_empty(h.shape[0]),
+        *map(h.new_empty, _shapes(h, table, *needs)),
+    ),
+    vmap=_loop(lambda: _double_backward),
+)
+
+
+class _Loss(torch.autograd.Function):
+    """(h, table, targets, bias) -> (loss, lse)."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -99,36 +134,103 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        h, table, targets, bias, lse = ctx.saved_tensors
-        need_h, need_table, _, need_bias = ctx.needs_input_grad
-        grads = _LinearCrossEntropyBackward.apply(
-            grad_loss, h, table, targets, bias, lse, need_h, need_table, need_bias
-        )
-        grad_h, grad_table, grad_bias = (
-            grad if need else None for grad, need in zip(grads, (need_h, need_table, need_bias), strict=True)
-        )
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        grads = _Gradient.apply(grad_loss, *ctx.saved_tensors, *needs)
+        grad_h, grad_table, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return grad_h, grad_table, None, grad_bias
 
 
-class _LinearCrossEntropyBackward(torch.autograd.Function):
+class _Gradient(torch.autograd.Function):
+    """The gradients of <grad, loss>, and as its own gradient the whole derivative: lse counts as a function of h."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(*args)
+    def forward(
+        grad: Tensor,
+        h: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        lse: Tensor,
+        need_h: bool,
+        need_table: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(grad, h, table, targets, bias, lse, need_h, need_table, need_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.needs = inputs[6:]
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        u, w, c = (x if need else None for x, need in zip(cotangents, ctx.needs, strict=True))
+        needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[4])
+        grads = _SecondGradient.apply(*ctx.saved_tensors, u, w, c, *needs)
+        grad_grad, grad_h, grad_table, grad_bias = (
+            grad if need else None for grad, need in zip(grads, (ctx.needs_input_grad[0], *needs), strict=True)
+        )
+        return grad_grad, grad_h, grad_table, None, grad_bias, None, None, None, None
+
+
+class _SecondGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        h: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        lse: Tensor,
+        u: Tensor | None,
+        w: Tensor | None,
+        c: Tensor | None,
+        need_h: bool,
+        need_table: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _double_backward(grad, h, table, targets, bias, lse, u, w, c, need_h, need_table, need_bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("todo")
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "linear_cross_entropy has two derivatives; for a third one pass backend='reference', which torch "
+            "differentiates any number of times"
+        )
 
 
 def linear_cross_entropy(
     h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
+    """Softmax cross-entropy of every row over all items, without a [T, V] tensor in memory.
+
+    loss_t = log sum_v exp(logit_tv) - logit_(t, target_t), with logit_tv = <h_t, table_v> + bias_v.
+
+    h: [T, D] float32 or float64, for example the packed states of an encoder.
+    table: [V, D] item vectors, V >= 1, dtype of h.
+    targets: [T] int64 in [0, V).
+    bias: [V], dtype of h, or None. An item of bias -inf is left out.
+    backend: "auto", "reference" or "cpu".
+
+    Returns loss: [T], not weighted or averaged. Rows whose loss gets a gradient of zero cost nothing in the first
+    backward pass, so rows are ignored by a weight of zero.
+
+    The fused CPU path is for float32. It computes the logits of a tile again in the backward pass and needs memory of
+    order (T + V) D. It is differentiable twice in h, table and bias, also under torch.func and torch.compile; a third
+    derivative raises RuntimeError. Results do not depend on the number of threads. float64 runs the reference
+    composition, which keeps [T, V] tensors and is differentiable any number of times.
+
+    Raises TypeError or ValueError for arguments of another dtype, shape or device, and on the fused path ValueError
+    for a target outside [0, V).
+    """
     check_tensor(h, "h", dtypes=(torch.float32, torch.float64), dims=2)
     check_tensor(table, "table", dtypes=(h.dtype,), dims=2, device=h.device)
     check_tensor(targets, "targets", dtypes=(torch.int64,), dims=1, device=h.device)
@@ -146,5 +248,5 @@ def linear_cross_entropy(
     chosen = choose_backend(backend, h.device, operator="linear_cross_entropy", triton=False)
     if chosen == "reference" or h.dtype == torch.float64:
         return reference_linear_cross_entropy(h, table, targets, bias)
-    loss, _ = _LinearCrossEntropy.apply(h, table, targets, bias)
+    loss, _ = _Loss.apply(h, table, targets, bias)
     return loss
