@@ -207,6 +207,12 @@ class _SecondGradient(torch.autograd.Function):
         )
 
 
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether a torch.func transform is active, also while torch.compile traces."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def linear_cross_entropy(
     h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
@@ -224,9 +230,12 @@ def linear_cross_entropy(
     backward pass, so rows are ignored by a weight of zero.
 
     The fused CPU path is for float32. It computes the logits of a tile again in the backward pass and needs memory of
-    order (T + V) D. It is differentiable twice in h, table and bias, also under torch.func and torch.compile; a third
-    derivative raises RuntimeError. Results do not depend on the number of threads. float64 runs the reference
-    composition, which keeps [T, V] tensors and is differentiable any number of times.
+    order (T + V) D. It is differentiable twice in h, table and bias, also under torch.func and, with backward(), under
+    torch.compile; a third derivative raises RuntimeError. Results do not depend on the number of threads.
+
+    float64 runs the reference composition, which keeps [T, V] tensors and is differentiable any number of times. So does
+    "auto" where torch.compile traces a torch.func transform, as torch would lose the gradient of the fused path there;
+    "cpu" then raises RuntimeError.
 
     Raises TypeError or ValueError for arguments of another dtype, shape or device, and on the fused path ValueError
     for a target outside [0, V).
@@ -246,6 +255,14 @@ def linear_cross_entropy(
         if bias.shape[0] != table.shape[0]:
             raise ValueError(f"bias must be [{table.shape[0]}] to match table, got {tuple(bias.shape)}")
     chosen = choose_backend(backend, h.device, operator="linear_cross_entropy", triton=False)
+    # torch.compile reduces a Function within torch.func.grad to operators without gradient, silently (torch 2.13)
+    if chosen == "cpu" and torch.compiler.is_compiling() and _transformed():
+        if backend == "cpu":
+            raise RuntimeError(
+                "linear_cross_entropy: backend='cpu' has no gradient where torch.compile traces a torch.func transform; "
+                "use backend='auto' or 'reference', or leave this part out of the compiled code"
+            )
+        chosen = "reference"
     if chosen == "reference" or h.dtype == torch.float64:
         return reference_linear_cross_entropy(h, table, targets, bias)
     loss, _ = _Loss.apply(h, table, targets, bias)
