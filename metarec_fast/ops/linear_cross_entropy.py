@@ -233,9 +233,9 @@ def linear_cross_entropy(
     order (T + V) D. It is differentiable twice in h, table and bias, also under torch.func and, with backward(), under
     torch.compile; a third derivative raises RuntimeError. Results do not depend on the number of threads.
 
-    float64 runs the reference composition, which keeps [T, V] tensors and is differentiable any number of times. So does
-    "auto" where torch.compile traces a torch.func transform, as torch would lose the gradient of the fused path there;
-    "cpu" then raises RuntimeError.
+    float64 runs the reference composition, which keeps [T, V] tensors and is differentiable any number of times. So
+    does "auto" where torch.compile traces a torch.func transform, as torch would lose the gradient of the fused path
+    there; "cpu" then raises RuntimeError.
 
     Raises TypeError or ValueError for arguments of another dtype, shape or device, and on the fused path ValueError
     for a target outside [0, V).
@@ -259,8 +259,8 @@ def linear_cross_entropy(
     if chosen == "cpu" and torch.compiler.is_compiling() and _transformed():
         if backend == "cpu":
             raise RuntimeError(
-                "linear_cross_entropy: backend='cpu' has no gradient where torch.compile traces a torch.func transform; "
-                "use backend='auto' or 'reference', or leave this part out of the compiled code"
+                "linear_cross_entropy: backend='cpu' has no gradient where torch.compile traces torch.func; use "
+                "backend='auto' or 'reference', or leave this part out of the compiled code"
             )
         chosen = "reference"
     if chosen == "reference" or h.dtype == torch.float64:

@@ -244,7 +244,7 @@ def test_functional_gradients_inside_compiled_code():
         compiled = torch.compile(grad, fullgraph=True, backend="aot_eager")
         assert_near(compiled(h, table, "auto"), grad(h, table, "auto"))
         with pytest.raises(RuntimeError, match="has no gradient where torch"):
-            torch.compile(grad, backend="aot_eager")(h, table, "cpu")
+            torch.compile(grad, fullgraph=True, backend="aot_eager")(h, table, "cpu")
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
