@@ -5,8 +5,40 @@
 >>> model.evaluate(), model.recommend(users=["u1"], k=10)
 """
 
-from __future__ import annotations
 from importlib import import_module
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Any", "TYPE_CHECKING", "annotations", "import_module"]
+__version__ = "0.1.0"
+
+# Loaded when first used, so that the operators and FastVQ need nothing but torch.
+_HOMES = {
+    "Config": "config",
+    "Domain": "data",
+    "FastVQ": "vq",
+    "MetaRec": "api",
+    "Sampler": "data",
+    "backend_info": "ops",
+    "compare": "api",
+    "read": "data",
+    "synthetic": "data",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from metarec_fast.api import MetaRec, compare
+    from metarec_fast.config import Config
+    from metarec_fast.data import Domain, Sampler, read, synthetic
+    from metarec_fast.ops import backend_info
+    from metarec_fast.vq import FastVQ
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -104,18 +104,15 @@ class Recommender(nn.Module):
         z_TD = F.layer_norm(private["weight"][items], (self.config.dim,), private["norm.weight"], private["norm.bias"])
         return functional_call(self.shared, shared, (z_TD, offsets))
 
-    def loss(
-        self, shared: Parameters, private: Parameters, batch: PackedBatch, *, double_backward: bool = False
-    ) -> Tensor:
+    def loss(self, shared: Parameters, private: Parameters, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy of the next item over the batch's positions, plus the weighted VQ loss.
 
         Full softmax, or sampled softmax with logQ correction if the batch carries shared negatives.
-        double_backward: compose the loss of operators that can be differentiated twice.
         """
         h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets)
         table, bias = private["weight"], private["bias"]
         if batch.negatives is None:
-            task = linear_cross_entropy(h_TD, table, batch.targets, bias, **({"double_backward": True} if double_backward else {}))
+            task = linear_cross_entropy(h_TD, table, batch.targets, bias)
         else:
             task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias)
         return task.mean() + self.config.vq_loss_weight * vq_loss

@@ -122,9 +122,6 @@ class Trainer:
             )
         return self._samplers[domain, stage].batch(step).to(t.device)
 
-    def loss(self, shared: dict[str, Tensor], private: dict[str, Tensor], batch: PackedBatch) -> Tensor:
-        return self.model.loss(shared, private, batch, double_backward=self.config.meta.order == 2)
-
     def _new_optimizer(self) -> torch.optim.Optimizer:
         t = self.config.train
         decayed, free = [], []
@@ -159,7 +156,7 @@ class Trainer:
         ]
         name = self.target.domain.name
         result: OuterStep = outer_step(
-            self.loss,
+            self.model.loss,
             self.model.shared_parameters(),
             sources,
             self.model.private_parameters(name),
