@@ -19,7 +19,10 @@ def pad_left(items: Tensor, targets: Tensor, offsets: Tensor, length: int) -> tu
     x, y, real = torch.zeros(B, length).long(), torch.full((B, length), -100), torch.zeros(B, length).bool()
     for b in range(B):
         n = int(offsets[b + 1] - offsets[b])
-        x[b, length - n :], y[b, length - n :] = items[offsets[b] : offsets[b + 1]], targets[offsets[b] : offsets[b + 1]]
+        x[b, length - n :], y[b, length - n :] = (
+            items[offsets[b] : offsets[b + 1]],
+            targets[offsets[b] : offsets[b + 1]],
+        )
         real[b, length - n :] = True
     return x, y, real
 
@@ -55,7 +58,9 @@ def encode(p: Parameters, x: Tensor, real: Tensor, layers: int) -> Tensor:
     return x
 
 
-def loss(shared: Parameters, private: Parameters, batch: tuple[Tensor, Tensor, Tensor], *, layers: int, beta: float) -> Tensor:
+def loss(
+    shared: Parameters, private: Parameters, batch: tuple[Tensor, Tensor, Tensor], *, layers: int, beta: float
+) -> Tensor:
     """Cross-entropy over dense logits at every position, padding ignored, plus the VQ loss."""
     items, targets, real = batch
     D = private["weight"].shape[1]
@@ -105,8 +110,6 @@ def outer_step(
         target_grads.append(dict(zip(target_private, grads[len(phi) :], strict=True)))
     weights = torch.softmax(torch.stack(similarities) / temperature, 0)
     own = source_loss_weight / inner_lr
-    total = {
-        k: sum(w * (m[k] + own * d[k]) for w, m, d in zip(weights, meta, deltas, strict=True)) for k in shared
-    }
+    total = {k: sum(w * (m[k] + own * d[k]) for w, m, d in zip(weights, meta, deltas, strict=True)) for k in shared}
     table = {k: sum(w * g[k] for w, g in zip(weights, target_grads, strict=True)) for k in target_private}
     return total, table, source_grads, weights

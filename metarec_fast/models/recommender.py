@@ -15,7 +15,8 @@ from metarec_fast.data.sampler import PackedBatch
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.models.spectral import spectral_table
-from metarec_fast.ops import linear_cross_entropy, nearest_codeword
+from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
+from metarec_fast.vq.functional import GRADIENT_ESTIMATORS
 
 Parameters = dict[str, Tensor]
 
@@ -50,26 +51,24 @@ class SharedEncoder(nn.Module):
                 D, layers=config.layers, heads=config.heads, dropout=config.dropout, max_length=config.max_length
             )
 
-    def codes(self, z_TD: Tensor) -> Tensor:
-        """Nearest code of each head: [T, H] int64."""
-        H = self.codebook.shape[0]
-        z_HTd = z_TD.detach().view(z_TD.shape[0], H, -1).transpose(0, 1)
-        return nearest_codeword(z_HTd.contiguous(), self.codebook.detach()).indices.T
+    def quantize(self, z_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The codes of rows, one a head: quantized [T, D], indices [H, T] and the VQ loss.
 
-    def quantize(self, z_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """What the encoder reads [T, D], and the VQ loss: codes move to rows, and rows commit to codes."""
-        H, K, _ = self.codebook.shape
-        rows_TH = self.codes(z_TD) + K * torch.arange(H, device=z_TD.device)
-        q_TD = F.embedding(rows_TH, self.codebook.flatten(0, 1)).flatten(1)
-        loss = F.mse_loss(q_TD, z_TD.detach()) + self.config.commitment_weight * F.mse_loss(z_TD, q_TD.detach())
-        # straight-through for z; codes also learn from the task
-        q_TD = q_TD + (z_TD - z_TD.detach())
-        return (q_TD if self.config.vq == "quantized" else z_TD + q_TD), loss
+        Codes move to rows, rows commit to codes, and both learn from the task through ``quantized``.
+        """
+        H = self.codebook.shape[0]
+        z_HTd = z_TD.unflatten(1, (H, -1)).transpose(0, 1).contiguous()
+        q_HTd, indices, commitment = vq_commit(z_HTd, self.codebook)
+        loss = F.mse_loss(q_HTd, z_HTd.detach()) + self.config.commitment_weight * commitment
+        estimate = GRADIENT_ESTIMATORS[self.config.vq_gradient](z_HTd, q_HTd.detach())
+        q_HTd = estimate + (q_HTd - q_HTd.detach())
+        return q_HTd.transpose(0, 1).flatten(1), indices, loss
 
     def forward(self, z_TD: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         loss = z_TD.new_zeros(())
         if self.config.vq != "none":
-            z_TD, loss = self.quantize(z_TD)
+            q_TD, _, loss = self.quantize(z_TD)
+            z_TD = q_TD if self.config.vq == "quantized" else z_TD + q_TD
         x_TD = self.norm(F.dropout(z_TD, self.config.dropout, self.training))
         return self.encoder(x_TD, offsets), loss
 
@@ -101,7 +100,8 @@ class Recommender(nn.Module):
 
     def states(self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [T, D] of packed items, and the VQ loss."""
-        z_TD = F.layer_norm(private["weight"][items], (self.config.dim,), private["norm.weight"], private["norm.bias"])
+        rows_TD = F.embedding(items, private["weight"])
+        z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
         return functional_call(self.shared, shared, (z_TD, offsets))
 
     def loss(self, shared: Parameters, private: Parameters, batch: PackedBatch) -> Tensor:

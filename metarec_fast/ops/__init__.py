@@ -12,6 +12,7 @@ from metarec_fast.ops.sample_negatives import (
     sample_negatives,
     sample_shared_negatives,
 )
+from metarec_fast.ops.sampled_cross_entropy import sampled_cross_entropy
 from metarec_fast.ops.vq_commit import VQCommit, vq_commit
 from metarec_fast.ops.vq_ema_update import vq_ema_update_
 from metarec_fast.ops.vq_statistics import VQStatistics, vq_statistics
@@ -30,6 +31,7 @@ __all__ = [
     "popularity_table",
     "sample_negatives",
     "sample_shared_negatives",
+    "sampled_cross_entropy",
     "vq_commit",
     "vq_ema_update_",
     "vq_statistics",

@@ -1,0 +1,163 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metarec_fast import reference
+from metarec_fast.config import MetaConfig, ModelConfig
+from metarec_fast.data import PackedBatch, Sampler, Sequences
+from metarec_fast.meta import Source, outer_step
+from metarec_fast.models.recommender import Recommender
+from metarec_fast.models.scorer import ModelScorer, pack_recent
+
+SMALL = ModelConfig(dim=8, codebook_heads=2, codebook_size=16, dropout=0.0, max_length=6)
+CATALOGUES = {"a": 30, "b": 40, "t": 20}
+
+
+def sequences(items, users=12, seed=0):
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate(([0], np.cumsum(rng.integers(2, 9, users))))
+    return Sequences(offsets, rng.integers(items, size=offsets[-1]).astype(np.int32), items)
+
+
+def world(config=SMALL, dtype=torch.float64):
+    model = Recommender(config, CATALOGUES)
+    model.start_codebook(list(CATALOGUES), seed=0)
+    batches = {n: Sampler(sequences(v), batch_size=5, max_length=6).batch(0) for n, v in CATALOGUES.items()}
+    return model.to(dtype), batches
+
+
+@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+@pytest.mark.parametrize("vq", ["residual", "quantized", "none"])
+def test_loss_equals_a_plain_forward_for_each_user(encoder, vq):
+    model, batches = world(dataclasses.replace(SMALL, encoder=encoder, vq=vq))
+    batch, table, shared = batches["a"], model.table("a"), model.shared
+    total, rows, errors = 0.0, 0, []
+    for begin, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True):
+        z = F.layer_norm(table.weight[batch.items[begin:end]], (8,), table.norm.weight, table.norm.bias)
+        read = z
+        if vq != "none":
+            q = torch.cat(
+                [c[torch.cdist(part, c).argmin(1)] for part, c in zip(z.split(4, 1), shared.codebook, strict=True)], 1
+            )
+            errors.append((q - z).square())
+            read = q if vq == "quantized" else z + q
+        states = shared.encoder(shared.norm(read), torch.tensor([0, end - begin]))
+        logits = states @ table.weight.T + table.bias
+        total = total + F.cross_entropy(logits, batch.targets[begin:end], reduction="sum")
+        rows += end - begin
+    expected = total / rows
+    if errors:
+        expected = expected + (1 + SMALL.commitment_weight) * torch.cat(errors).mean()
+    got = model.loss(model.shared_parameters(), model.private_parameters("a"), batch)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_outer_step_of_the_recommender_equals_nested_differentiation(encoder, order):
+    model, batches = world(dataclasses.replace(SMALL, encoder=encoder))
+    config = MetaConfig(order=order, similarity_decay=0.0)
+    shared = {k: v.detach() for k, v in model.shared_parameters().items()}
+    private = {n: {k: v.detach() for k, v in model.private_parameters(n).items()} for n in CATALOGUES}
+    got = outer_step(
+        model.loss,
+        shared,
+        [Source(n, private[n], [batches[n]]) for n in "ab"],
+        private["t"],
+        batches["t"],
+        config=config,
+    )
+    expected = reference.meta_step(
+        model.loss,
+        shared,
+        [(private[n], [batches[n]]) for n in "ab"],
+        private["t"],
+        batches["t"],
+        order=order,
+        inner_steps=1,
+        inner_lr=config.inner_lr,
+        temperature=config.temperature,
+        source_loss_weight=config.source_loss_weight,
+    )
+    for ours, theirs in (
+        (got.shared_grad, expected["shared_grad"]),
+        (got.target_grad, expected["target_grad"]),
+        (list(got.source_grads.values()), expected["source_grads"]),
+        (got.weights, expected["weights"]),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_float32_step_equals_float64():
+    steps = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model, batches = world(dtype=dtype)
+        sources = [Source(n, model.private_parameters(n), [batches[n]]) for n in "ab"]
+        steps.append(
+            outer_step(
+                model.loss,
+                model.shared_parameters(),
+                sources,
+                model.private_parameters("t"),
+                batches["t"],
+                config=MetaConfig(similarity_decay=0.0),
+            )
+        )
+    for name, grad in steps[1].shared_grad.items():
+        torch.testing.assert_close(steps[0].shared_grad[name].double(), grad, rtol=1e-4, atol=1e-5)
+
+
+def test_sampled_softmax_over_the_whole_catalogue_is_the_full_one():
+    model, batches = world()
+    batch, V = batches["a"], CATALOGUES["a"]
+    everything = torch.arange(V)
+    sampled = dataclasses.replace(batch, negatives=everything, logq=torch.full((V,), -math.log(V)))
+    shared, private = model.shared_parameters(), model.private_parameters("a")
+    torch.testing.assert_close(model.loss(shared, private, sampled), model.loss(shared, private, batch))
+
+
+def test_relabelling_items_changes_nothing():
+    model, batches = world()
+    batch, order = batches["a"], torch.randperm(CATALOGUES["a"])
+    shared, private = model.shared_parameters(), model.private_parameters("a")
+    relabelled = {**private, "weight": private["weight"][order], "bias": private["bias"][order]}
+    renamed = PackedBatch(order.argsort()[batch.items], order.argsort()[batch.targets], batch.offsets, batch.users)
+    torch.testing.assert_close(model.loss(shared, relabelled, renamed), model.loss(shared, private, batch))
+
+
+@pytest.mark.parametrize("start", ["random", "spectral"])
+def test_a_new_domain_starts_with_distinct_inputs(start):
+    config = ModelConfig(start=start)
+    model = Recommender(config, {"old": 400, "new": 600})
+    for name, seed in (("old", 0), ("new", 1)):
+        if start == "spectral":
+            model.start_table(name, sequences(model.table(name).weight.shape[0], users=800, seed=seed), seed=0)
+    model.start_codebook(["old"], seed=0)
+    z = F.layer_norm(model.table("new").weight, (config.dim,))
+    _, indices, _ = model.shared.quantize(z)
+    assert len(indices.T.unique(dim=0)) >= 0.9 * 600
+
+
+def test_scorer_reads_the_most_recent_events():
+    model, _ = world(dtype=torch.float32)
+    histories = Sequences(np.array([0, 8, 8, 9]), np.arange(9, dtype=np.int32), 20)
+    items, offsets = pack_recent(histories, 6)
+    assert items.tolist() == [2, 3, 4, 5, 6, 7, 8] and offsets.tolist() == [0, 6, 6, 7]
+    scores = ModelScorer(model.eval(), "t").prepare(histories)(0, 20)
+    h, _ = model.states(model.shared_parameters(), model.private_parameters("t"), items, offsets)
+    table = model.table("t")
+    torch.testing.assert_close(scores[0], h[5] @ table.weight.T + table.bias)
+    torch.testing.assert_close(scores[1], table.bias.expand(20).detach())
+    torch.testing.assert_close(scores[2], h[6] @ table.weight.T + table.bias)
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match="dim must be a multiple of codebook_heads, got dim 8 and codebook_heads 3"):
+        Recommender(dataclasses.replace(SMALL, codebook_heads=3), CATALOGUES)
+    with pytest.raises(ValueError, match="domain must be one of a, b, t, got 'c'"):
+        world()[0].table("c")
