@@ -148,7 +148,6 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(torch.where(replaced, drawn * self.threshold_ema_dead_code, self.embed_avg))
         self.cluster_size.masked_fill_(replaced.squeeze(-1), self.threshold_ema_dead_code)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def init_kmeans_(self, rows: Tensor, keep: Tensor | None = None) -> None:
         """Start the codes at the k-means centres of ``rows`` [H, N, D]; waits for a batch that has valid rows."""

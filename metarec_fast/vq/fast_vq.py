@@ -237,7 +237,8 @@ class FastVQ(nn.Module):
 
         Returns (quantized with shape and dtype of x, indices int64 [B, ...] with a last dimension of heads if several,
         loss: one number), and a LossBreakdown if asked for. Masked positions: quantized 0 (or x, without
-        return_zeros_for_masked_padding), index -1, no part in loss and codebook.
+        return_zeros_for_masked_padding), index -1, no part in loss and codebook. Under torch.vmap, and under
+        torch.func.grad with dead-code replacement, freeze the codebook: torch cannot mutate buffers there.
         Raises ValueError for shapes that do not fit and for arguments this version does not serve.
         """
         for name, value in (("indices", indices), ("topk", topk), ("codebook_transform_fn", codebook_transform_fn)):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _EPS = 1e-6  # least length by which a vector is divided
 
@@ -59,12 +58,15 @@ class _RotateTo(torch.autograd.Function):
         x, quantized = x.to(g.dtype), quantized.to(g.dtype)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_EPS)
         code_length = torch.linalg.vector_norm(quantized, dim=-1, keepdim=True)
-        u, v = x / length, quantized / code_length.clamp_min(_EPS)
-        w = F.normalize(u + v, dim=-1, eps=_EPS)
-        # R = I - 2 w w^T + 2 v u^T, so R^T g = g - 2 w (w.g) + 2 u (v.g)
-        turned = g - w * (2 * _dot(w, g)) + u * (2 * _dot(v, g))
-        return (turned * (code_length / length)).to(grad.dtype), None
+        scale = code_length / length
+        code_length = code_length.clamp_min(_EPS)
+        # With w = u + v, R = I - 2 w w^T / |w|^2 + 2 v u^T, so R^T g = g - 2 w (w.g) / |w|^2 + 2 u (v.g);
+        # u and v enter as x and quantized with their lengths among the factors of a row, to save passes.
+        w = torch.addcmul(x / length, quantized, 1 / code_length)
+        along_w = -2 * scale * _dot(w, g) / _dot(w, w).clamp_min(_EPS**2)
+        along_x = 2 * scale * _dot(quantized, g) / (code_length * length)
+        return torch.addcmul(torch.addcmul(g * scale, w, along_w), x, along_x).to(grad.dtype), None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b, dim=-1).unsqueeze(-1)
+    return (a * b).sum(-1, keepdim=True)  # torch.linalg.vecdot is a batched product of 1 x D by D x 1: slower

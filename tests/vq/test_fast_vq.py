@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -277,7 +279,14 @@ def test_indices_that_mark_padding_do_not_count_as_code_zero():
     assert vq._codebook.cluster_size.tolist() == [[0, 0, 1, 0]]
 
 
-# -- tracing and transforms
+# -- import, tracing and transforms
+
+
+def test_import_brings_in_neither_triton_nor_polars_nor_the_compiler():
+    heavy = ("triton", "polars", "torch._dynamo", "vector_quantize_pytorch")
+    code = f"import sys; from metarec_fast import FastVQ; sys.exit(str([m for m in {heavy} if m in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.strip() == "[]"
 
 
 @pytest.mark.parametrize("training", [True, False])
