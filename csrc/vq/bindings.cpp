@@ -7,6 +7,7 @@
 
 #include "vq/exact.h"
 #include "vq/nearest_codeword.h"
+#include "vq/prepared_codebook.h"
 #include "vq/statistics.h"
 
 #ifdef _OPENMP

@@ -5,6 +5,9 @@
 
 namespace metarec {
 
+// Beyond this squared norm, of a code or a row, sums of float32 products might overflow.
+constexpr float kMaxSquare = 1e36f;
+
 // Per head h, slots s count the distinct finite codes in the order of their indices, padded to whole panels.
 struct Codebook {
     int64_t heads, codes, dim, width, panels;  // width: slots of a panel
@@ -18,20 +21,6 @@ struct Codebook {
     const int32_t* code;                            // [H, panels * width] index of the slot's code
     const uint8_t* duplicated;                      // [H, codes] whether a later code equals this one
     const int64_t* slots;                           // [H]
-};
-
-// Owns the arrays of a Codebook.
-class PreparedCodebook {
-  public:
-    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int64_t width);
-    ~PreparedCodebook();
-    PreparedCodebook(const PreparedCodebook&) = delete;
-    PreparedCodebook& operator=(const PreparedCodebook&) = delete;
-    const Codebook& view() const { return view_; }
-
-  private:
-    Codebook view_;
-    void* memory_;
 };
 
 }  // namespace metarec

@@ -5,7 +5,8 @@
 // -h and adding dim products. With u = 2^-24, each addition (fused or not) rounds a partial sum of magnitude at most
 // h + ||x'|| ||c'||, each product alone errs by u of itself, rounding X and C costs 2u ||X|| ||C||, rounding h costs
 // u h; second-order terms are below the slack of the constant:
-//     |S - s| <= E = (dim + 6) u (1 + 4 dim u) (||x'|| ||c'|| + h) + underflow.
+//     |S - s| <= E = (dim + 6) u (1 + 4 dim u) (||x'|| ||c'|| + h) + underflow,
+// and E is infinite where a partial sum might overflow.
 // If the largest score leads the second by more than 2 max E, it is the nearest code. Otherwise the codes that can
 // still win, S + E >= S_best - E_best, are compared in float64 by the definition itself (exact.cpp).
 #include "vq/nearest_codeword.h"
@@ -63,7 +64,7 @@ inline bool any_lane(vint mask) {
     return any != 0;
 }
 
-// [dim, kRows] rows minus the mean; missing rows repeat the first. norm: at least ||row - mean||.
+// [dim, kRows] rows minus the mean. norm: at least ||row - mean||, infinite if a score might overflow.
 inline void pack(const float* const* row, const float* mean, int64_t dim, float* packed, float* norm) {
     float square[kRows] = {};
     for (int64_t d = 0; d < dim; ++d) {
@@ -76,7 +77,9 @@ inline void pack(const float* const* row, const float* mean, int64_t dim, float*
     // slack for the rounding of the sum, and for squares that underflow
     const float relative = 1 + static_cast<float>(dim + 8) * 0x1p-23f;
     const float absolute = __builtin_sqrtf(static_cast<float>(dim)) * 0x1p-62f;
-    for (int r = 0; r < kRows; ++r) norm[r] = __builtin_sqrtf(square[r]) * relative + absolute;
+    for (int r = 0; r < kRows; ++r) {
+        norm[r] = square[r] > kMaxSquare ? kInfinity : __builtin_sqrtf(square[r]) * relative + absolute;
+    }
 }
 
 [[gnu::always_inline]] inline void scores(const float* __restrict x, const float* __restrict panel,
@@ -214,9 +217,10 @@ void decide_exactly(const Search& search, int64_t h, const Row* undecided, int c
             continue;
         }
         const double gap = nearest[r].second - nearest[r].least;
-        const bool alone = nearest[r].second == __builtin_inf();
+        // a code that wins alone among several has finite scores
+        const bool scored = nearest[r].second == __builtin_inf() && codebook.slots[h] > 1;
         emit(search, h, undecided[r].row, nearest[r].index,
-             alone ? 2 * (undecided[r].best - undecided[r].second) : static_cast<float>(gap));
+             scored ? 2 * (undecided[r].best - undecided[r].second) : static_cast<float>(gap));
     }
 }
 

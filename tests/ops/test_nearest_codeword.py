@@ -47,6 +47,7 @@ DATA = {
     "one_ulp": lambda N, K, D: (torch.randn(N, D), 1 + 2.0**-23 * torch.randint(0, 2, (K, D))),
     "outlier": outlier,
     "huge": lambda N, K, D: (1e30 * torch.randn(N, D), 1e30 * torch.randn(K, D)),
+    "large": lambda N, K, D: (1e18 * torch.randn(N, D), 1e18 * torch.randn(K, D)),
     "tiny": lambda N, K, D: (1e-30 * torch.randn(N, D), 1e-30 * torch.randn(K, D)),
     "subnormal": lambda N, K, D: (1e-40 * torch.randn(N, D), 1e-22 * torch.randn(K, D)),
     "not_finite": not_finite,
@@ -73,6 +74,13 @@ def check(x, codebook):
 @pytest.mark.usefixtures("poison")
 def test_equals_reference(data, shape):
     check(*DATA[data](*shape))
+
+
+def test_score_that_overflows_half_way():
+    # norms and final scores are below the largest float32, a partial sum of the nearest code's score is not
+    a, b = 2.24e19 * torch.tensor([0.5, 0.866]), 2.24e19 * torch.tensor([0.866, 0.5])
+    codebook, x = torch.stack((-b, b, -a, a)), 1.8e19 * torch.tensor([[-0.5, 0.866]])
+    assert nearest_codeword(x, codebook).indices.item() == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

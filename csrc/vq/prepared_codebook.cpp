@@ -1,4 +1,4 @@
-#include "vq/codebook.h"
+#include "vq/prepared_codebook.h"
 
 #include <algorithm>
 #include <cmath>
@@ -106,8 +106,8 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
         slots = arena.take<int64_t>(heads);
         return arena.used;
     };
-    memory_ = ::operator new(lay_out(nullptr), kAlignment);
-    lay_out(static_cast<char*>(memory_));
+    memory_.reset(::operator new(lay_out(nullptr), kAlignment));
+    lay_out(static_cast<char*>(memory_.get()));
     view_ = {heads, codes, dim,  width,     panels,   codebook, mean,       packed,
              start, slope, base, max_slope, max_base, code,     duplicated, slots};
 
@@ -152,8 +152,8 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
             for (; d < dim; ++d) place(d, 0);
             const double norm2 = (square[0] + square[1]) + (square[2] + square[3]);
             start[s] = static_cast<float>(-0.5 * norm2);
-            slope[s] = static_cast<float>(relative * std::sqrt(norm2));
-            base[s] = static_cast<float>(relative * 0.5 * norm2 + absolute);
+            slope[s] = static_cast<float>(relative * std::sqrt(norm2) + absolute);
+            base[s] = norm2 > kMaxSquare ? kInfinity : static_cast<float>(relative * 0.5 * norm2 + absolute);
         }
     }
     for (int64_t h = 0; h < heads; ++h) {
@@ -162,6 +162,6 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
     }
 }
 
-PreparedCodebook::~PreparedCodebook() { ::operator delete(memory_, kAlignment); }
+void PreparedCodebook::Free::operator()(void* memory) const { ::operator delete(memory, kAlignment); }
 
 }  // namespace metarec
