@@ -137,5 +137,7 @@ class Recommender(nn.Module):
             which = torch.arange(K) % len(rows)
             for index, z in enumerate(rows):
                 slots = (which == index).nonzero()[:, 0]
-                chosen = torch.randint(len(z), (len(slots),), generator=generator)
+                # distinct rows as long as there are enough: equal codes would only share their use
+                rounds = -(-len(slots) // len(z))
+                chosen = torch.cat([torch.randperm(len(z), generator=generator) for _ in range(rounds)])[: len(slots)]
                 self.shared.codebook[head, slots] = z[chosen, head * d : (head + 1) * d]
