@@ -25,11 +25,15 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from metarec_fast.api import MetaRec, compare
-    from metarec_fast.config import Config
-    from metarec_fast.data import Domain, Sampler, read, synthetic
-    from metarec_fast.ops import backend_info
-    from metarec_fast.vq import FastVQ
+    from metarec_fast.api import MetaRec as MetaRec
+    from metarec_fast.api import compare as compare
+    from metarec_fast.config import Config as Config
+    from metarec_fast.data import Domain as Domain
+    from metarec_fast.data import Sampler as Sampler
+    from metarec_fast.data import read as read
+    from metarec_fast.data import synthetic as synthetic
+    from metarec_fast.ops import backend_info as backend_info
+    from metarec_fast.vq import FastVQ as FastVQ
 
 
 def __getattr__(name: str) -> Any:

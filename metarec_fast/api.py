@@ -16,16 +16,15 @@ from torch import Tensor
 
 from metarec_fast.config import Config
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, load_domain, save_domain, time_cut
-from metarec_fast.data.transitions import TransitionKernel
 from metarec_fast.evaluation import Metrics, best_floor, evaluate
 from metarec_fast.models.recommender import Recommender
-from metarec_fast.models.scorer import ModelScorer
+from metarec_fast.models.scorer import ModelScorer, TransitionEvidence
 from metarec_fast.report.table import Row
 from metarec_fast.train.checkpoint import write_atomically
 from metarec_fast.train.trainer import Reporter, Trainer
 
 FORMAT = 1  # of the saved folder
-KERNEL_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
@@ -47,12 +46,12 @@ class MetaRec:
         split: Split,
         config: Config,
         *,
-        kernel_weight: float = 0.0,
+        evidence_weight: float = 0.0,
         history: dict | None = None,
     ) -> None:
         self.model, self.split, self.config = model, split, config
-        self.kernel_weight = kernel_weight
-        self.kernel = TransitionKernel.fit(split.train) if kernel_weight else None
+        self.evidence_weight = evidence_weight
+        self.evidence = TransitionEvidence(split.train) if evidence_weight else None
         self.history = history or {}
 
     @property
@@ -120,38 +119,37 @@ class MetaRec:
             "transfer": progress.trace,
         }
         if config.model.transitions:
-            fitted._choose_kernel_weight()
+            fitted._choose_evidence_weight()
         fitted.history["seconds"] = time.perf_counter() - started
         if run_dir is not None:
             trainer.save()
             fitted.save_pretrained(Path(run_dir) / "model")
         return fitted
 
-    def _choose_kernel_weight(self) -> None:
+    def _choose_evidence_weight(self) -> None:
         """How much the domain's own transitions count beside the encoder: whatever validation likes best."""
-        self.kernel = TransitionKernel.fit(self.split.train)
+        self.evidence = TransitionEvidence(self.split.train)
         tried = {}
-        for weight in KERNEL_WEIGHTS:
-            self.kernel_weight = weight
+        for weight in EVIDENCE_WEIGHTS:
+            self.evidence_weight = weight
             tried[weight] = self.evaluate("valid").ndcg[10]
-        self.kernel_weight = max(tried, key=lambda weight: (tried[weight], -weight))
-        self.history["kernel_weight"] = {"chosen": self.kernel_weight, "validation_ndcg@10": tried}
+        self.evidence_weight = max(tried, key=lambda weight: (tried[weight], -weight))
+        self.history["evidence_weight"] = {"chosen": self.evidence_weight, "validation_ndcg@10": tried}
 
-    def scorer(self, *, kernel: bool = True) -> ModelScorer:
-        """Scores over the target's catalogue; ``kernel=False`` leaves the domain's transitions out."""
+    def scorer(self, *, transitions: bool = True) -> ModelScorer:
+        """Scores over the target's catalogue; ``transitions=False`` leaves the domain's transition evidence out."""
         self.model.eval()
-        return ModelScorer(
-            self.model, self.domain.name, kernel=self.kernel, kernel_weight=self.kernel_weight if kernel else 0.0
-        )
+        weight = self.evidence_weight if transitions else 0.0
+        return ModelScorer(self.model, self.domain.name, evidence=self.evidence, evidence_weight=weight)
 
     def evaluate(
-        self, split: Literal["valid", "test"] = "test", *, mask_history: bool | None = None, kernel: bool = True
+        self, split: Literal["valid", "test"] = "test", *, mask_history: bool | None = None, transitions: bool = True
     ) -> Metrics:
         """Full ranking of every case of the target's split; ties count as their expectation."""
         if split not in ("valid", "test"):
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
         return evaluate(
-            self.scorer(kernel=kernel),
+            self.scorer(transitions=transitions),
             getattr(self.split, split),
             mask_history=self.config.data.mask_history if mask_history is None else mask_history,
             protocol=f"{self.split.protocol}; {split}",
@@ -227,7 +225,7 @@ class MetaRec:
         facts = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
-            "kernel_weight": self.kernel_weight,
+            "evidence_weight": self.evidence_weight,
             "history": self.history,
             "versions": {"metarec_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
@@ -255,7 +253,7 @@ class MetaRec:
         model.load_state_dict(
             {k.replace("table.", "tables.0.", 1) if k.startswith("table.") else k: v for k, v in tensors.items()}
         )
-        return cls(model.eval(), split, config, kernel_weight=facts["kernel_weight"], history=facts["history"])
+        return cls(model.eval(), split, config, evidence_weight=facts["evidence_weight"], history=facts["history"])
 
 
 def build(config: Config, splits: Sequence[Split]) -> Recommender:

@@ -33,7 +33,7 @@ class ModelConfig:
     vq_loss_weight: float = 1.0
     vq_gradient: Literal["straight_through", "rotation"] = "straight_through"
     transitions: bool = True
-    """Mix the scores with the domain's own transition kernel, by a weight chosen on validation."""
+    """Add evidence of the domain's own transitions to the scores, by a weight chosen on validation."""
 
 
 @dataclass(frozen=True, kw_only=True)

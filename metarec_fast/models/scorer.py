@@ -22,17 +22,36 @@ def pack_recent(histories: Sequences, max_length: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(items.astype(np.int64)), torch.from_numpy(offsets)
 
 
+class TransitionEvidence:
+    """What the last three events of a history speak for, by the domain's own transitions: log(1 + 20 c).
+
+    c sums cosine-normalised transition counts (window 5, fading .8 a lag), half as much for each event further back.
+    """
+
+    def __init__(self, train: Sequences) -> None:
+        self.kernel = TransitionKernel.fit(train, window=5, decay=0.8).normalised(row=0.5, column=0.5)
+
+    def __call__(self, histories: Sequences) -> Callable[[int, int], Tensor]:
+        tile = self.kernel.evidence(histories, last=3, fade=0.5)
+        return lambda begin, end: torch.log1p(20 * tile(begin, end))
+
+
 class ModelScorer:
-    """logit = state . item row + item bias, plus ``kernel_weight`` times the evidence of the last event's transitions.
+    """logit = state . item row + item bias, plus ``evidence_weight`` times the evidence of transitions.
 
     A user without history is scored by item bias alone.
     """
 
     def __init__(
-        self, model: Recommender, domain: str, *, kernel: TransitionKernel | None = None, kernel_weight: float = 0.0
+        self,
+        model: Recommender,
+        domain: str,
+        *,
+        evidence: TransitionEvidence | None = None,
+        evidence_weight: float = 0.0,
     ) -> None:
         self.model, self.domain = model, domain
-        self.kernel, self.kernel_weight = kernel, kernel_weight
+        self.evidence, self.evidence_weight = evidence, evidence_weight
         self.table = model.table(domain)
         self.num_items = self.table.weight.shape[0]
 
@@ -52,13 +71,13 @@ class ModelScorer:
     @torch.no_grad()
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> Callable[[int, int], Tensor]:
         state_BD = self.states(histories)
-        evidence = self.kernel.evidence(histories) if self.kernel is not None and self.kernel_weight else None
+        evidence = self.evidence(histories) if self.evidence is not None and self.evidence_weight else None
 
         def score_tile(begin: int, end: int) -> Tensor:
             table = self.table
             scores = torch.addmm(table.bias[begin:end], state_BD, table.weight[begin:end].T).detach()
             if evidence is not None:
-                scores += self.kernel_weight * evidence(begin, end).to(scores)
+                scores += self.evidence_weight * evidence(begin, end).to(scores)
             return scores
 
         return score_tile
