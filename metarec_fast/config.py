@@ -65,9 +65,9 @@ class TrainConfig:
 
     method: Literal["metarec", "pretrain", "target_only"] = "metarec"
     """metarec: all three stages. pretrain: the source steps are plain joint training. target_only: the last stage."""
-    warmup_steps: int = 200
-    meta_steps: int = 400
-    finetune_steps: int = 2000
+    warmup_steps: int = 100
+    meta_steps: int = 300
+    finetune_steps: int = 800
     """At most; target_only may use the steps of all three stages."""
     batch_size: int = 128
     lr: float = 1e-3
@@ -80,7 +80,7 @@ class TrainConfig:
     negatives: int = 512
     negative_distribution: Literal["uniform", "popularity"] = "popularity"
     window: Literal["last", "sliding", "crop"] = "last"
-    evaluate_every: int = 50
+    evaluate_every: int = 25
     patience: int = 10
     """Evaluations without a better validation NDCG@10 before fine-tuning stops."""
     seed: int = 0
