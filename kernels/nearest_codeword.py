@@ -9,8 +9,9 @@ Higham, Lopez, Mary, Pranesh 2020), and u = 2^-24, every score is within
     E = 2 R C (g + 2^-19) + 4 u C^2
 
 of its real value: 2^-19 covers both splits (2 * 2^-21), the product left out (2^-22), the roundings of x - m and c - m
-(2 u) and of the score (2 u); 4 u C^2 the rounded |c|^2 and score. So least and second least score more than 2 E apart
-prove the index. The other rows (ties among them, and whatever overflowed) are compared in float64 by definition.
+(2 u) and of the score (2 u); 4 u C^2 the rounded |c|^2 and score. The float64 sum that defines
+the index is itself up to F = (D + 4) 2^-52 (R + C)^2 from the real distance. So least and second least score more than
+2 (E + F) apart prove the index. The other rows (ties among them, and whatever overflowed) are compared in float64.
 Float16 and bfloat16 codebooks enter as they are: their products are exact in float32 and only g and u remain.
 """
 
@@ -19,9 +20,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from metarec_fast.kernels import _common
+from torch import Tensor
 
 # Up to this many terms (x - c)^2 the float64 pass alone is over before the screen's launches would be.
 _SETTLE_ALL = 1 << 26
@@ -249,7 +249,9 @@ def _screen(
     gamma = (D + 32) * 2.0**-22
     if SPLIT:
         gamma += 2.0**-19
-    error = 2.0 * gamma * x_radius * tl.sqrt(c_square) + 2.0**-22 * c_square
+    c_radius = tl.sqrt(c_square)
+    reach = x_radius + c_radius
+    error = 2.0 * gamma * x_radius * c_radius + 2.0**-22 * c_square + (D + 4) * 2.0**-52 * reach * reach
     # 1.001 for the rounding of R, C and the margin; 2^-100 for what underflowed
     bound = 2.002 * error + 2.0**-100
     proven = (margin > bound) & (margin < float("inf"))
@@ -262,12 +264,6 @@ def _screen(
     if total > 0:
         slot = tl.atomic_add(count_ptr, total)
         tl.store(undecided_ptr + slot + tl.cumsum(undecided, 0) - 1, out, mask=undecided == 1)
-
-
-@triton.jit
-def _squared_difference(x_ptr, codes_ptr, inside):
-    difference = tl.load(x_ptr).to(tl.float64) - tl.load(codes_ptr, mask=inside, other=0.0).to(tl.float64)
-    return difference * difference
 
 
 @triton.jit(do_not_specialize=["N", "K", "rows"])
@@ -298,10 +294,14 @@ def _settle(
             distance = tl.zeros([BLOCK_K], tl.float64)
             for d in range(0, D // UNROLL * UNROLL, UNROLL):
                 for j in tl.static_range(UNROLL):
-                    distance += _squared_difference(x_row + d + j, codes + j * K, k < K)
+                    c = tl.load(codes + j * K, mask=k < K, other=0.0).to(tl.float64)
+                    difference = tl.load(x_row + d + j).to(tl.float64) - c
+                    distance += difference * difference
                 codes += UNROLL * K
             for d in range(D // UNROLL * UNROLL, D):
-                distance += _squared_difference(x_row + d, codes, k < K)
+                c = tl.load(codes, mask=k < K, other=0.0).to(tl.float64)
+                difference = tl.load(x_row + d).to(tl.float64) - c
+                distance += difference * difference
                 codes += K
             # infinitely far too: a distance with a NaN
             distance = tl.where((k < K) & (distance < float("inf")), distance, float("inf"))

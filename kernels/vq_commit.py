@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from metarec_fast.kernels import _common
 from metarec_fast.kernels.nearest_codeword import nearest_codeword
+from torch import Tensor
 
-_TILE = 4096  # elements of x that a program holds
+_TILE = 2048  # elements of x that a program holds
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -20,19 +19,24 @@ def _gather(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    code = h * K + tl.load(indices_ptr + h * N + row, mask=row < N, other=0)
-    row_out = h * N + row
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    rows = N - first
+    first += h * N
+    row = tl.arange(0, BLOCK_N)
+    x_ptr += first * D
+    quantized_ptr += first * D
+    code = h * K + tl.load(indices_ptr + first + row, mask=row < rows, other=0)
     error = tl.zeros([BLOCK_N], tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        inside = (row[:, None] < N) & (d[None, :] < D)
-        x = tl.load(x_ptr + row_out[:, None] * D + d[None, :], mask=inside, other=0.0)
+        at = row[:, None] * D + d[None, :]
+        inside = (row[:, None] < rows) & (d[None, :] < D)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
         c = tl.load(codebook_ptr + code[:, None] * D + d[None, :], mask=inside, other=0.0)
-        tl.store(quantized_ptr + row_out[:, None] * D + d[None, :], c.to(x.dtype), mask=inside)
+        tl.store(quantized_ptr + at, c.to(x.dtype), mask=inside)
         difference = x.to(tl.float32) - c.to(tl.float32)
         error += tl.sum(difference * difference, 1)
-    tl.store(error_ptr + row_out, error, mask=row < N)
+    tl.store(error_ptr + first + row, error, mask=row < rows)
 
 
 def vq_commit(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from metarec_fast.kernels import _common
+from torch import Tensor
 
 _ROWS = 32  # rows that a program of _sum_pieces holds at once
 _MAX_PIECES = 32
@@ -91,7 +90,7 @@ def _add_pieces(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     count = 0.0
-    for piece in range(0, PIECES):
+    for piece in range(PIECES):
         total += tl.load(piece_sum_ptr + (code * PIECES + piece) * D + d, mask=d < D, other=0.0)
         count += tl.load(piece_count_ptr + code * PIECES + piece)
     tl.store(sum_ptr + code * D + d, total, mask=d < D)

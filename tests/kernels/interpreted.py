@@ -1,0 +1,219 @@
+"""Run by test_interpreter.py with TRITON_INTERPRET=1: the launchers on CPU tensors against the definitions.
+
+No bfloat16: the interpreter computes it wrongly without a word (NumPy has no such type). test_gpu.py covers it.
+"""
+
+import os
+
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreter.py instead"
+
+from metarec_fast.kernels import _common, nearest_codeword, vq_commit, vq_statistics
+
+from metarec_fast import reference
+
+# NaN, infinity and overflow are there on purpose
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Buffers start as NaN or the smallest integer, so that a forgotten element shows."""
+
+    def poisoned(shape, *, dtype, device):
+        fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        return torch.full(shape, fill, dtype=dtype, device=device)
+
+    monkeypatch.setattr(_common, "empty", poisoned)
+
+
+@pytest.fixture(params=["screened", "settled"])
+def path(request, monkeypatch):
+    """Both ways to an index: small problems would otherwise never reach the screen."""
+    monkeypatch.setattr(nearest_codeword, "_SETTLE_ALL", 0 if request.param == "screened" else 1 << 62)
+    return request.param
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    """Small problems take the screen too."""
+    monkeypatch.setattr(nearest_codeword, "_SETTLE_ALL", 0)
+
+
+@pytest.fixture
+def undecided(monkeypatch, screened):
+    """How many rows each screen left to float64."""
+    counts = []
+    settle = nearest_codeword._settle_rows
+
+    def counting(x, codebook, indices, margin, rows, count):
+        counts.append(indices.numel() if count is None else int(count))
+        settle(x, codebook, indices, margin, rows, count)
+
+    monkeypatch.setattr(nearest_codeword, "_settle_rows", counting)
+    return counts
+
+
+def check(x, codebook):
+    indices, margin = nearest_codeword.nearest_codeword(x, codebook)
+    expected, expected_margin = reference.nearest_codeword(x, codebook)
+    assert torch.equal(indices, expected)
+    return margin, expected_margin
+
+
+SHAPES = [
+    (1, 1, 1, 2),
+    (3, 37, 5, 8),
+    (2, 0, 5, 8),
+    (1, 9, 257, 33),
+    (1, 130, 70, 16),
+    (1, 5, 70, 64),
+    (1, 5, 130, 130),
+]
+
+
+@pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nearest_codeword(path, H, N, K, D, dtype):
+    rows = min(N, 7) if path == "settled" else N  # one at a time there, which is slow to interpret
+    x, codebook = torch.randn(H, rows, D).to(dtype), torch.randn(H, K, D).to(dtype)
+    margin, expected = check(x, codebook)
+    torch.testing.assert_close(margin, expected, rtol=1e-5, atol=1e-5 * D)
+
+
+def test_wide_half_rows(path):
+    check(torch.randn(1, 5, 200).half(), torch.randn(1, 70, 200).half())
+
+
+def test_half_rows_over_a_float32_codebook(path):
+    check(torch.randn(1, 9, 40).half(), torch.randn(1, 70, 40))
+
+
+def test_float64(path):
+    check(torch.randn(1, 5, 9, dtype=torch.float64), torch.randn(1, 7, 9, dtype=torch.float64))
+
+
+def test_ties_take_the_lowest_index(path):
+    x, codebook = torch.randint(-2, 3, (2, 21, 3)).float(), torch.randint(-2, 3, (2, 140, 3)).float()
+    margin, expected = check(x, codebook)
+    assert (expected == 0).float().mean() > 0.5
+    torch.testing.assert_close(margin, expected, rtol=0, atol=1e-5)
+    assert (margin[expected == 0] == 0).all()
+
+
+def test_duplicates_of_the_nearest_code(path):
+    codebook = torch.randn(1, 40, 24).repeat(1, 3, 1)
+    check(torch.randn(1, 9, 24), codebook)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-22, 1e15, 1e25, 3e37])
+def test_extreme_scales(path, scale):
+    check(torch.randn(1, 8, 6) * scale, torch.randn(1, 30, 6) * scale)
+    check(torch.randn(1, 8, 6) * scale, torch.randn(1, 30, 6))
+    check(torch.randn(1, 8, 6), torch.randn(1, 30, 6) * scale)
+
+
+def test_rows_and_codes_that_are_not_finite(path):
+    x, codebook = torch.randn(1, 8, 6), torch.randn(1, 30, 6)
+    x[0, 3, 4], x[0, 5, 0], x[0, 6, 5] = float("nan"), float("inf"), -float("inf")
+    margin, expected = check(x, codebook)
+    torch.testing.assert_close(margin, expected)
+    codebook[0, 7, 2], codebook[0, 8, 2] = float("nan"), float("inf")
+    check(x, codebook)
+    codebook[:] = float("nan")
+    check(x, codebook)
+
+
+def test_offset_far_beyond_the_spread(undecided):
+    # the codes differ in their last bits only: without the centring every row would be undecided
+    x, codebook = torch.randn(1, 20, 64) + 1000, torch.randn(1, 70, 64) + 1000
+    check(x, codebook)
+    assert undecided[-1] <= 2
+    margin, expected = check(x, codebook.mul(1 - 2**-12))
+    torch.testing.assert_close(margin, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("D", "dtype"), [(64, torch.float32), (100, torch.float32), (64, torch.float16)])
+def test_screen_decides_all_but_close_rows(undecided, D, dtype):
+    # integers, so that the halfway points below are the same in float16
+    codebook = torch.randint(-4, 5, (1, 64, D)).float()
+    x = torch.randn(1, 60, D)
+    x[0, :10] = (codebook[0, :10] + codebook[0, 10:20]) / 2  # as far from one code as from the other
+    if dtype == torch.float32:
+        x[0, :10] += 1e-6 * codebook[0, :10]
+    margin, _ = check(x.to(dtype), codebook.to(dtype))
+    assert 10 <= undecided[-1] <= 14
+    assert margin[0, 20:].min() > 0
+
+
+def test_scores_stay_within_the_stated_error(monkeypatch, screened):
+    # the margin of the screen alone, against float64
+    monkeypatch.setattr(nearest_codeword, "_settle_rows", lambda *_: None)
+    x, codebook = torch.randn(1, 128, 64) * torch.logspace(-3, 3, 64), torch.randn(1, 64, 64) * 30
+    _, margin = nearest_codeword.nearest_codeword(x, codebook)
+    _, expected = reference.nearest_codeword(x, codebook)
+    m = codebook.mean(1, keepdim=True)
+    R, C = (x - m).norm(dim=2), (codebook - m).norm(dim=2).max()
+    error = 2 * R * C * (96 * 2**-22 + 2**-19) + 2**-22 * C**2
+    assert ((margin - expected).abs() <= 2 * error).all()
+
+
+@pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_vq_commit(screened, H, N, K, D, dtype):
+    x, codebook = torch.randn(H, N, D).to(dtype), torch.randn(H, K, D)
+    quantized, indices, row_error = vq_commit.vq_commit(x, codebook)
+    expected, _ = reference.nearest_codeword(x, codebook)
+    codes = codebook.gather(1, expected[..., None].expand(H, N, D))
+    assert torch.equal(indices, expected)
+    assert torch.equal(quantized, codes.to(dtype))
+    exact = (x.double() - codes.double()).square().sum(-1)
+    torch.testing.assert_close(row_error, exact.float(), rtol=2e-6, atol=0)
+
+
+def test_a_row_does_not_depend_on_the_others(screened):
+    x, codebook = torch.randn(1, 150, 20), torch.randn(1, 30, 20)
+    whole = vq_commit.vq_commit(x, codebook)
+    parts = [vq_commit.vq_commit(part, codebook) for part in x.split(67, dim=1)]
+    for of_whole, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(of_whole, torch.cat(of_parts, 1))
+
+
+@pytest.mark.parametrize(("H", "N", "K", "D"), [(1, 1, 1, 2), (3, 137, 5, 8), (2, 0, 5, 8), (1, 90, 257, 130)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pieces", [1, 32])
+def test_vq_statistics(monkeypatch, H, N, K, D, weighted, pieces):
+    monkeypatch.setattr(vq_statistics, "_MAX_PIECES", pieces)
+    x = torch.randn(H, N, D)
+    indices = torch.randint(-1, K, (H, N))
+    indices[:, : N // 2] = K - 1  # one code that many rows chose
+    x[:, 2::9, 1] = float("nan")
+    x[:, 3::9, 0] = float("inf")
+    row_weight = torch.rand(N) if weighted else None
+    counts, sums = vq_statistics.vq_statistics(x, indices, K, row_weight)
+    expected_counts, expected_sums = reference.vq_statistics(x.double(), indices, K, row_weight=row_weight)
+    torch.testing.assert_close(counts, expected_counts.float(), rtol=1e-6 if weighted else 0, atol=0)
+    torch.testing.assert_close(sums, expected_sums.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_vq_statistics_of_half_rows():
+    x, indices = torch.randn(1, 40, 9).half(), torch.randint(0, 4, (1, 40))
+    counts, sums = vq_statistics.vq_statistics(x, indices, 4)
+    expected_counts, expected_sums = reference.vq_statistics(x.double(), indices, 4)
+    assert torch.equal(counts, expected_counts.float())
+    torch.testing.assert_close(sums, expected_sums.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_added_in_their_order(monkeypatch):
+    monkeypatch.setattr(vq_statistics, "_MAX_PIECES", 1)
+    # 2^24 + 1 + 1 is 2^24 in float32 and 1 + 1 + 2^24 is 2^24 + 2: within one lane the order shows
+    rows = 3 * vq_statistics._ROWS
+    x = torch.zeros(1, rows, 1)
+    x[0, 0], x[0, vq_statistics._ROWS], x[0, 2 * vq_statistics._ROWS] = 2.0**24, 1, 1
+    indices = torch.zeros(1, rows, dtype=torch.int64)
+    _, forward = vq_statistics.vq_statistics(x, indices, 1)
+    _, backward = vq_statistics.vq_statistics(x.flip(1), indices, 1)
+    assert forward[0, 0].item() == 2.0**24
+    assert backward[0, 0].item() == 2.0**24 + 2

@@ -1,0 +1,152 @@
+"""Every kernel compiled for sm_80 and sm_90, with the block sizes and arguments its launcher uses; no GPU is needed.
+
+``pytest -s`` prints what each takes of a multiprocessor: 65536 registers and, on the smallest chip of the generation,
+99 KB of shared memory for one program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from metarec_fast.kernels.vq_commit import vq_commit
+from metarec_fast.kernels.vq_statistics import vq_statistics
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Launch(NamedTuple):
+    """One launch as the launcher made it: what triton.compile needs to make the same kernel."""
+
+    kernel: JITFunction
+    signature: dict
+    constants: dict
+    alignment: dict
+    options: dict
+
+
+class Usage(NamedTuple):
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    ptx: str
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launchers run on CPU tensors append here what they would have launched."""
+    recorded = []
+
+    def record(kernel, *args, grid, warmup, **options):
+        signature, constants, alignment = {}, {}, {}
+        values = dict(zip(kernel.arg_names, args)) | {n: options.pop(n) for n in kernel.arg_names if n in options}
+        for position, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            fixed = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (fixed and type(value) is int and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or (fixed and value % 16 == 0):
+                alignment[(position,)] = [["tt.divisibility", 16]]
+        recorded.append(Launch(kernel, signature, constants, alignment, options))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    return recorded
+
+
+def compile_for(launch: Launch, capability: int) -> Usage:
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.alignment)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        report = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    shared = used["SHARED"] + compiled.metadata.shared
+    return Usage(used["REG"], used["STACK"], used["LOCAL"], shared, compiled.asm["ptx"])
+
+
+# Each block shape of the screen: on chip by width and in chunks; split, and in the half types.
+@pytest.mark.parametrize(
+    ("capability", "dtype", "D"),
+    [
+        (80, torch.float32, 8),
+        (80, torch.float32, 64),
+        (80, torch.float32, 256),
+        (80, torch.bfloat16, 128),
+        (80, torch.float16, 256),
+        (90, torch.float32, 32),
+        (90, torch.float32, 64),
+        (90, torch.float32, 256),
+        (90, torch.bfloat16, 256),
+        (90, torch.float16, 128),
+    ],
+    ids=str,
+)
+def test_no_spills_and_room_for_two(launches, capability, dtype, D):
+    x, codebook = torch.zeros(1, 1 << 16, D, dtype=dtype), torch.zeros(1, 1 << 11, D, dtype=dtype)
+    row_weight = torch.ones(x.shape[1]) if dtype == torch.float32 else None
+    # launchers write nothing here, so let them sort zeros and not what was left in memory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metarec_fast.kernels._common.empty", torch.zeros)
+        vq_commit(x, codebook)
+        vq_statistics(x, torch.zeros(x.shape[:2], dtype=torch.int64), codebook.shape[1], row_weight)
+
+    names = {launch.kernel.__name__ for launch in launches}
+    expected = {"_prepare", "_screen", "_settle", "_gather", "_keys", "_sum_pieces", "_add_pieces"}
+    assert expected <= names
+    print()
+    for launch in launches:
+        name = launch.kernel.__name__
+        assert launch.options["enable_fp_fusion"] is (name != "_settle")
+        usage = compile_for(launch, capability)
+        print(f"sm_{capability} {str(dtype)[6:]:>8} D={D:<4}{name:<12}", end="")
+        print(f"{usage.registers:4} registers {usage.stack:4} B stack {usage.shared:7} B shared memory")
+        assert usage.stack == 0, f"{name} spills {usage.stack} bytes"
+        assert usage.local == 0
+        assert usage.registers <= 255
+        assert usage.shared <= 99 * 1024
+        if name == "_screen":
+            assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in usage.ptx
+            if launch.constants["RESIDENT"] and capability == 90:
+                threads = 32 * launch.options["num_warps"]
+                assert 2 * threads * usage.registers <= 65536, "two programs no longer fit a multiprocessor"
+
+
+def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launches):
+    made = []
+    for N, K in itertools.product((1025, 4096), (513, 2048)):
+        launches.clear()
+        x = torch.zeros(1, N, 64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("metarec_fast.kernels._common.empty", torch.zeros)
+            patch.setattr("metarec_fast.kernels.nearest_codeword._SETTLE_ALL", 0)
+            vq_commit(x, torch.zeros(1, K, 64))
+            vq_statistics(x, torch.zeros(1, N, dtype=torch.int64), K)
+        made.append([str(launch) for launch in launches])
+    assert len(made[0]) == 7
+    assert made[0] == made[1] == made[2] == made[3]

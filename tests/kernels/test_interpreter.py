@@ -1,0 +1,37 @@
+"""The Triton kernels on the CPU, by Triton's interpreter.
+
+Triton decides whether to interpret when a kernel is decorated, so the variable must be set before the first import: the
+tests are in interpreted.py and run in a process of their own. Kernels that were interpreted cannot be compiled, and
+test_ahead_of_time.py compiles them in this one.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_kernels_under_the_interpreter():
+    tests = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+def test_importing_the_package_loads_no_triton():
+    script = "import sys, metarec_fast, metarec_fast.ops; print([m for m in sys.modules if m.startswith('triton')])"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_the_folder_imports_under_its_installed_name_only():
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=root, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "import metarec_fast.kernels, not kernels" in run.stderr
