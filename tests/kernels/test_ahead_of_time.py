@@ -15,9 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
-
+import triton
 from metarec_fast.kernels.vq_commit import vq_commit
 from metarec_fast.kernels.vq_statistics import vq_statistics
 from triton.backends.compiler import GPUTarget
@@ -59,7 +57,8 @@ def launches(monkeypatch):
 
     def record(kernel, *args, grid, warmup, **options):
         signature, constants, alignment = {}, {}, {}
-        values = dict(zip(kernel.arg_names, args)) | {n: options.pop(n) for n in kernel.arg_names if n in options}
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
         for position, parameter in enumerate(kernel.params):
             name, value = parameter.name, values[parameter.name]
             fixed = not parameter.do_not_specialize

@@ -10,10 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("triton")
-
 
 def test_kernels_under_the_interpreter():
     tests = Path(__file__).with_name("interpreted.py")

@@ -1,0 +1,162 @@
+"""The kernels and the operators over them on a CUDA device, against float64 and against the CPU."""
+
+import pytest
+import torch
+from metarec_fast.kernels import nearest_codeword as kernel
+from metarec_fast.kernels.vq_commit import vq_commit
+from metarec_fast.kernels.vq_statistics import vq_statistics
+
+from metarec_fast import ops, reference
+
+pytestmark = pytest.mark.gpu
+HALF = (torch.float16, torch.bfloat16)
+SHAPES = [
+    (1, 1, 1, 2),
+    (3, 37, 5, 8),
+    (2, 0, 5, 8),
+    (1, 1000, 257, 33),
+    (2, 5000, 700, 64),
+    (1, 3000, 300, 130),
+    (1, 500, 100, 520),
+]
+
+
+@pytest.fixture(params=["screened", "by size"])
+def path(request, monkeypatch):
+    if request.param == "screened":
+        monkeypatch.setattr(kernel, "_SETTLE_ALL", 0)
+
+
+def distances(x, codebook):
+    """float64 on the CPU; the bound on its own rounding is far below what the tests compare."""
+    return torch.cdist(x.double().cpu(), codebook.double().cpu(), compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def data(H, N, K, D, dtype, kind):
+    x, codebook = torch.randn(H, N, D), torch.randn(H, K, D)
+    if kind == "offset":
+        x, codebook = x + 300, codebook + 300
+    elif kind == "ties":
+        x, codebook = x.round().clamp(-1, 1), codebook.round().clamp(-1, 1)
+        codebook[:, K // 2 :] = codebook[:, : K - K // 2]
+    return x.to(dtype).cuda(), codebook.to(dtype).cuda()
+
+
+@pytest.mark.parametrize("kind", ["normal", "offset", "ties"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
+def test_nearest_codeword(path, H, N, K, D, dtype, kind):
+    x, codebook = data(H, N, K, D, dtype, kind)
+    indices, margin = kernel.nearest_codeword(x, codebook)
+    expected, expected_margin = reference.nearest_codeword(x.cpu(), codebook.cpu())
+    assert torch.equal(indices.cpu(), expected)
+    if kind == "normal":
+        torch.testing.assert_close(margin.cpu(), expected_margin, rtol=1e-4, atol=1e-5 * D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_index_is_a_nearest_one(dtype):
+    x, codebook = torch.randn(1, 1 << 15, 64).to(dtype).cuda(), torch.randn(1, 1024, 64).to(dtype).cuda()
+    indices, _ = kernel.nearest_codeword(x, codebook)
+    d = distances(x[0], codebook[0])
+    assert torch.equal(indices[0].cpu(), d.argmin(1))
+
+
+def test_no_stage_is_needed_twice():
+    # the list of undecided rows is filled in any order; the result may not show it
+    x, codebook = data(2, 20000, 600, 64, torch.float32, "ties")
+    first = kernel.nearest_codeword(x, codebook)
+    for _ in range(3):
+        again = kernel.nearest_codeword(x, codebook)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_operators_agree_with_the_cpu(dtype):
+    x, codebook = torch.randn(20000, 64).to(dtype), torch.randn(700, 64).to(dtype)
+    cpu, gpu = ops.nearest_codeword(x, codebook), ops.nearest_codeword(x.cuda(), codebook.cuda())
+    assert torch.equal(cpu.indices, gpu.indices.cpu())
+    cpu, gpu = ops.vq_commit(x, codebook), ops.vq_commit(x.cuda(), codebook.cuda())
+    assert torch.equal(cpu.quantized, gpu.quantized.cpu())
+    torch.testing.assert_close(cpu.loss, gpu.loss.cpu())
+    cpu = ops.vq_statistics(x, cpu.indices, 700)
+    gpu = ops.vq_statistics(x.cuda(), gpu.indices, 700)
+    assert torch.equal(cpu.counts, gpu.counts.cpu())
+    torch.testing.assert_close(cpu.sums, gpu.sums.cpu(), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_that_are_not_finite():
+    x, codebook = torch.randn(1, 3000, 64).cuda(), torch.randn(1, 700, 64).cuda()
+    x[0, ::7, 5], x[0, 1::7, 6] = float("nan"), float("inf")
+    indices, margin = kernel.nearest_codeword(x, codebook)
+    expected, _ = reference.nearest_codeword(x.cpu(), codebook.cpu())
+    assert torch.equal(indices.cpu(), expected)
+    assert (margin[0, ::7] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
+def test_vq_commit(H, N, K, D, dtype):
+    x, codebook = torch.randn(H, N, D).to(dtype).cuda(), torch.randn(H, K, D).cuda()
+    quantized, indices, row_error = vq_commit(x, codebook)
+    expected, _ = reference.nearest_codeword(x.cpu(), codebook.cpu())
+    codes = codebook.cpu().gather(1, expected[..., None].expand(H, N, D))
+    assert torch.equal(indices.cpu(), expected)
+    assert torch.equal(quantized.cpu(), codes.to(dtype))
+    torch.testing.assert_close(row_error.cpu(), (x.cpu().double() - codes).square().sum(-1).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
+def test_vq_statistics_repeats_to_the_bit(H, N, K, D, dtype, weighted):
+    x = torch.randn(H, N, D).to(dtype).cuda()
+    x[:, 2::9, 1] = float("nan")
+    indices = torch.randint(-1, K, (H, N)).cuda()
+    indices[:, : N // 2] = K - 1
+    row_weight = torch.rand(N).cuda() if weighted else None
+    counts, sums = vq_statistics(x, indices, K, row_weight)
+    weight = None if row_weight is None else row_weight.cpu()
+    expected = reference.vq_statistics(x.cpu().double(), indices.cpu(), K, row_weight=weight)
+    torch.testing.assert_close(counts.cpu(), expected[0].float(), rtol=1e-5 if weighted else 0, atol=0)
+    torch.testing.assert_close(sums.cpu(), expected[1].float(), rtol=1e-4, atol=1e-3)
+    again = vq_statistics(x, indices, K, row_weight)
+    assert torch.equal(counts, again[0])
+    assert torch.equal(sums, again[1])
+
+
+def test_captured_in_a_cuda_graph():
+    # a capture fails if anything waits for the device
+    x, codebook = torch.randn(1, 4096, 64).cuda(), torch.randn(1, 1024, 64).cuda()
+
+    def step():
+        quantized, indices, _ = vq_commit(x, codebook)
+        return quantized, indices, *vq_statistics(x, indices, 1024)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    for replayed, direct in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, direct)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    N, D, K = (1 << 25) + 77, 64, 16
+    if torch.cuda.mem_get_info()[0] < 28 << 30:
+        pytest.skip("needs 28 GB of free GPU memory")
+    x = torch.empty(1, N, D, dtype=torch.bfloat16, device="cuda").normal_()
+    codebook = torch.randn(1, K, D, dtype=torch.bfloat16, device="cuda")
+    quantized, indices, row_error = vq_commit(x, codebook)
+    counts, _ = vq_statistics(x, indices, K)
+    assert counts.sum().item() == pytest.approx(N, rel=1e-6)
+    tail = slice(N - 3000, N)
+    expected, _ = reference.nearest_codeword(x[:, tail].cpu(), codebook.cpu())
+    assert torch.equal(indices[:, tail].cpu(), expected)
+    assert torch.equal(quantized[0, tail], codebook[0][indices[0, tail]])
+    exact = (x[:, tail].double() - quantized[:, tail].double()).square().sum(-1)
+    torch.testing.assert_close(row_error[:, tail], exact.float(), rtol=1e-5, atol=0)
