@@ -227,12 +227,12 @@ def _screen(
         score = norm[None, :] - factor[:, None] * product
         left, right = _halves(score)
         least_left, least_right = _halves(tl.minimum(left, right))
-        next_left, next_right = _halves(tl.maximum(left, right))
+        following_left, following_right = _halves(tl.maximum(left, right))
         from_left, from_right = _halves(tl.where(right < left, k0 + 2 * LANES, k0))
         least = tl.minimum(least_left, least_right)
-        next = tl.minimum(tl.maximum(least_left, least_right), tl.minimum(next_left, next_right))
+        following = tl.minimum(tl.maximum(least_left, least_right), tl.minimum(following_left, following_right))
         origin_of_least = tl.where(least_right < least_left, from_right + LANES, from_left)
-        second = tl.minimum(tl.minimum(second, next), tl.maximum(best, least))
+        second = tl.minimum(tl.minimum(second, following), tl.maximum(best, least))
         origin = tl.where(least < best, origin_of_least, origin)
         best = tl.minimum(best, least)
         high_ptr += BLOCK_K * padded_D

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def test_kernels_under_the_interpreter():
     tests = Path(__file__).with_name("interpreted.py")
@@ -20,8 +22,11 @@ def test_kernels_under_the_interpreter():
     assert " passed" in run.stdout
 
 
-def test_importing_the_package_loads_no_triton():
-    script = "import sys, metarec_fast, metarec_fast.ops; print([m for m in sys.modules if m.startswith('triton')])"
+@pytest.mark.parametrize(
+    ("module", "unwanted"), [("metarec_fast", "triton"), ("metarec_fast.ops", "metarec_fast.kernels")]
+)
+def test_kernels_are_loaded_on_first_use(module, unwanted):
+    script = f"import sys, {module}; print([m for m in sys.modules if (m + '.').startswith('{unwanted}.')])"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
 

@@ -1,0 +1,33 @@
+"""bench/gpu.sh and bench/gpu_kernels.py, as far as a machine without a card can tell."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def test_dry_run_checks_every_provider_and_writes_nothing(tmp_path):
+    command = [sys.executable, BENCH / "gpu_kernels.py", "--dry-run", "--out", tmp_path, "--only", "float32 H1"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    for kernel in ("nearest_codeword", "vq_commit", "vq_statistics"):
+        lines = [line for line in run.stdout.splitlines() if line.startswith(kernel)]
+        assert "metarec_fast" in lines[0]
+        assert len(lines) >= 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a card")
+def test_without_a_card_it_says_so():
+    run = subprocess.run([sys.executable, BENCH / "gpu_kernels.py"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "no CUDA device" in run.stderr
+
+
+def test_script_names_its_usage_for_an_unknown_option():
+    run = subprocess.run(["bash", BENCH / "gpu.sh", "--fast"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "unknown option --fast; usage:" in run.stderr
