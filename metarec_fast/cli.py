@@ -141,17 +141,19 @@ def config_of(command: Config) -> Config:
 
 
 def show_rows(console: Console, rows: Sequence, title: str) -> None:
-    from metarec_fast.report.table import COLUMNS, values
+    from metarec_fast.report.table import values
 
-    table = Table(title=escape(title), caption=escape(rows[0].metrics.protocol))
+    columns = ("Recall@10", "NDCG@10", "MRR")
+    table = Table(title=escape(title))
     table.add_column("method")
-    for column in (*COLUMNS, "seconds"):
+    for column in (*columns, "seconds"):
         table.add_column(column, justify="right")
     for row in rows:
-        figures = [f"{values(row.metrics)[c]:.4f}" for c in COLUMNS]
+        figures = [f"{values(row.metrics)[c]:.4f}" for c in columns]
         name = row.method if row.trained else f"{row.method} (untrained)"
         table.add_row(name, *figures, "" if row.seconds is None else f"{row.seconds:.0f}")
     console.print(table)
+    console.print(escape(rows[0].metrics.protocol), highlight=False)
 
 
 class StopAsked:
@@ -240,7 +242,7 @@ def train_and_show(
 def demo(command: Demo) -> int:
     from metarec_fast.data import synthetic
 
-    domains = synthetic(seed=command.train.seed)
+    domains = synthetic(target_users=1000, target_items=120, seed=command.train.seed)
     return train_and_show(
         domains.sources,
         domains.target,

@@ -172,6 +172,7 @@ def demo() -> Config:
     return Config(
         model=ModelConfig(dim=32, codebook_heads=4, codebook_size=64),
         train=TrainConfig(warmup_steps=100, meta_steps=200, finetune_steps=400, batch_size=64, evaluate_every=25),
+        data=DataConfig(target_fraction=0.15),
     )
 
 
