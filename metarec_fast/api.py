@@ -103,11 +103,11 @@ class MetaRec:
             reporter=reporter,
             should_stop=should_stop,
         )
+        if resume:
+            trainer.restore()
         if run_dir is not None:
             Path(run_dir).mkdir(parents=True, exist_ok=True)
             write_atomically(Path(run_dir) / "config.json", config.to_json().encode())
-        if resume:
-            trainer.restore()
         if config.train.compile:
             model.compile_encoder()
         progress = trainer.run()
@@ -134,7 +134,10 @@ class MetaRec:
             self.evidence_weight = weight
             tried[weight] = self.evaluate("valid").ndcg[10]
         self.evidence_weight = max(tried, key=lambda weight: (tried[weight], -weight))
-        self.history["evidence_weight"] = {"chosen": self.evidence_weight, "validation_ndcg@10": tried}
+        self.history["evidence_weight"] = {
+            "chosen": self.evidence_weight,
+            "validation_ndcg@10": {str(weight): ndcg for weight, ndcg in tried.items()},
+        }
 
     def scorer(self, *, transitions: bool = True) -> ModelScorer:
         """Scores over the target's catalogue; ``transitions=False`` leaves the domain's transition evidence out."""
@@ -188,7 +191,7 @@ class MetaRec:
         best: Tensor | None = None
         ids: Tensor | None = None
         for begin in range(0, V, tile):
-            scores = score_tile(begin, min(begin + tile, V)).clone()
+            scores = score_tile(begin, min(begin + tile, V)).to("cpu", copy=True)
             if exclude_seen:
                 for row, seen in enumerate(rows):
                     inside = seen[(seen >= begin) & (seen < begin + tile)] - begin
@@ -217,6 +220,7 @@ class MetaRec:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metarec.json").unlink(missing_ok=True)
         index = self.model.domains.index(self.domain.name)
         tensors = {f"shared.{k}": v.contiguous() for k, v in self.model.shared.state_dict().items()}
         tensors |= {f"table.{k}": v.contiguous() for k, v in self.model.tables[index].state_dict().items()}
@@ -237,23 +241,28 @@ class MetaRec:
 
         Raises ValueError if the folder is incomplete or of an unknown format.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(folder)
         if not (folder / "metarec.json").exists():
             raise ValueError(f"{folder} holds no saved model: metarec.json is missing")
-        facts = json.loads((folder / "metarec.json").read_text(encoding="utf-8"))
-        if facts.get("format") != FORMAT:
-            raise ValueError(f"{folder} has format {facts.get('format')}, this version reads {FORMAT}")
-        config = Config.from_json(json.dumps(facts["config"]))
-        domain = load_domain(folder / "domain")
+        try:
+            facts = json.loads((folder / "metarec.json").read_text(encoding="utf-8"))
+            if facts.get("format") != FORMAT:
+                raise ValueError(f"{folder} has format {facts.get('format')}, this version reads {FORMAT}")
+            config = Config.from_json(json.dumps(facts["config"]))
+            tensors = load_file(folder / "model.safetensors")
+            domain = load_domain(folder / "domain")
+            model = Recommender(config.model, {domain.name: domain.num_items})
+            model.load_state_dict(
+                {k.replace("table.", "tables.0.", 1) if k.startswith("table.") else k: v for k, v in tensors.items()}
+            )
+            evidence_weight, history = facts["evidence_weight"], facts["history"]
+        except (json.JSONDecodeError, KeyError, FileNotFoundError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"saved model in {folder} is damaged: {error}") from error
         split = split_domain(domain, config, fraction=config.data.target_fraction)
-        model = Recommender(config.model, {domain.name: domain.num_items})
-        tensors = load_file(folder / "model.safetensors")
-        model.load_state_dict(
-            {k.replace("table.", "tables.0.", 1) if k.startswith("table.") else k: v for k, v in tensors.items()}
-        )
-        return cls(model.eval(), split, config, evidence_weight=facts["evidence_weight"], history=facts["history"])
+        return cls(model.eval(), split, config, evidence_weight=evidence_weight, history=history)
 
 
 def build(config: Config, splits: Sequence[Split]) -> Recommender:

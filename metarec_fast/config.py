@@ -121,6 +121,8 @@ class Config:
     def from_json(text: str) -> Config:
         """Raises ValueError for a section or option that does not exist."""
         given = json.loads(text)
+        if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
+            raise ValueError("configuration must be a JSON object of sections, each an object of options")
         sections = {"model": ModelConfig, "meta": MetaConfig, "train": TrainConfig, "data": DataConfig}
         built = {}
         for name, values in given.items():

@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -21,8 +22,8 @@ def poison(monkeypatch):
         fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
         return torch.full(shape, fill, dtype=dtype, device=device)
 
-    for module in list(__import__("sys").modules.values()):
-        if getattr(module, "empty", None) is _register.empty:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("metarec_fast") and getattr(module, "empty", None) is _register.empty:
             monkeypatch.setattr(module, "empty", poisoned)
 
 

@@ -34,6 +34,7 @@ def save_domain(domain: Domain, folder: str | Path) -> None:
 
 def load_domain(folder: str | Path) -> Domain:
     """Read what ``save_domain`` wrote. Raises ValueError if the folder is incomplete or of an unknown format."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     folder = Path(folder)
@@ -42,7 +43,10 @@ def load_domain(folder: str | Path) -> Domain:
     facts = json.loads((folder / "domain.json").read_text(encoding="utf-8"))
     if facts.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {facts.get('format')}, this version reads {FORMAT}")
-    arrays = load_file(folder / "domain.safetensors")
+    try:
+        arrays = load_file(folder / "domain.safetensors")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
     vocabularies = [
         Vocabulary.from_arrays({k.removeprefix(role): v for k, v in arrays.items() if k.startswith(role)})
         for role in ("users.", "items.")

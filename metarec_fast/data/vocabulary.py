@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -106,6 +107,19 @@ class Vocabulary:
         if wrong.any():
             raise self._unknown(wanted[wrong][0].item())
         return self._order[place].astype(np.int64)
+
+    def parse(self, texts: Iterable[str]) -> list[str] | list[int]:
+        """Ids as a command line gives them: integers if the ids here are integers. Looks nothing up.
+
+        Raises ValueError naming the first text that is no integer where the ids are.
+        """
+        texts = list(texts)
+        if not self.is_integer:
+            return texts
+        for text in texts:
+            if re.fullmatch(r"[+-]?[0-9]+", text) is None:
+                raise ValueError(f"ids here are integers, got {text!r}")
+        return [int(text) for text in texts]
 
     def _unknown(self, value: object) -> ValueError:
         held = "integers" if self.is_integer else "strings"

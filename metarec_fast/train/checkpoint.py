@@ -46,7 +46,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return load_file(folder / facts["file"]), facts
-    except (json.JSONDecodeError, KeyError, FileNotFoundError, SafetensorError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError, SafetensorError) as error:
         raise ValueError(f"checkpoint in {folder} is damaged: {error}") from error
 
 

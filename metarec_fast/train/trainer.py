@@ -184,6 +184,7 @@ class Trainer:
         torch.manual_seed((self.config.train.seed << 40) + (self.progress.stage << 32) + step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
+        averages = dict(self.averages.steps), dict(self.averages.answers)
         if stage == "meta":
             facts = self._meta(step)
         elif stage == "pretrain":
@@ -197,6 +198,7 @@ class Trainer:
         if all(map(math.isfinite, [float(norm), *facts["losses"].values()])):
             self.optimizer.step()
         else:
+            self.averages.steps, self.averages.answers = averages  # one bad step would stay in them for ever
             self.progress.skipped += 1
             facts["skipped"] = True
         return facts
@@ -287,7 +289,12 @@ class Trainer:
         def pick(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.model.load_state_dict(pick("model."))
+        try:
+            self.model.load_state_dict(pick("model."))
+        except RuntimeError as error:
+            raise ValueError(
+                f"checkpoint in {self.folder} belongs to other domains; use another run folder: {error}"
+            ) from error
         self.best_state = pick("best.")
         self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
         if self.progress.stage < len(self.stages):

@@ -1,0 +1,16 @@
+"""Domains and options small enough to train within a fraction of a second."""
+
+from metarec_fast.config import Config, ModelConfig, TrainConfig
+from metarec_fast.data import synthetic
+
+DOMAINS = synthetic(source_users=60, source_items=40, target_users=40, target_items=30)
+
+
+def config(**sections) -> Config:
+    base = Config(
+        model=ModelConfig(dim=8, codebook_heads=2, codebook_size=8, layers=1, max_length=12),
+        train=TrainConfig(
+            warmup_steps=3, meta_steps=4, finetune_steps=6, batch_size=16, evaluate_every=2, negatives=16, lr=1e-2
+        ),
+    )
+    return base.replace(**sections)

@@ -1,0 +1,202 @@
+"""A run is a function of its step number: stopping, skipping and choosing leave no trace that a reader cannot see."""
+
+import math
+
+import pytest
+import torch
+
+from metarec_fast.api import build
+from metarec_fast.data import leave_one_out
+from metarec_fast.train.trainer import Interrupted, Trainer, stages
+from tests.tiny import DOMAINS, config
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, so that runs can be compared bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trainer(options, **kwargs) -> Trainer:
+    sources = {} if options.train.method == "target_only" else {d.name: leave_one_out(d) for d in DOMAINS.sources}
+    target = leave_one_out(DOMAINS.target)
+    return Trainer(build(options, [*sources.values(), target]), sources, target, options, **kwargs)
+
+
+def after(calls: int):
+    """Asks to stop at the call that follows ``calls`` others."""
+    left = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.steps, self.evaluations = [], []
+
+    def begin(self, title): ...
+
+    def step(self, stage, step, total, facts):
+        self.steps.append((stage, step, total, facts))
+
+    def evaluation(self, stage, step, ndcg, best):
+        self.evaluations.append((stage, step, ndcg, best))
+
+
+def assert_same_state(got, want) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("method", ["target_only", "pretrain", "metarec"])
+def test_every_method_may_take_the_same_number_of_steps(method):
+    options = config(train={"method": method, "warmup_steps": 5, "meta_steps": 7, "finetune_steps": 11})
+    assert sum(stage.steps for stage in stages(options)) == 23
+    assert stages(options)[-1].name == "finetune"
+
+
+RUN = config(train={"meta_steps": 11})  # long enough for an entry in the trace
+
+
+@pytest.fixture(scope="module")
+def straight():
+    torch.set_num_threads(1)
+    run = trainer(RUN)
+    return run, run.run()
+
+
+# warm-up: steps 0-2, meta: 3-13, fine-tuning: 14-19
+@pytest.mark.parametrize("calls", [0, 2, 3, 4, 9, 13, 14, 15, 16, 19])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(straight, tmp_path, calls):
+    with pytest.raises(Interrupted, match="stopped in"):
+        trainer(RUN, folder=tmp_path, should_stop=after(calls)).run()
+    resumed = trainer(RUN, folder=tmp_path)
+    assert resumed.restore()
+    progress = resumed.run()
+    assert_same_state(resumed.model.state_dict(), straight[0].model.state_dict())
+    assert progress == straight[1]
+
+
+def test_stopped_three_times(straight, tmp_path):
+    for _ in range(3):
+        run = trainer(RUN, folder=tmp_path, should_stop=after(5))
+        run.restore()
+        with pytest.raises(Interrupted):
+            run.run()
+    run = trainer(RUN, folder=tmp_path)
+    run.restore()
+    assert run.run() == straight[1]
+    assert_same_state(run.model.state_dict(), straight[0].model.state_dict())
+
+
+def test_a_finished_run_is_restored_whole(straight, tmp_path):
+    first = trainer(RUN, folder=tmp_path)
+    first.run()
+    first.save()
+    seen = Recorder()
+    again = trainer(RUN, folder=tmp_path, reporter=seen)
+    again.restore()
+    assert again.run() == straight[1]
+    assert not seen.steps
+    assert_same_state(again.model.state_dict(), straight[0].model.state_dict())
+
+
+def test_another_configuration_is_refused(tmp_path):
+    first = trainer(config(), folder=tmp_path)
+    first.save()
+    with pytest.raises(ValueError, match="another configuration"):
+        trainer(config(train={"seed": 1}), folder=tmp_path).restore()
+
+
+def test_other_domains_are_refused(tmp_path):
+    first = trainer(config(), folder=tmp_path)
+    first.save()
+    other = trainer(config(), folder=tmp_path)
+    other.model.tables[0] = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="other domains"):
+        other.restore()
+
+
+def test_nothing_to_restore(tmp_path):
+    assert not trainer(config(), folder=tmp_path / "none").restore()
+    assert not trainer(config()).restore()
+
+
+@pytest.mark.parametrize(
+    ("stage", "poisoned"), [("warmup", "source1"), ("meta", "source0"), ("meta", "target"), ("finetune", "target")]
+)
+def test_a_step_that_is_not_finite_is_left_out(stage, poisoned):
+    run = trainer(config())
+    run.progress.stage = [s.name for s in run.stages].index(stage)
+    run.train_step(stage, 0)
+    table = run.model.table(poisoned).weight
+    healthy = table.detach().clone()
+    with torch.no_grad():
+        table.fill_(math.nan)
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    facts = run.train_step(stage, 1)
+    assert facts["skipped"] and run.progress.skipped == 1
+    for name, tensor in run.model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+    # and it leaves nothing behind that spoils the steps after it
+    with torch.no_grad():
+        table.copy_(healthy)
+    facts = run.train_step(stage, 2)
+    assert "skipped" not in facts and run.progress.skipped == 1
+    assert not torch.equal(table, healthy)
+
+
+def test_patience_ends_the_run(monkeypatch):
+    run = trainer(config(train={"patience": 2, "finetune_steps": 40}), reporter=(seen := Recorder()))
+    answers = iter([0.1, 0.3, 0.2, 0.3])
+    monkeypatch.setattr(run, "validate", lambda: next(answers))
+    progress = run.run()
+    assert [e[2] for e in seen.evaluations] == [0.1, 0.3, 0.2, 0.3]
+    assert (progress.best, progress.best_at, progress.waited) == (0.3, "finetune 2", 2)
+    assert [s for s in seen.steps if s[0] == "finetune"][-1][1] == 6  # evaluated at 0, 2, 4 and 6
+
+
+def test_the_best_model_by_validation_is_returned():
+    # a rate this high makes fine-tuning harmful sooner or later, so that the last model is not the best one
+    run = trainer(config(train={"finetune_lr": 0.5, "finetune_steps": 12}), reporter=(seen := Recorder()))
+    progress = run.run()
+    ndcg = [e[2] for e in seen.evaluations]
+    assert progress.best == max(ndcg) > ndcg[-1]
+    assert run.validate() == progress.best
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"method": "target_only"}},
+        {"train": {"method": "pretrain"}},
+        {"train": {"loss": "sampled"}},
+        {"train": {"loss": "sampled", "negative_distribution": "uniform", "window": "crop"}},
+        {"meta": {"order": 2, "inner_steps": 2}},
+        {"meta": {"similarity_decay": 0.0, "same_batch": True, "inner_steps": 2}},
+        {"model": {"encoder": "sasrec"}},
+        {"model": {"vq": "none"}},
+        {"model": {"vq": "quantized", "vq_gradient": "rotation", "start": "random"}},
+        {"data": {"mask_history": True}},
+    ],
+    ids=str,
+)
+def test_every_option_trains(changes):
+    options = config(**changes)
+    run = trainer(options, reporter=(seen := Recorder()))
+    progress = run.run()
+    assert progress.skipped == 0 and progress.best > 0
+    assert len(seen.steps) == 13
+    expected = {"target"} if options.train.method == "target_only" else {"source0", "source1", "target"}
+    assert {name for *_, facts in seen.steps for name in facts["losses"]} == expected
+
+
+def test_weights_of_sources_are_traced():
+    run = trainer(config(train={"meta_steps": 10}))
+    (entry,) = run.run().trace
+    assert entry["step"] == 10
+    assert sum(entry["weight"].values()) == pytest.approx(1)
+    assert set(entry["similarity"]) == {"source0", "source1"}
