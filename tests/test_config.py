@@ -1,0 +1,75 @@
+"""Configurations survive JSON, and say what they do not know."""
+
+import dataclasses
+import json
+
+import pytest
+
+from metarec_fast.config import PRESETS, Config, ModelConfig
+from metarec_fast.models.recommender import Recommender
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_round_trips_and_builds(name, tmp_path):
+    preset = PRESETS[name]()
+    assert Config.from_json(preset.to_json()) == preset
+    (tmp_path / "config.json").write_text(preset.to_json())
+    assert Config.load(tmp_path / "config.json") == preset
+    assert Recommender(preset.model, {"a": 5}).config == preset.model
+
+
+def test_presets_differ_from_one_another():
+    texts = {preset().to_json() for preset in PRESETS.values()}
+    assert len(texts) == len(PRESETS)
+
+
+def test_every_option_round_trips():
+    """Each option changed to something else than its default."""
+    changed = {}
+    for section in dataclasses.fields(Config):
+        values = dataclasses.asdict(getattr(Config(), section.name))
+        changed[section.name] = {
+            k: not v if isinstance(v, bool) else v + 1 if isinstance(v, (int, float)) else v + "x"
+            for k, v in values.items()
+        }
+    config = Config().replace(**changed)
+    assert json.loads(config.to_json()) == changed
+    assert Config.from_json(config.to_json()) == config
+
+
+def test_options_left_out_have_their_defaults():
+    assert Config.from_json("{}") == Config()
+    assert Config.from_json('{"model": {"dim": 32}}') == Config(model=ModelConfig(dim=32))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"modell": {}}', "no section 'modell'; sections are model, meta, train, data"),
+        ('{"model": {"dims": 3}}', "model has no option 'dims'; options are .*dim"),
+        ("[]", "must be a JSON object"),
+        ('{"model": 3}', "must be a JSON object"),
+        ("{", "Expecting"),
+    ],
+)
+def test_what_is_unknown_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(text)
+
+
+def test_replace_changes_what_it_names_and_nothing_else():
+    config = Config().replace(train={"seed": 3}, model={"dim": 16})
+    assert (config.train.seed, config.model.dim) == (3, 16)
+    assert config.replace(train={"seed": 0}, model={"dim": 64}) == Config()
+
+
+def test_metaadapt_literal_has_the_published_constants():
+    meta = PRESETS["metaadapt_literal"]().meta
+    assert (meta.order, meta.inner_steps, meta.inner_lr, meta.temperature) == (2, 3, 1e-5, 0.01)
+    assert (meta.similarity_scope, meta.similarity_sign, meta.weighting) == ("tensor_mean", "ascent", "softmax")
+    assert meta.same_batch and meta.similarity_decay == 0 and meta.source_loss_weight == 0
+
+
+def test_options_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.dim = 3
