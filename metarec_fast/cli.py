@@ -105,12 +105,18 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def split_flag(given: str) -> list[str]:
+    """``--preset=demo`` as ``--preset demo``; anything else as it is."""
+    return given.split("=", 1) if given.startswith(("--preset=", "--config=")) else [given]
+
+
 def parse(arguments: Sequence[str]) -> object:
     """The command with its options; --preset and --config choose where the options start from."""
     name, rest = arguments[0], list(arguments[1:])
     command, default = COMMANDS[name], None
     if issubclass(command, Config):
         start = PRESETS["demo" if name == "demo" else "default"]()
+        rest = [part for given in rest for part in split_flag(given)]
         for flag in ("--preset", "--config"):
             if flag not in rest[:-1]:
                 continue

@@ -137,7 +137,11 @@ class Config:
 
     @staticmethod
     def load(path: str | Path) -> Config:
-        return Config.from_json(Path(path).read_text(encoding="utf-8"))
+        """Raises ValueError naming the file if it is no configuration."""
+        try:
+            return Config.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no configuration: {error}") from error
 
 
 def default() -> Config:

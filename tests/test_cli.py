@@ -1,0 +1,256 @@
+"""The command as people use it: what it prints, what it leaves, and what it returns."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from metarec_fast.api import MetaRec
+from metarec_fast.cli import COMMANDS, main
+from metarec_fast.config import Config
+from metarec_fast.data import Vocabulary
+from tests.tiny import DOMAINS
+
+TINY = (
+    "--model.dim=8 --model.codebook-heads=2 --model.codebook-size=8 --model.layers=1 --model.max-length=12 "
+    "--train.warmup-steps=4 --train.meta-steps=4 --train.batch-size=16 --train.evaluate-every=50 --train.patience=99 "
+    "--train.threads=1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A target with integer ids and a source with strings, as CSV files."""
+    folder = tmp_path_factory.mktemp("domains")
+    for domain, name, user, item in (
+        (DOMAINS.sources[0], "books", "b-{}", "isbn-{}"),
+        (DOMAINS.target, "shop", "{}", "{}"),
+    ):
+        s = domain.sequences
+        with open(folder / f"{name}.csv", "w") as file:
+            file.write("user_id,item_id,timestamp\n")
+            for u in range(len(s)):
+                for e in range(s.offsets[u], s.offsets[u + 1]):
+                    file.write(f"{user.format(u + 500)},{item.format(s.items[e] + 9000)},{s.times[e]}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A run of two methods that Ctrl-C stopped, up to where it stopped: its command, its folder and its log."""
+    out = folder / "run"
+    command = ["train", "--target=shop", "--source=books", f"--folder={folder}", f"--out={out}", *TINY]
+    command += ["--train.finetune-steps=200", "--methods", "target_only", "metarec"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metarec_fast.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = out / "log.jsonl"
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    try:
+        output = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    stopped = [json.loads(line) for line in log.read_text().splitlines()]
+    checkpoint = json.loads((out / "target_only" / "checkpoint" / "checkpoint.json").read_text())
+    finished = main([*command, "--resume"])
+    return command, out, process.returncode, output, stopped, checkpoint, finished
+
+
+def test_ctrl_c_saves_and_returns_130(run):
+    _, out, status, (stdout, stderr), stopped, checkpoint, _ = run
+    assert status == 130, stderr
+    assert "Traceback" not in stderr
+    assert "stopped in finetune at step" in stdout and "--resume" in stdout
+    last = [entry for entry in stopped if "losses" in entry][-1]
+    assert checkpoint["step"] == last["step"] < 208
+
+
+def test_resume_goes_on_to_the_end(run):
+    _, out, _, _, stopped, _, finished = run
+    assert finished == 0
+    steps = [
+        entry["step"]
+        for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if entry["run"] == "target only" and "losses" in entry
+    ]
+    assert steps == list(range(1, 209))  # no step twice, none left out
+
+
+def test_the_run_folder(run):
+    out = run[1]
+    assert {p.name for p in out.iterdir()} == {
+        *("config.json", "log.jsonl", "metrics.json", "table.md"),
+        *("target_only", "metarec"),
+    }
+    config = Config.load(out / "config.json")
+    assert (config.model.dim, config.train.finetune_steps) == (8, 200)
+    facts = json.loads((out / "metrics.json").read_text())
+    assert [r["method"] for r in facts["results"]][1:] == ["target only", "MetaRec"]
+    assert facts["seed"] == 0 and facts["versions"]["metarec_fast"] and facts["backends"]["cpu"]["isa"]
+    assert set(facts["history"]) == {"target_only", "metarec"}
+    model = MetaRec.from_pretrained(out / "metarec" / "model")
+    metrics = model.evaluate()
+    assert facts["results"][2]["NDCG@10"] == metrics.ndcg[10]
+    assert facts["protocol"] == metrics.protocol
+    table = (out / "table.md").read_text().splitlines()
+    assert len([line for line in table if line.startswith("| ")]) == 4
+    assert f"{metrics.ndcg[10]:.4f}" in table[4] and table[-1] == metrics.protocol
+
+
+@pytest.fixture
+def model(run):
+    return str(run[1] / "metarec" / "model")
+
+
+@pytest.mark.parametrize(("width", "kinds"), [("80", 3), ("160", 7)])
+def test_figures_are_whole_on_any_terminal(model, capsys, monkeypatch, width, kinds):
+    monkeypatch.setenv("COLUMNS", width)
+    assert main(["evaluate", model]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert len(re.findall(r"\b[01]\.[0-9]{4}\b", shown)) == 2 * kinds
+
+
+@pytest.mark.parametrize(("split", "rows"), [("test", 2), ("valid", 1)])
+def test_evaluate(model, capsys, monkeypatch, split, rows):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["evaluate", model, f"--split={split}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{MetaRec.from_pretrained(model).evaluate(split).ndcg[10]:.4f}" in shown
+    assert shown.count("(untrained)") == rows - 1 and "MetaRec" in shown
+
+
+def test_recommend_as_json(model, capsys):
+    assert main(["recommend", model, "--users", "500", "503", "--k", "3", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    want = MetaRec.from_pretrained(model).recommend([500, 503], k=3)
+    assert answers == {"500": [list(p) for p in want[0]], "503": [list(p) for p in want[1]]}
+
+
+def test_recommend_for_a_history_as_a_table(model, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["recommend", model, "--history", "9000", "9001", "--k", "2"]) == 0
+    shown = capsys.readouterr().out
+    for item, score in MetaRec.from_pretrained(model).recommend(histories=[[9000, 9001]], k=2)[0]:
+        assert str(item) in shown and f"{score:.3f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--users", "alice"], "ids here are integers, got 'alice'"),
+        (["--users", "1"], "unknown id 1"),
+        ([], "either --users or --history"),
+        (["--users", "500", "--history", "9000"], "either --users or --history"),
+        (["--users", "500", "--k", "0"], "k must be at least 1"),
+    ],
+    ids=str,
+)
+def test_recommend_says_what_is_wrong(model, capsys, options, message):
+    assert main(["recommend", model, *options]) == 2
+    assert_one_line(capsys, message)
+
+
+def assert_one_line(capsys, message):
+    error = capsys.readouterr().err
+    assert error.startswith("metarec-fast: ") and message in error and error.count("\n") == 1, error
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_line(folder, tmp_path, capsys):
+    (tmp_path / "bad.csv").write_text("user_id,item_id,timestamp\nu,i,1\nu,j,yesterday\n")
+    assert main(["train", f"--target={tmp_path / 'bad.csv'}", f"--source={folder / 'books.csv'}"]) == 2
+    error = capsys.readouterr().err
+    assert "bad.csv:3" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "--target=nowhere", "--source=nowhere"], "domain 'nowhere' is neither a file nor in"),
+        (["train", "--target=shop", "--folder={folder}"], "at least one source"),
+        (["train", "--target=shop", "--source=shop", "--folder={folder}"], "different names"),
+        (["evaluate", "{folder}"], "holds no saved model"),
+        (["demo", "--preset", "nonsense"], "--preset must be one of default"),
+        (["demo", "--config", "{folder}/none.json"], "none.json"),
+        (["demo", "--config", "{folder}/shop.csv"], "configuration"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_status_2(folder, tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([part.format(folder=folder) for part in command]) == 2
+    assert_one_line(capsys, message)
+
+
+def test_another_configuration_cannot_resume(run, capsys):
+    assert main([*run[0], "--resume", "--train.seed=1"]) == 2
+    assert_one_line(capsys, "another configuration")
+    assert Config.load(run[1] / "config.json").train.seed == 0
+
+
+def test_a_configuration_file_starts_and_options_change_it(run):
+    from metarec_fast.cli import config_of, parse
+
+    path = str(run[1] / "config.json")
+    saved = Config.load(path)
+    for given in (["--config", path], [f"--config={path}"]):
+        command = parse(["train", "--target=shop", *given, "--train.lr=0.5"])
+        assert config_of(command) == saved.replace(train={"lr": 0.5})
+    assert config_of(parse(["demo", "--preset=abstract"])).model.vq == "quantized"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"metarec-fast {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
+def test_usage_lists_the_commands(capsys, arguments):
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_an_unknown_command(capsys):
+    assert main(["fly"]) == 2
+    captured = capsys.readouterr()
+    assert "unknown command 'fly'" in captured.err and not captured.out
+
+
+def test_an_unknown_option():
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", "--wings"])
+    assert end.value.code == 2
+
+
+def test_doctor(capsys):
+    from metarec_fast import _C
+
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert _C.active_isa() in shown and "GPU" in shown and "Triton" in shown
+
+
+def test_version(capsys):
+    from metarec_fast import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"metarec-fast {__version__}\n"
+
+
+def test_ids_from_the_command_line():
+    assert Vocabulary(["7", "a"]).parse(["7", "zz"]) == ["7", "zz"]
+    assert Vocabulary([7, -2]).parse(["7", "-2", "99"]) == [7, -2, 99]
+    for text in ("1.0", "1_0", "", " 7", "٧"):
+        with pytest.raises(ValueError, match="ids here are integers"):
+            Vocabulary([7]).parse([text])
