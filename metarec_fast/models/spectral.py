@@ -34,8 +34,12 @@ def spectral_table(train: Sequences, dim: int, *, seed: int, window: int = 10, d
         )
         rank = min(dim, V)
         U, S = _leading_singular(matrix, rank, generator)
-        seen = U.norm(dim=1) > 1e-6
-        table[seen, :rank] = (U * S.sqrt())[seen]
+        rows = U * S.sqrt()
+        # beyond the matrix's own rank U has vectors of no meaning, on items that never co-occur too
+        seen = torch.zeros(V, dtype=torch.bool)
+        seen[matrix.indices()[0]] = True
+        seen &= rows.norm(dim=1) > 1e-6
+        table[seen, :rank] = rows[seen]
         table[seen, rank:] = 0
     return torch.nn.functional.normalize(table, dim=1)
 

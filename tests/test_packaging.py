@@ -1,0 +1,137 @@
+"""What an import brings along, and which part may import which."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import metarec_fast
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "metarec_fast"
+
+
+def python(code: str, *, cwd: Path = ROOT) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_openmp_runtime_and_torch_sets_its_threads():
+    found = json.loads(
+        python(
+            "import json, torch, metarec_fast._C as C\n"
+            "from threadpoolctl import threadpool_info\n"
+            "threads = []\n"
+            "for n in (1, 2):\n"
+            "    torch.set_num_threads(n)\n"
+            "    threads.append(C.max_threads())\n"
+            "pools = [p['filepath'] for p in threadpool_info() if p['user_api'] == 'openmp']\n"
+            "print(json.dumps({'pools': pools, 'threads': threads}))"
+        )
+    )
+    assert len(found["pools"]) == 1
+    assert found["threads"] == [1, 2]
+
+
+def test_fast_vq_needs_nothing_but_torch_and_little_time():
+    code = (
+        "import sys, time, torch\n"
+        "begin = time.perf_counter()\n"
+        "import metarec_fast\n"
+        "from metarec_fast import FastVQ\n"
+        "seconds = time.perf_counter() - begin\n"
+        "heavy = {'triton', 'polars', 'tyro', 'rich', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(seconds)"
+    )
+    assert min(float(python(code)) for _ in range(3)) < 1.0
+
+
+def test_reports_and_api_import_no_rich():
+    python("import sys, metarec_fast.api, metarec_fast.report.table; assert 'rich' not in sys.modules")
+
+
+@pytest.mark.parametrize("folder", [ROOT, None], ids=["repository", "elsewhere"])
+def test_kernels_are_not_a_package_of_their_own(folder, tmp_path):
+    python(
+        "try:\n    import kernels\nexcept ImportError:\n    pass\nelse:\n    raise SystemExit(f'found {kernels}')",
+        cwd=folder or tmp_path,
+    )
+
+
+def test_every_public_name_resolves():
+    for name in metarec_fast.__all__:
+        assert getattr(metarec_fast, name) is not None
+        assert name in dir(metarec_fast)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        metarec_fast.nothing  # noqa: B018
+
+
+# The rule of the house: imports run down this list only.
+#   cli -> api -> report, train -> meta, evaluation -> models, data -> vq -> ops -> reference | _C | kernels
+# Of two on one line, the first may read the second; config may be read by all and reads nothing.
+LAYERS = ["cli", "api", "report", "train", "meta", "evaluation", "models", "data", "vq", "ops"]
+BELOW = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)}
+ALLOWED = {layer: below | {layer, "config", "reference"} for layer, below in BELOW.items()}
+ALLOWED["report"].discard("train")  # a run is reported to; neither knows the other
+ALLOWED["meta"].discard("evaluation")
+ALLOWED["ops"] = {"ops", "reference", "_C", "kernels"}
+ALLOWED |= {"reference": {"reference"}, "kernels": {"kernels"}, "config": set()}
+THIRD_PARTY = {  # beyond torch and numpy
+    "cli": {"tyro", "rich"},
+    "api": {"safetensors"},
+    "report": {"rich"},
+    "train": {"safetensors"},
+    "data": {"polars", "safetensors"},
+    "kernels": {"triton"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it; those of a package by their full name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
+            if node.module == "metarec_fast":
+                found |= {f"metarec_fast.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+FILES = {
+    **{path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")},
+    **{path: "kernels" for path in (ROOT / "kernels").glob("*.py")},
+}
+del FILES[PACKAGE / "__init__.py"]
+
+
+def test_every_part_has_its_place_in_the_rule():
+    assert set(FILES.values()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    layer = FILES[path]
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "metarec_fast":
+            part = rest.split(".")[0]
+            assert part in ALLOWED[layer] or part == "__version__", f"{layer} must not import {name}"
+        elif top not in sys.stdlib_module_names:
+            allowed = {"torch", "numpy"} | THIRD_PARTY.get(layer, set())
+            assert top in (allowed - {"numpy"} if layer == "kernels" else allowed), f"{layer} must not import {name}"
+
+
+def test_the_rule_sees_what_it_forbids(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("def f():\n    from metarec_fast import _C\n    import metarec_fast.cli, polars.selectors\n")
+    assert imports(path) == {"metarec_fast._C", "metarec_fast.cli", "polars.selectors"}
+    assert "_C" not in ALLOWED["data"] and "kernels" not in ALLOWED["vq"] and "cli" not in ALLOWED["api"]
