@@ -12,6 +12,7 @@ from metarec_fast.api import compare
 from metarec_fast.data import Domain, Sequences, Vocabulary
 from tests.tiny import DOMAINS, config
 
+FILES = ("metarec.json", "model.safetensors", "domain/domain.json", "domain/domain.safetensors")
 SOURCES, TARGET = DOMAINS.sources, DOMAINS.target
 
 
@@ -55,14 +56,14 @@ def test_saved_files_hold_no_code_and_no_source(saved):
     assert not any(b"source0-i" in p.read_bytes() for p in files)
 
 
-@pytest.mark.parametrize("name", ["metarec.json", "model.safetensors", "domain/domain.json", "domain/domain.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 def test_an_incomplete_folder_is_refused(copy, name):
     (copy / name).unlink()
     with pytest.raises(ValueError, match=r"missing|damaged"):
         MetaRec.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("name", ["metarec.json", "model.safetensors", "domain/domain.json", "domain/domain.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_cut_file_is_refused(copy, name):
     (copy / name).write_bytes((copy / name).read_bytes()[:-20])
     with pytest.raises(ValueError, match="damaged"):

@@ -15,11 +15,19 @@ from metarec_fast.config import Config
 from metarec_fast.data import Vocabulary
 from tests.tiny import DOMAINS
 
-TINY = (
-    "--model.dim=8 --model.codebook-heads=2 --model.codebook-size=8 --model.layers=1 --model.max-length=12 "
-    "--train.warmup-steps=4 --train.meta-steps=4 --train.batch-size=16 --train.evaluate-every=50 --train.patience=99 "
-    "--train.threads=1"
-).split()
+TINY = [
+    "--model.dim=8",
+    "--model.codebook-heads=2",
+    "--model.codebook-size=8",
+    "--model.layers=1",
+    "--model.max-length=12",
+    "--train.warmup-steps=4",
+    "--train.meta-steps=4",
+    "--train.batch-size=16",
+    "--train.evaluate-every=50",
+    "--train.patience=99",
+    "--train.threads=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,7 @@ def run(folder):
 
 
 def test_ctrl_c_saves_and_returns_130(run):
-    _, out, status, (stdout, stderr), stopped, checkpoint, _ = run
+    _, _, status, (stdout, stderr), stopped, checkpoint, _ = run
     assert status == 130, stderr
     assert "Traceback" not in stderr
     assert "stopped in finetune at step" in stdout and "--resume" in stdout
@@ -73,7 +81,7 @@ def test_ctrl_c_saves_and_returns_130(run):
 
 
 def test_resume_goes_on_to_the_end(run):
-    _, out, _, _, stopped, _, finished = run
+    _, out, *_, finished = run
     assert finished == 0
     steps = [
         entry["step"]

@@ -108,7 +108,7 @@ def imports(path: Path) -> set[str]:
 
 FILES = {
     **{path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")},
-    **{path: "kernels" for path in (ROOT / "kernels").glob("*.py")},
+    **dict.fromkeys((ROOT / "kernels").glob("*.py"), "kernels"),
 }
 del FILES[PACKAGE / "__init__.py"]
 
