@@ -1,0 +1,82 @@
+"""What people see of a run, and what its log keeps."""
+
+import io
+import json
+
+import numpy as np
+from rich.console import Console
+
+from metarec_fast.evaluation import Metrics
+from metarec_fast.report.console import ConsoleReporter, describe
+from metarec_fast.report.table import COLUMNS, Row, markdown, values
+
+FACTS = {"losses": {"source": 3.5, "target": 2.25}, "weights": {"source": 1.0}}
+
+
+def metrics() -> Metrics:
+    return Metrics("leave one out; test", False, 50, np.arange(4), np.array([0, 1, 6, 40]), np.zeros(4, np.int64))
+
+
+def test_values_are_those_of_the_metrics():
+    named = values(metrics())
+    assert set(COLUMNS) <= set(named)
+    assert (named["Recall@5"], named["Recall@10"], named["Recall@20"]) == (0.5, 0.75, 0.75)
+    np.testing.assert_allclose(named["NDCG@5"], (1 + 1 / np.log2(3)) / 4)
+    np.testing.assert_allclose(named["MRR"], (1 + 1 / 2 + 1 / 7 + 1 / 41) / 4)
+
+
+def test_a_markdown_table_names_method_protocol_and_what_was_not_trained():
+    rows = [Row("popularity", metrics(), trained=False), Row("MetaRec", metrics(), seconds=3.0)]
+    lines = markdown(rows, columns=("Recall@10", "MRR")).splitlines()
+    assert lines[:2] == ["| method | Recall@10 | MRR |", "|---|--:|--:|"]
+    assert lines[2].startswith("| popularity (untrained) | 0.7500 | ") and lines[3].startswith("| MetaRec | 0.7500 | ")
+    assert lines[4:] == ["", metrics().protocol]
+    assert markdown([]) == ""
+
+
+def test_facts_in_one_line():
+    assert describe(FACTS) == "source 3.500  target 2.250  weights 1.00"
+
+
+def run(reporter: ConsoleReporter) -> None:
+    reporter.begin("MetaRec")
+    reporter.evaluation("finetune", 0, 0.25, 0.25)
+    for step in (1, 2):
+        reporter.step("finetune", step, 2, FACTS)
+
+
+def test_every_step_and_evaluation_is_logged_and_a_resumed_run_appends(tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+    for _ in range(2):
+        with ConsoleReporter(log=log, console=Console(file=io.StringIO())) as reporter:
+            run(reporter)
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(entries) == 6
+    evaluation, step = entries[3], entries[5]
+    assert (evaluation["validation_ndcg@10"], evaluation["best"], evaluation["step"]) == (0.25, 0.25, 0)
+    assert {k: step[k] for k in ("run", "stage", "step", *FACTS)} == {
+        "run": "MetaRec",
+        "stage": "finetune",
+        "step": 2,
+        **FACTS,
+    }
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then_and_no_control_codes():
+    for seconds, lines in ((0.0, 2), (3600.0, 1)):
+        out = io.StringIO()
+        with ConsoleReporter(console=Console(file=out, width=200), every_seconds=seconds) as reporter:
+            reporter._last = -1e9 if seconds else 0.0
+            run(reporter)
+        shown = out.getvalue()
+        assert shown.count("MetaRec finetune") == lines and "valid NDCG@10 0.2500" in shown
+        assert "\x1b" not in shown
+
+
+def test_a_terminal_gets_a_bar_a_stage():
+    out = io.StringIO()
+    with ConsoleReporter(console=Console(file=out, force_terminal=True, width=200)) as reporter:
+        run(reporter)
+        reporter.step("meta", 1, 5, FACTS)
+    shown = out.getvalue()
+    assert "2/2" in shown and "1/5" in shown
