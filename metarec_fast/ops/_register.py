@@ -72,6 +72,20 @@ def choose_backend(backend: Backend, device: torch.device, *, operator: str, tri
     return backend
 
 
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether a torch.func transform is active, also while torch.compile traces."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def traced_transform() -> bool:
+    """Whether torch.compile traces a torch.func transform here, where no autograd.Function may be applied.
+
+    It would reduce the Function to operators without gradient, silently (torch 2.13).
+    """
+    return torch.compiler.is_compiling() and _transformed()
+
+
 def check_tensor(
     value: Any, name: str, *, dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device | None = None
 ) -> None:

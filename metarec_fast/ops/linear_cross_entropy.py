@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty
+from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty, traced_transform
 from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy as reference_linear_cross_entropy
 
 
@@ -258,8 +258,7 @@ def linear_cross_entropy(
         if bias.shape[0] != table.shape[0]:
             raise ValueError(f"bias must be [{table.shape[0]}] to match table, got {tuple(bias.shape)}")
     chosen = choose_backend(backend, h.device, operator="linear_cross_entropy", triton=False)
-    # torch.compile reduces a Function within torch.func.grad to operators without gradient, silently (torch 2.13)
-    if chosen == "cpu" and torch.compiler.is_compiling() and _transformed():
+    if chosen == "cpu" and traced_transform():
         if backend == "cpu":
             raise RuntimeError(
                 "linear_cross_entropy: backend='cpu' has no gradient where torch.compile traces torch.func; use "

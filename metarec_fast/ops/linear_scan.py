@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty
+from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty, traced_transform
 from metarec_fast.reference.linear_scan import linear_scan as reference_linear_scan
 
 
@@ -95,8 +95,9 @@ def linear_scan(a: Tensor, u: Tensor, offsets: Tensor, *, reverse: bool = False,
     reverse: run from the end of each segment to its start.
     backend: "auto", "reference" or "cpu".
 
-    Returns h: [T, 2, D]. Differentiable any number of times in a and u, also under torch.func and torch.compile.
-    Raises TypeError or ValueError for arguments of another dtype, shape or device.
+    Returns h: [T, 2, D]. Differentiable any number of times in a and u, also under torch.func and, with backward(),
+    under torch.compile. Raises TypeError or ValueError for arguments of another dtype, shape or device, and
+    RuntimeError where torch.compile traces a torch.func transform, as torch would lose the gradient there.
     """
     check_tensor(u, "u", dtypes=(torch.float32, torch.float64), dims=3)
     check_tensor(a, "a", dtypes=(u.dtype,), dims=2, device=u.device)
@@ -109,4 +110,9 @@ def linear_scan(a: Tensor, u: Tensor, offsets: Tensor, *, reverse: bool = False,
         raise ValueError("offsets must be [B+1] with B >= 0, got an empty tensor")
     if choose_backend(backend, u.device, operator="linear_scan", triton=False) == "reference":
         return reference_linear_scan(a, u, offsets, reverse=reverse)
+    if traced_transform():
+        raise RuntimeError(
+            "linear_scan loses its gradient where torch.compile traces torch.func; run the transform without "
+            "torch.compile, or compile a plain forward and call backward()"
+        )
     return _LinearScan.apply(a, u, offsets, reverse)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from metarec_fast import _C
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
-from metarec_fast.ops._register import Backend, choose_backend, define, empty
+from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform
 from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
-from metarec_fast.reference.vq_commit import mean_row_error
+from metarec_fast.reference.vq_commit import mean_row_error, row_difference
 from metarec_fast.reference.vq_commit import vq_commit as reference_vq_commit
 
 
@@ -25,10 +25,13 @@ class VQCommit(NamedTuple):
     loss: Tensor
 
 
-def _composed(x: Tensor, codebook: Tensor, nearest: Callable) -> tuple[Tensor, Tensor, Tensor]:
-    indices, _ = nearest(x, codebook)
+def _composed(
+    x: Tensor, codebook: Tensor, nearest: Callable, *, codebook_grad: bool = False, unweighted: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    indices, _ = nearest(x.detach(), codebook.detach())
     quantized = codebook.gather(1, indices.unsqueeze(-1).expand_as(x))
-    return quantized, indices, (x - quantized).square().sum(-1)
+    target = quantized if codebook_grad else quantized.detach()
+    return quantized, indices, row_difference(x, target, unweighted).square().sum(-1)
 
 
 def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,31 +84,34 @@ class _Commit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, codebook_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor, codebook: Tensor, codebook_grad: bool, unweighted: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return _op(x, codebook)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, ctx.codebook_grad = inputs
+        x, codebook, ctx.codebook_grad, unweighted = inputs
         quantized, indices, _ = output
         ctx.codes = codebook.shape[-2]
         ctx.mark_non_differentiable(indices)
         # not the codebook: an EMA step may change it in place before backward
-        ctx.save_for_backward(x, quantized, indices)
+        ctx.save_for_backward(x, quantized, indices, unweighted)
 
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor, _: Any, grad_error: Tensor) -> tuple[Tensor | None, ...]:
-        x, quantized, indices = ctx.saved_tensors
-        grad_x = 2 * (x - (quantized if ctx.codebook_grad else quantized.detach())) * grad_error.unsqueeze(-1)
+        x, quantized, indices, unweighted = ctx.saved_tensors
+        target = quantized if ctx.codebook_grad else quantized.detach()
+        grad_x = 2 * row_difference(x, target, unweighted) * grad_error.unsqueeze(-1)
         if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
+            return grad_x, None, None, None
         grad_rows = grad_quantized - grad_x if ctx.codebook_grad else grad_quantized
         H, _, D = x.shape
         head_H1 = torch.arange(H, device=x.device).unsqueeze(1) * ctx.codes
         grad_codebook = grad_rows.new_zeros(H * ctx.codes, D).index_add(
             0, (indices + head_H1).reshape(-1), grad_rows.reshape(-1, D)
         )
-        return grad_x, grad_codebook.view(H, ctx.codes, D), None
+        return grad_x, grad_codebook.view(H, ctx.codes, D), None, None
 
 
 def vq_commit(
@@ -121,7 +127,7 @@ def vq_commit(
     x: [N, D] or [H, N, D], float32, float16, bfloat16 or float64.
     codebook: [K, D] or [H, K, D], one codebook per head; K >= 1.
     row_weight: [N] floating point or bool; the loss is the weighted mean (a mask, or multiplicities), 0 if the
-        weights sum to 0. It gets a gradient.
+        weights sum to 0. A row of weight 0 may hold NaN or infinity. The weights get a gradient.
     codebook_grad: let the loss move the codebook too; by default the loss sees it as constant.
     backend: "auto", "reference", "cpu" or "triton".
 
@@ -135,7 +141,14 @@ def vq_commit(
     check_row_weight(row_weight, x)
     if choose_backend(backend, x.device, operator="vq_commit", triton=True) == "reference":
         return VQCommit(*reference_vq_commit(x, codebook, row_weight=row_weight, codebook_grad=codebook_grad))
-    quantized, indices, row_error = _Commit.apply(add_head(x.to(dtype)), add_head(codebook.to(dtype)), codebook_grad)
+    x_HND, codebook_HKD = add_head(x.to(dtype)), add_head(codebook.to(dtype))
+    unweighted = None if row_weight is None else row_weight == 0
+    if traced_transform():
+        lookup = nearest_codeword_op
+        outputs = _composed(x_HND, codebook_HKD, lookup, codebook_grad=codebook_grad, unweighted=unweighted)
+    else:
+        outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, unweighted)
+    quantized, indices, row_error = outputs
     loss = mean_row_error(row_error, row_weight, x.shape[-1])
     if x.dim() == 2:
         quantized, indices = quantized[0], indices[0]

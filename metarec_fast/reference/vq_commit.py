@@ -8,15 +8,25 @@ from torch import Tensor
 from metarec_fast.reference.nearest_codeword import nearest_codeword
 
 
+def row_difference(x: Tensor, target: Tensor, unweighted: Tensor | None) -> Tensor:
+    """x - target, [..., N, D]; 0 in the rows that ``unweighted``, bool [N], marks and that hold NaN or infinity."""
+    difference = x - target
+    if unweighted is None:
+        return difference
+    left_out = unweighted & ~difference.detach().isfinite().all(-1)
+    return torch.where(left_out.unsqueeze(-1), 0, difference)
+
+
 def mean_row_error(row_error: Tensor, row_weight: Tensor | None, dim: int) -> Tensor:
     """Mean over elements of the squared errors that rows of ``dim`` elements sum to; 0 if no row counts.
 
-    row_error: [..., N]; row_weight: [N], or None for equal weights.
+    row_error: [..., N], which may be NaN or infinite where the weight is 0. row_weight: [N], or None for equal weights.
     """
     if row_weight is None:
         return row_error.sum() / max(1, row_error.numel() * dim)
     weight = row_weight.to(row_error.dtype).expand_as(row_error)
     total = weight.sum() * dim
+    row_error = torch.where((weight == 0) & ~row_error.isfinite(), 0, row_error)
     return (row_error * weight).sum() / torch.where(total == 0, 1, total)
 
 
@@ -33,5 +43,6 @@ def vq_commit(
     indices, _ = nearest_codeword(x.detach(), codebook.detach())
     quantized = table.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))
     target = quantized if codebook_grad else quantized.detach()
-    row_error = (x.to(dtype) - target).square().sum(-1)
+    unweighted = None if row_weight is None else row_weight == 0
+    row_error = row_difference(x.to(dtype), target, unweighted).square().sum(-1)
     return quantized.to(x.dtype), indices, mean_row_error(row_error, row_weight, x.shape[-1])

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metarec_fast.ops._register import traced_transform
+
 _EPS = 1e-6  # least length by which a vector is divided
 
 
@@ -28,12 +30,24 @@ def rotate_to(x: Tensor, quantized: Tensor) -> Tensor:
     Raises ValueError for unequal shapes.
     """
     _check_shapes(x, quantized)
-    return _RotateTo.apply(x, quantized)
+    return _composed(x, quantized) if traced_transform() else _RotateTo.apply(x, quantized)
 
 
 def _check_shapes(x: Tensor, quantized: Tensor) -> None:
     if x.shape != quantized.shape:
         raise ValueError(f"x and quantized must have one shape, got {tuple(x.shape)} and {tuple(quantized.shape)}")
+
+
+def _composed(x: Tensor, quantized: Tensor) -> Tensor:
+    """The definition in torch's own operations: more passes and more memory than `_RotateTo`, traced by anything."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    row, code = x.detach().to(dtype), quantized.detach().to(dtype)
+    length, code_length = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (row, code))
+    scale = code_length / length.clamp_min(_EPS)
+    u, v = row / length.clamp_min(_EPS), code / code_length.clamp_min(_EPS)
+    w, moving = u + v, x.to(dtype)
+    rotated = moving - 2 * w * _dot(w, moving) / _dot(w, w).clamp_min(_EPS**2) + 2 * v * _dot(u, moving)
+    return straight_through((scale * rotated).to(x.dtype), quantized.to(x.dtype))
 
 
 class _RotateTo(torch.autograd.Function):

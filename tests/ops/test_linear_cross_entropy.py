@@ -240,6 +240,7 @@ def test_functional_gradients_inside_compiled_code():
         return loss(h - 0.01 * torch.func.grad(loss)(h, table, backend), table, backend)
 
     for function in (loss, after_a_step):
+        torch._dynamo.reset()
         grad = torch.func.grad(function, argnums=(0, 1))
         compiled = torch.compile(grad, fullgraph=True, backend="aot_eager")
         assert_near(compiled(h, table, "auto"), grad(h, table, "auto"))

@@ -92,3 +92,18 @@ def test_bad_arguments(change, error, message):
         linear_scan(a, u, offsets, backend="triton")
     with pytest.raises(ValueError, match="backend must be one of"):
         linear_scan(a, u, offsets, backend="fast")
+
+
+def test_functional_gradients_inside_compiled_code_are_refused():
+    """torch.compile would drop the gradient of an autograd.Function here."""
+    a, u, offsets = problem((3, 1, 5))
+    torch._dynamo.reset()
+    gradient = torch.func.grad(lambda a, u: linear_scan(a, u, offsets).square().sum(), argnums=(0, 1))
+    with pytest.raises(RuntimeError, match=r"linear_scan loses its gradient where torch\.compile traces torch\.func"):
+        torch.compile(gradient, fullgraph=True, backend="aot_eager")(a, u)
+    a.requires_grad_(), u.requires_grad_()
+    compiled = torch.compile(
+        lambda a, u: linear_scan(a, u, offsets).square().sum(), fullgraph=True, backend="aot_eager"
+    )
+    expected = gradient(a.detach(), u.detach())
+    torch.testing.assert_close(torch.autograd.grad(compiled(a, u), (a, u)), expected)

@@ -54,6 +54,27 @@ def test_weights_are_multiplicities_and_masks():
     assert vq_commit(x, codebook, row_weight=torch.zeros(5)).loss == 0
 
 
+@pytest.mark.parametrize("commit", [vq_commit, reference.vq_commit])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_a_broken_row_of_weight_zero_does_not_matter(commit, broken, heads):
+    x, codebook = problem(heads, N=6)
+    x[..., 2, 1] = broken
+    weight, kept = torch.tensor([1.0, 2, 0, 1, 0, 3]).double(), torch.tensor([0, 1, 3, 4, 5])
+    results = []
+    for rows, w in ((x, weight), (x[..., kept, :], weight[kept])):
+        leaves = [t.clone().requires_grad_() for t in (rows, codebook, w)]
+        loss = commit(leaves[0], leaves[1], row_weight=leaves[2], codebook_grad=True)[2]
+        results.append((loss, *torch.autograd.grad(loss, leaves, create_graph=True)))
+        second = torch.autograd.grad(results[-1][1].pow(3).sum(), leaves[0])[0]
+        assert second.isfinite().all() and results[-1][3].isfinite().all()
+    (loss, grad_x, grad_codebook, grad_weight), expected = results
+    assert not grad_x[..., 2, :].any()
+    torch.testing.assert_close(
+        (loss, grad_x[..., kept, :], grad_codebook, grad_weight[kept]), expected, rtol=1e-12, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("heads", [(), (2,)])
 @pytest.mark.parametrize("codebook_grad", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -128,9 +149,29 @@ def test_compiles_without_breaks_and_without_recompiling():
         grads = [torch.autograd.grad(f(x, codebook), (x, codebook)) for f in (compiled, run)]
         torch.testing.assert_close(grads[0], grads[1])
     assert counter.frame_count == 1
-    x, codebook = problem()
-    step = torch.compile(lambda x, c: torch.func.grad(run, argnums=(0, 1))(x, c), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(step(x, codebook), torch.func.grad(run, argnums=(0, 1))(x, codebook))
+
+
+@pytest.mark.parametrize("codebook_grad", [False, True])
+def test_functional_transforms_inside_compiled_code(codebook_grad):
+    """torch.compile would drop gradients of an autograd.Function here, and refuses vmap of one."""
+    x, codebook = problem((3,), N=7)
+    weight = torch.tensor([1.0, 0, 1, 2, 1, 0, 1])
+    x[:, 1] = float("nan")
+
+    def run(x, codebook):
+        quantized, _, loss = vq_commit(x, codebook, row_weight=weight, codebook_grad=codebook_grad)
+        return 3 * loss + (quantized.square() * torch.arange(1.0, 5)).sum()
+
+    first = torch.func.grad(run, argnums=(0, 1))
+    second = torch.func.grad(lambda x, c: torch.func.grad(run)(x, c).pow(3).sum())
+    for function, arguments in (
+        (first, (x[0], codebook[0])),
+        (second, (x[0], codebook[0])),
+        (torch.vmap(first, in_dims=(0, None)), (x, codebook[0])),
+    ):
+        torch._dynamo.reset()  # all transformed functions share one code object, which may be compiled a few times only
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
 def test_result_does_not_depend_on_the_number_of_threads():

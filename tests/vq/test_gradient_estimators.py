@@ -100,12 +100,25 @@ def test_quantize_second_derivative_holds_the_rotation_constant(gradient):
 
 
 @pytest.mark.parametrize("gradient", ESTIMATORS)
-def test_quantize_compiles_whole_inside_and_around_grad(gradient):
-    x, codebook = torch.randn(7, 8), torch.randn(5, 8)
-    compiled = torch.compile(
-        lambda x, c: grad(quantized_loss, (0, 1))(x, c, gradient), fullgraph=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(compiled(x, codebook), grad(quantized_loss, (0, 1))(x, codebook, gradient))
+def test_functional_transforms_inside_compiled_code(gradient):
+    """torch.compile would drop gradients of an autograd.Function here, and refuses vmap of one."""
+    x, codebook = torch.randn(3, 7, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+
+    def estimated(x, codebook):
+        return (ESTIMATORS[gradient](x, codebook[:1].expand_as(x)).sin() * torch.arange(8)).sum()
+
+    def quantized(x, codebook):
+        return quantized_loss(x, codebook, gradient)
+
+    for function, arguments in (
+        (grad(estimated), (x[0], codebook)),
+        (grad(lambda x, c: grad(estimated)(x, c).sin().sum()), (x[0], codebook)),
+        (grad(quantized, (0, 1)), (x[0], codebook)),
+        (vmap(grad(quantized, (0, 1)), in_dims=(0, None)), (x, codebook)),
+    ):
+        torch._dynamo.reset()  # all transformed functions share one code object, which may be compiled a few times only
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
 
 
 def test_quantize_in_functional_call_trains_the_codebook():
