@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
+import numpy as np
 import torch
-from peers import padded_meta_step
 
+from bench.peers import padded_meta_step
 from metarec_fast.config import MetaConfig, ModelConfig
 from metarec_fast.data.domain import Sequences
 from metarec_fast.data.sampler import Sampler
@@ -25,8 +25,6 @@ SHAPES = {
 
 def sequences(users: int, items: int, events: int, seed: int) -> Sequences:
     """Random events with lengths of at least five, as 5-core data has."""
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     lengths = 5 + rng.geometric(1 / (events / users - 4), users) - 1
     offsets = np.concatenate(([0], np.cumsum(lengths)))
@@ -45,9 +43,8 @@ def world(sources: int, *, batch_size: int = 128) -> tuple:
     return model, shared, private, batches, names
 
 
-@pytest.mark.parametrize("sources", [4])
-def test_outer_step(benchmark, compare, sources):
-    model, shared, private, batches, names = world(sources)
+def bench_outer_step(compare):
+    model, shared, private, batches, names = world(4)
     meta = MetaConfig(similarity_decay=0.0)
     ours_sources = [Source(n, private[n], [batches[n]]) for n in names[:-1]]
 
@@ -73,5 +70,12 @@ def test_outer_step(benchmark, compare, sources):
     def same(a, b):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
-    print(sum(len(b.items) for b in batches.values()))
-    compare(ours, public, check=same)
+    compare(
+        ours,
+        public,
+        subject="outer step, first order",
+        shape="4 sources, 128 windows each",
+        against="padded loop with dense logits",
+        check=same,
+        rounds=5,
+    )
