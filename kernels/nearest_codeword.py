@@ -337,7 +337,7 @@ def _settle_rows(
     (H, N, D), K = x.shape, codebook.shape[1]
     _settle[(min(H * N, _SETTLE_PROGRAMS),)](
         x, codebook.transpose(1, 2).contiguous(), undecided, count, indices, margin, N, K, D, H * N,
-        ALL=undecided is None, BLOCK_K=_SETTLE_BLOCK_K, UNROLL=8, num_warps=4,
+        ALL=undecided is None, BLOCK_K=_SETTLE_BLOCK_K, UNROLL=4, num_warps=4,
         # Not fused here, so that a tie falls as it does in any plain float64 loop.
         enable_fp_fusion=False,
     )  # fmt: skip
