@@ -3,15 +3,16 @@
 The screen compares s_k = |c_k|^2 - 2<x, c_k>, which orders the codes as |x - c_k|^2 does. Float32 vectors are centred
 by the codebook's mean m, scaled by a power of two and split into two float16 numbers, a = a_high + a_low with
 |a - a_high - a_low| <= 2^-21 |a|; three products (all but low * low) accumulate in float32. With R = |x - m|,
-C = max_k |c_k - m|, g = (D + 32) 2^-22, the worst that a tensor core's truncating sum of D products adds (Blanchard,
-Higham, Lopez, Mary, Pranesh 2020), and u = 2^-24, every score is within
+C = max_k |c_k - m| and u = 2^-24, every score is within
 
-    E = 2 R C (g + 2^-19) + 4 u C^2
+    E = 2 R C (g + 2^-19) + 4 u C^2,    g = (D + 32) 2^-22
 
-of its real value: 2^-19 covers both splits (2 * 2^-21), the product left out (2^-22), the roundings of x - m and c - m
-(2 u) and of the score (2 u); 4 u C^2 the rounded |c|^2 and score. The float64 sum that defines
-the index is itself up to F = (D + 4) 2^-52 (R + C)^2 from the real distance. So least and second least score more than
-2 (E + F) apart prove the index. The other rows (ties among them, and whatever overflowed) are compared in float64.
+of its real value. g: a tensor core aligns b >= 4 products with the sum so far and cuts all of them to 24 bits, an error
+of at most (b + 2) 2^-23 R C for each of D / b blocks (Blanchard, Higham, Lopez, Mary, Pranesh 2020). 2^-19: both splits
+(2 * 2^-21), the product left out (2^-22), the roundings of x - m and c - m (2 u) and of the score (2 u). 4 u C^2: the
+rounded |c|^2 and score. The float64 sum that defines the index is itself up to F = (D + 4) 2^-52 (R + C)^2 away. So
+least and second least score more than 2 (E + F) apart prove the index. The other rows (ties among them, and whatever
+overflowed) are compared in float64.
 Float16 and bfloat16 codebooks enter as they are: their products are exact in float32 and only g and u remain.
 """
 
@@ -337,7 +338,7 @@ def _settle_rows(
     (H, N, D), K = x.shape, codebook.shape[1]
     _settle[(min(H * N, _SETTLE_PROGRAMS),)](
         x, codebook.transpose(1, 2).contiguous(), undecided, count, indices, margin, N, K, D, H * N,
-        ALL=undecided is None, BLOCK_K=_SETTLE_BLOCK_K, UNROLL=4, num_warps=4,
+        ALL=undecided is None, BLOCK_K=_SETTLE_BLOCK_K, UNROLL=2, num_warps=4,
         # Not fused here, so that a tie falls as it does in any plain float64 loop.
         enable_fp_fusion=False,
     )  # fmt: skip
