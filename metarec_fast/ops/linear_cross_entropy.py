@@ -207,15 +207,6 @@ class _SecondGradient(torch.autograd.Function):
         )
 
 
-def _transformed() -> bool:
-    """Whether a torch.func transform is active, also while torch.compile traces."""
-    return torch._C._functorch.maybe_current_level() is not None
-
-
-# what torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of Triton with it)
-_transformed._dynamo_marked_constant = True
-
-
 def linear_cross_entropy(
     h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
