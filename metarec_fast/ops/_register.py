@@ -72,10 +72,13 @@ def choose_backend(backend: Backend, device: torch.device, *, operator: str, tri
     return backend
 
 
-@torch.compiler.assume_constant_result
 def _transformed() -> bool:
     """Whether a torch.func transform is active, also while torch.compile traces."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+# what torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of Triton with it)
+_transformed._dynamo_marked_constant = True
 
 
 def traced_transform() -> bool:
