@@ -68,7 +68,10 @@ def bench_outer_step(compare):
         )
 
     def same(a, b):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        """Every tensor within 1e-5 of its largest element: float32 sums in another order."""
+        ours, theirs = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
 
     compare(
         ours,
