@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
@@ -9,10 +10,10 @@ from metarec_fast.models.sasrec import SASRecEncoder
 LENGTHS = (3, 1, 7, 0, 4)
 
 
-def encoder(name, dtype=torch.float64, dropout=0.0):
+def encoder(name, dtype=torch.float64, layers=2):
     if name == "lru":
-        return LRUEncoder(8, layers=2, dropout=dropout).to(dtype)
-    return SASRecEncoder(8, layers=2, heads=2, dropout=dropout, max_length=7).to(dtype)
+        return LRUEncoder(8, layers=layers, dropout=0.0).to(dtype)
+    return SASRecEncoder(8, layers=layers, heads=2, dropout=0.0, max_length=7).to(dtype)
 
 
 def packed(lengths=LENGTHS, dtype=torch.float64):
@@ -67,12 +68,13 @@ def test_lru_eigenvalues_start_on_the_ring():
     assert modulus.min() >= 0.8 and modulus.max() <= 0.99
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lru", "sasrec"])
-def test_compiled_equals_eager(name):
-    model = encoder(name, torch.float32)
-    compiled = torch.compile(model, dynamic=True)
-    for lengths in (LENGTHS, (2, 5), (6, 1, 1, 1)):
+def test_compiled_equals_eager_and_does_not_recompile_for_each_length(name):
+    counter = CompileCounterWithBackend("aot_eager")
+    model = encoder(name, torch.float32, layers=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for lengths in ((3, 1, 5), (2, 5, 3, 2)):
         x, offsets = packed(lengths, torch.float32)
         results = []
         for run in (model, compiled):
@@ -81,3 +83,16 @@ def test_compiled_equals_eager(name):
             grads = torch.autograd.grad(weighted, list(model.parameters()))
             results.append((y, grads))
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] > 0
+
+
+@pytest.mark.slow  # inductor's C++ compiler takes the time, so the forward pass alone
+@pytest.mark.parametrize("name", ["lru", "sasrec"])
+def test_inductor_equals_eager(name):
+    model = encoder(name, torch.float32, layers=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for lengths in ((3, 1, 5), (2, 5, 3, 2)):
+            x, offsets = packed(lengths, torch.float32)
+            torch.testing.assert_close(compiled(x, offsets), model(x, offsets), rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast import reference
 from metarec_fast.config import MetaConfig, ModelConfig
@@ -110,6 +111,23 @@ def test_float32_step_equals_float64():
         )
     for name, grad in steps[1].shared_grad.items():
         torch.testing.assert_close(steps[0].shared_grad[name].double(), grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+def test_compiled_encoder_gives_the_same_loss_and_gradients(encoder):
+    model, batches = world(dataclasses.replace(SMALL, encoder=encoder, layers=1))
+    batches["b"] = Sampler(sequences(CATALOGUES["b"], seed=1), batch_size=4, max_length=6).batch(0)
+    counter = CompileCounterWithBackend("aot_eager")
+    shared, results = model.shared_parameters(), []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_encoder(backend=counter, fullgraph=True)
+        for name in "ab":
+            private = model.private_parameters(name)
+            loss = model.loss(shared, private, batches[name])
+            results.append((loss, *torch.autograd.grad(loss, [*shared.values(), *private.values()])))
+    assert counter.frame_count == 1 and len(batches["a"].items) != len(batches["b"].items)
+    torch.testing.assert_close(results[2:], results[:2])
 
 
 def test_sampled_softmax_over_the_whole_catalogue_is_the_full_one():
