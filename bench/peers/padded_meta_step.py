@@ -68,7 +68,12 @@ def loss(
     codebook = shared["codebook"]
     H, _, d = codebook.shape
     heads = z.view(*items.shape, H, d)
-    indices = torch.stack([torch.cdist(heads[:, :, h].reshape(-1, d), codebook[h]).argmin(1) for h in range(H)], 1)
+    # by differences: the default's matrix product rounds so much that it flips codes, and gradients with them
+    distances = [
+        torch.cdist(heads[:, :, h].reshape(-1, d), codebook[h], compute_mode="donot_use_mm_for_euclid_dist")
+        for h in range(H)
+    ]
+    indices = torch.stack([distance.argmin(1) for distance in distances], 1)
     q = torch.stack([codebook[h][indices[:, h]] for h in range(H)], 1).view(*items.shape, D)
     weight = real[..., None] / (real.sum() * D)
     vq = ((q - z.detach()).square() * weight).sum() + beta * ((z - q.detach()).square() * weight).sum()
@@ -101,7 +106,7 @@ def outer_step(
         value = loss(phi, target_private, target_batch, layers=layers, beta=beta)
         grads = torch.autograd.grad(value, [*phi.values(), *target_private.values()])
         answer = dict(zip(phi, grads, strict=False))
-        delta = {k: (shared[k] - phi[k]).detach() for k in shared}
+        delta = {k: inner_lr * inner[k] for k in shared}
         dot = sum((delta[k] * answer[k]).sum() for k in shared)
         norms = [torch.sqrt(sum(v.square().sum() for v in part.values())) for part in (delta, answer)]
         similarities.append(dot / (norms[0] * norms[1]))

@@ -72,13 +72,14 @@ def unflatten(flat: Tensor, like: Parameters) -> Parameters:
 
 def inner_adapt(
     loss: Loss, shared: Parameters, source: Source, *, config: MetaConfig
-) -> tuple[Parameters, Parameters, Tensor]:
+) -> tuple[Parameters, Tensor, Parameters, Tensor]:
     """``inner_steps`` of SGD on a source, from ``shared``.
 
-    Returns the adapted parameters, the gradient of the first loss with respect to the source's private
-    parameters, and that loss.
+    Returns the adapted parameters phi, the step theta - phi as a flat vector, the gradient of the first loss with
+    respect to the source's private parameters, and that loss.
     """
     adapted, names, private_names = shared, list(shared), list(source.private)
+    step = torch.zeros_like(flatten(shared).detach())
     private_grad: Parameters = {}
     first_loss: Tensor | None = None
     for k in range(config.inner_steps):
@@ -90,11 +91,14 @@ def inner_adapt(
         if k == 0:
             first_loss = value.detach()
             private_grad = {n: g.detach() for n, g in zip(private_names, grads[len(names) :], strict=True)}
-        adapted = {n: adapted[n] - config.inner_lr * g for n, g in zip(names, grads, strict=False)}
+        moves = {n: config.inner_lr * g for n, g in zip(names, grads, strict=False)}
+        adapted = {n: adapted[n] - moves[n] for n in names}
+        # summed from the moves: the difference of nearly equal parameters would keep few of its digits
+        step += flatten(moves).detach()
         if config.order == 1:
             adapted = {n: p.detach().requires_grad_() for n, p in adapted.items()}
     assert first_loss is not None
-    return adapted, private_grad, first_loss
+    return adapted, step.detach(), private_grad, first_loss
 
 
 def similarity(step: Tensor, answer: Tensor, *, like: Parameters, config: MetaConfig) -> Tensor:
@@ -149,19 +153,17 @@ def outer_step(
             )
     theta = {n: p.detach().requires_grad_() for n, p in shared.items()}
     target_private = {n: p.detach().requires_grad_() for n, p in target_private.items()}
-    flat_theta = flatten(theta).detach()
     steps, answers, target_grads, similarities, source_losses, target_losses = [], [], [], [], [], []
     source_grads: dict[str, Parameters] = {}
     for source in sources:
         private = {n: p.detach().requires_grad_() for n, p in source.private.items()}
-        adapted, source_grads[source.name], source_loss = inner_adapt(
+        adapted, step, source_grads[source.name], source_loss = inner_adapt(
             loss, theta, Source(source.name, private, source.batches), config=config
         )
         target_loss = loss(adapted, target_private, target_batch)
         wanted = list((theta if config.order == 2 else adapted).values()) + list(target_private.values())
         grads = torch.autograd.grad(target_loss, wanted, allow_unused=True)
         grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
-        step = flat_theta - flatten(adapted).detach()
         answer = flatten(dict(zip(theta, grads, strict=False)))
         steps.append(step)
         answers.append(answer)
