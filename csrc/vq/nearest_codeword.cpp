@@ -1,14 +1,17 @@
-// Nearest codeword in float32 with a proof per row, and float64 where the proof fails.
+// Nearest codeword: scores with a proven error for all codes, then true distances for the few that can still win.
 //
 // With m the mean code, X = x - m and C = c - m, the code of least ||x - c||^2 has the largest score
-// s = X.C - ||C||^2 / 2. The loop computes a score S from x' = fl(X), c' = fl(C) and h = fl(||C||^2 / 2), starting from
-// -h and adding dim products. With u = 2^-24, each addition (fused or not) rounds a partial sum of magnitude at most
-// h + ||x'|| ||c'||, each product alone errs by u of itself, rounding X and C costs 2u ||X|| ||C||, rounding h costs
-// u h; second-order terms are below the slack of the constant:
-//     |S - s| <= E = (dim + 6) u (1 + 4 dim u) (||x'|| ||c'|| + h) + underflow,
-// and E is infinite where a partial sum might overflow.
-// If the largest score leads the second by more than 2 max E, it is the nearest code. Otherwise the codes that can
-// still win, S + E >= S_best - E_best, are compared in float64 by the definition itself (exact.cpp).
+// s = X.C - ||C||^2 / 2. The scan computes scores S from approximations x' of X and c' of C, either float32 or 8-bit
+// integers times a scale, and keeps for each row the largest score of every group of codes. With R >= ||X||, ||x'||,
+// r >= ||X - x'||, Q >= ||C||, ||c'||, q >= ||C - c'|| over all codes and u = 2^-24,
+//     |S - s| <= E = r Q + R q + k u (R Q + Q^2 / 2) + f (R + Q)^2 + underflow.
+// k: float32 arithmetic. A sum of dim products, fused or not, rounds partial sums of magnitude at most R Q + Q^2 / 2 dim
+//   times, and ||C||^2 / 2 is such a sum: k = 2 dim + 16 covers both, the roundings of X and C, and a product alone.
+//   Integer sums are exact; their conversion, scale and the sum with -||C||^2 / 2 leave k = dim + 16.
+// f = (dim + 4) 2^-53: the float64 sum that defines the index differs from the real distance by up to 2 f (R + Q)^2.
+// A code of a group whose largest S is below the largest of all by more than 2 E cannot be the nearest. For the codes
+// left, d = sum (x - c)^2 in float32 is within (dim + 8) u d of the distance: mostly that proves the nearest. If not,
+// those that can still win are compared by the definition itself, in float64 (exact.cpp).
 #include "vq/nearest_codeword.h"
 
 #ifdef _OPENMP
@@ -29,279 +32,577 @@ constexpr int kRows = 6, kVectors = 2;
 #else
 constexpr int kRows = 4, kVectors = 2;
 #endif
-constexpr int kWidth = kVectors * kFloats;
+#if defined(__AVX512VNNI__)
+constexpr bool kScreens = true;
+#else
+constexpr bool kScreens = false;
+#endif
 constexpr float kInfinity = __builtin_inff();
-constexpr int kCandidates = 8;  // offered together
+constexpr float kUnit = 0x1p-24f;
+constexpr float kIntegers = 127;     // an approximation in integers is at most this
+constexpr float kSmallest = 0x1p-60f;  // below this largest element, integers are left to float32
+constexpr int kScale = 0, kReach = 1, kRounding = 2;  // of Panels::bounds
+constexpr int64_t kBounds = 4;
 
-// Rows of a block: packed rows and running maxima stay in L1 while one panel after the other passes over them;
-// longer rows stay in L2, and more of them share each panel.
-inline int64_t block_rows(int64_t dim) { return dim <= 32 || dim > 128 ? 96 : 48; }
-
-// Running maxima of a row, a lane per residue of the slot.
-struct Lead {
-    vfloat best, second;
-    vint vector;  // which vector of slots holds best
-};
-
-struct Row {
-    int64_t row, slot;
-    float norm, best, second;
-};
+// Rows of a block: packed rows stay in L1 while one panel after the other passes over them; longer rows stay in L2,
+// and more of them share each panel.
+inline int64_t block_rows(int64_t words) { return words <= 32 || words > 128 ? 96 : 48; }
 
 struct Search {
     const Codebook& codebook;
-    const float* x;
-    int64_t rows;
+    const Panels& panels;
+    const SearchRows& rows;
     const SearchOutput& out;
+    const Unsettled* unsettled;
+    int64_t limit;  // codes whose distances are worth computing before a search in float32 would be cheaper
 };
 
-inline int64_t used_panels(const Codebook& codebook, int64_t h) { return (codebook.slots[h] + kWidth - 1) / kWidth; }
+// What a thread works with, carved from its scratch. Arrays of a block: [tiles, ...].
+struct Workspace {
+    uint32_t* words;    // [tiles, words, kRows]
+    float* norm;        // [rows] at least ||x - m||
+    float* rounding;    // [rows] at least ||x - m - x'||
+    float* factor;      // [rows] scale of the integer sums
+    int32_t* offset;    // [rows] what unsigned codes add to them, negated
+    float* maxima;      // [rows, panels * lanes]
+    float* threshold;   // [rows] groups that reach it may hold the nearest code
+    int32_t* bounded;   // [rows] whether the error of the scores is finite
+    int32_t* candidates;  // [slots]
+    float* distance;      // [slots], padded
+    int64_t size;
+};
 
-inline bool any_lane(vint mask) {
-    int64_t words[sizeof(vint) / 8], any = 0;
-    std::memcpy(words, &mask, sizeof words);
-    for (int64_t word : words) any |= word;
-    return any != 0;
+inline Workspace carve(char* memory, const Codebook& codebook, int64_t words) {
+    int64_t used = 0;
+    auto take = [&](int64_t elements) {
+        char* at = memory + used;
+        used += (elements * 4 + 63) / 64 * 64;
+        return at;
+    };
+    const int64_t block = block_rows(words), slots = codebook.panels * codebook.lanes * codebook.group;
+    Workspace w;
+    w.words = reinterpret_cast<uint32_t*>(take(block * words));
+    w.norm = reinterpret_cast<float*>(take(block));
+    w.rounding = reinterpret_cast<float*>(take(block));
+    w.factor = reinterpret_cast<float*>(take(block));
+    w.offset = reinterpret_cast<int32_t*>(take(block));
+    w.threshold = reinterpret_cast<float*>(take(block));
+    w.bounded = reinterpret_cast<int32_t*>(take(block));
+    w.maxima = reinterpret_cast<float*>(take(block * codebook.panels * codebook.lanes));
+    w.candidates = reinterpret_cast<int32_t*>(take(slots + 8));
+    w.distance = reinterpret_cast<float*>(take(slots + 8));
+    w.size = used;
+    return w;
 }
 
-// [dim, kRows] rows minus the mean. norm: at least ||row - mean||, infinite if a score might overflow.
-inline void pack(const float* const* row, const float* mean, int64_t dim, float* packed, float* norm) {
-    float square[kRows] = {};
-    for (int64_t d = 0; d < dim; ++d) {
+inline int64_t used_panels(const Codebook& codebook, int64_t h) {
+    const int64_t width = codebook.lanes * codebook.group;
+    return (codebook.slots[h] + width - 1) / width;
+}
+
+// A bound on a norm from a float32 sum of squares: slack for the rounding of the sum, and for squares that underflow.
+inline float norm_bound(float square, int64_t dim) {
+    if (!(square <= kMaxSquare)) return kInfinity;
+    return __builtin_sqrtf(square) * (1 + static_cast<float>(dim + 8) * 0x1p-23f) +
+           __builtin_sqrtf(static_cast<float>(dim)) * 0x1p-62f;
+}
+
+// The largest element of row - mean, and its squared norm.
+inline float measure(const float* row, const float* mean, int64_t dim, float* square) {
+    vfloat largest = {}, sum = {};
+    for (int64_t d = 0; d < dim; d += kFloats) {
+        const vfloat x = load_first(row + d, dim - d) - load_first(mean + d, dim - d);
+        largest = max(largest, max(x, -x));
+        sum += x * x;
+    }
+    *square = sum_lanes(sum);
+    return max_lane(largest);
+}
+
+// row - mean in integers of `scale`, four to a word, `step` words apart; flip = 0x80808080 adds 128 to each.
+// Returns the squared norm of what they leave out, and sets `total` to the integers' sum.
+inline float to_integers(const float* row, const float* mean, int64_t dim, float scale, uint32_t flip, uint32_t* out,
+                         int64_t step, int32_t* total) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: the sum's lowest byte is the nearest integer
+    const float inverse = 1 / scale;
+    vfloat square = {}, sum = {};
+    for (int64_t d = 0; d < dim; d += kFloats) {
+        const vfloat x = load_first(row + d, dim - d) - load_first(mean + d, dim - d);
+        const vfloat shifted = x * inverse + round;
+        const vfloat integer = shifted - round;
+        const vfloat error = x - integer * scale;
+        square += error * error;
+        sum += integer;
+        uint32_t words[kFloats / 4];
+#if defined(METAREC_ISA_avx512)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8((__m512i)shifted));
+#else
+        uint8_t bytes[kFloats];
+        for (int lane = 0; lane < kFloats; ++lane) bytes[lane] = static_cast<uint8_t>(((vint)shifted)[lane]);
+        std::memcpy(words, bytes, sizeof bytes);
+#endif
+        for (int w = 0; w < kFloats / 4 && d + 4 * w < dim; ++w) out[(d / 4 + w) * step] = words[w] ^ flip;
+    }
+    *total = static_cast<int32_t>(sum_lanes(sum));
+    return sum_lanes(square);
+}
+
+// Rows of a tile as words [count, kRows]; rows beyond `rows` repeat the first.
+template <bool kInteger>
+inline void pack_tile(const Search& search, int64_t h, const float* const* row, int64_t first, const Workspace& w) {
+    const Codebook& codebook = search.codebook;
+    const int64_t dim = codebook.dim;
+    const float* mean = codebook.mean + h * dim;
+    uint32_t* words = w.words + first * search.panels.count;
+    if constexpr (kInteger) {
+        const float code_scale = search.panels.bounds[h * kBounds + kScale];
         for (int r = 0; r < kRows; ++r) {
-            const float value = row[r][d] - mean[d];
-            packed[d * kRows + r] = value;
-            square[r] += value * value;
+            float square;
+            const float largest = measure(row[r], mean, dim, &square);
+            // too small or too large: the row is left to float32
+            const bool fits = largest >= kSmallest && square <= kMaxSquare;
+            const float scale = fits ? largest / kIntegers : 1;
+            int32_t total;
+            const float rest = to_integers(row[r], mean, dim, scale, 0, words + r, kRows, &total);
+            w.norm[first + r] = norm_bound(square, dim);
+            w.rounding[first + r] = fits ? norm_bound(rest, dim) : kInfinity;
+            w.factor[first + r] = scale * code_scale;
+            w.offset[first + r] = -128 * total;
         }
-    }
-    // slack for the rounding of the sum, and for squares that underflow
-    const float relative = 1 + static_cast<float>(dim + 8) * 0x1p-23f;
-    const float absolute = __builtin_sqrtf(static_cast<float>(dim)) * 0x1p-62f;
-    for (int r = 0; r < kRows; ++r) {
-        norm[r] = square[r] > kMaxSquare ? kInfinity : __builtin_sqrtf(square[r]) * relative + absolute;
+    } else {
+        float square[kRows] = {};
+        float* packed = reinterpret_cast<float*>(words);
+        for (int64_t d = 0; d < dim; ++d) {
+            for (int r = 0; r < kRows; ++r) {
+                const float value = row[r][d] - mean[d];
+                packed[d * kRows + r] = value;
+                square[r] += value * value;
+            }
+        }
+        for (int r = 0; r < kRows; ++r) {
+            w.norm[first + r] = norm_bound(square[r], dim);
+            w.rounding[first + r] = 0;
+        }
     }
 }
 
-[[gnu::always_inline]] inline void scores(const float* __restrict x, const float* __restrict panel,
-                                          const float* __restrict start, int64_t dim,
-                                          vfloat (&score)[kRows][kVectors]) {
+// The largest score of each group of a panel, for a tile of rows: maxima [kRows, stride].
+template <bool kInteger>
+[[gnu::always_inline]] inline void scan(const uint32_t* __restrict rows, const float* factor, const int32_t* offset,
+                                        const uint32_t* __restrict words, const float* start, int64_t count,
+                                        int64_t group, float* maxima, int64_t stride) {
+    const int64_t vector = count * kFloats;
+    for (int64_t v = 0; v < group; v += kVectors, words += kVectors * vector, start += kVectors * kFloats) {
+        vfloat score[kRows][kVectors];
+        const uint32_t* row = rows;
+        const uint32_t* code = words;
+        if constexpr (kInteger) {
+#if defined(__AVX512VNNI__)
+            vint sum[kRows][kVectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+            for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) score[r][v] = load(start + v * kFloats);
-    }
-    for (int64_t d = 0; d < dim; ++d, x += kRows, panel += kWidth) {
-        vfloat code[kVectors];
+                for (int j = 0; j < kVectors; ++j) sum[r][j] = vint{} + offset[r];
+            }
+            for (int64_t w = 0; w < count; ++w, row += kRows, code += kFloats) {
+                __m512i codes[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) code[v] = load(panel + v * kFloats);
+                for (int j = 0; j < kVectors; ++j) codes[j] = _mm512_loadu_si512(code + j * vector);
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const __m512i value = _mm512_set1_epi32(static_cast<int>(row[r]));
+#pragma GCC unroll 4
+                    for (int j = 0; j < kVectors; ++j) {
+                        sum[r][j] = (vint)_mm512_dpbusd_epi32((__m512i)sum[r][j], codes[j], value);
+                    }
+                }
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j) {
+                    score[r][j] = __builtin_convertvector(sum[r][j], vfloat) * broadcast(factor[r]) +
+                                  load(start + j * kFloats);
+                }
+            }
+#endif
+        } else {
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j) score[r][j] = load(start + j * kFloats);
+            }
+            const float* x = reinterpret_cast<const float*>(row);
+            const float* c = reinterpret_cast<const float*>(code);
+            for (int64_t d = 0; d < count; ++d, x += kRows, c += kFloats) {
+                vfloat codes[kVectors];
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j) codes[j] = load(c + j * vector);
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const vfloat value = broadcast(x[r]);
+#pragma GCC unroll 4
+                    for (int j = 0; j < kVectors; ++j) score[r][j] += value * codes[j];
+                }
+            }
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-            const vfloat value = broadcast(x[r]);
+            vfloat most = score[r][0];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) score[r][v] += value * code[v];
+            for (int j = 1; j < kVectors; ++j) most = max(most, score[r][j]);
+            float* at = maxima + r * stride;
+            store(at, v == 0 ? most : max(most, load(at)));
         }
     }
 }
 
-inline void update(Lead* lead, const float* x, const float* panel, const float* start, int64_t dim, int32_t vector) {
-    vfloat score[kRows][kVectors];
-    scores(x, panel, start, dim, score);
-    // opaque from here on: broadcast before the loop over dim, it would hold registers that the tile needs
-    asm volatile("" : "+r"(vector));
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-        vfloat best = lead[r].best, second = lead[r].second;
-        vint at = lead[r].vector;
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            const vint higher = score[r][v] > best;
-            const vfloat loser = higher ? best : score[r][v];
-            best = higher ? score[r][v] : best;
-            at = higher ? vint{} + (vector + v) : at;
-            second = second > loser ? second : loser;
-        }
-        lead[r].best = best;
-        lead[r].second = second;
-        lead[r].vector = at;
-    }
-}
-
-// The best slot over all lanes, the lowest of equals.
-inline Row reduce(const Lead& lead, int64_t row, float norm) {
-    float best = -kInfinity, second = -kInfinity;
-    int64_t slot = 0;
-    for (int lane = 0; lane < kFloats; ++lane) {
-        const float value = lead.best[lane];
-        const int64_t at = static_cast<int64_t>(lead.vector[lane]) * kFloats + lane;
-        const float loser = value > best ? best : value;
-        second = second > loser ? second : loser;
-        second = second > lead.second[lane] ? second : lead.second[lane];
-        slot = value > best || (value == best && at < slot) ? at : slot;
-        best = value > best ? value : best;
-    }
-    return {row, slot, norm, best, second};
-}
-
-inline void emit(const Search& search, int64_t h, int64_t row, int64_t index, float margin) {
-    const int64_t at = h * search.rows + row, dim = search.codebook.dim;
+inline void emit(const Search& search, int64_t h, int64_t row, int64_t index, float margin, float row_error) {
+    const int64_t at = h * search.rows.rows + row, dim = search.codebook.dim;
     search.out.indices[at] = index;
-    if (search.out.margin != nullptr) {
-        search.out.margin[at] = search.codebook.duplicated[h * search.codebook.codes + index] ? 0 : margin;
-    }
+    if (search.out.margin != nullptr) search.out.margin[at] = margin;
     if (search.out.quantized == nullptr) return;
-    const float* __restrict x = search.x + at * dim;
+    search.out.row_error[at] = row_error;
     const float* __restrict code = search.codebook.original + (h * search.codebook.codes + index) * dim;
     float* __restrict quantized = search.out.quantized + at * dim;
-    vfloat sum = {};
+    for (int64_t d = 0; d < dim; ++d) quantized[d] = code[d];
+}
+
+// Squared distances of x from four codes.
+inline void distances(const float* x, const float* const* code, int64_t dim, float* out) {
+    vfloat sum[4] = {};
     int64_t d = 0;
     for (; d + kFloats <= dim; d += kFloats) {
-        const vfloat value = load(code + d), error = load(x + d) - value;
-        store(quantized + d, value);
+        const vfloat value = load(x + d);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const vfloat error = value - load(code[j] + d);
+            sum[j] += error * error;
+        }
+    }
+    if (d < dim) {
+        const vfloat value = load_first(x + d, dim - d);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const vfloat error = value - load_first(code[j] + d, dim - d);
+            sum[j] += error * error;
+        }
+    }
+    sum_lanes(sum, out);
+}
+
+// Squared distance in float64, in no particular order.
+inline double accurate_distance(const float* x, const float* code, int64_t dim) {
+    constexpr int kDoubles = kFloats / 2;
+    vdouble sum = {};
+    int64_t d = 0;
+    for (; d + kDoubles <= dim; d += kDoubles) {
+        const vdouble error = load_doubles(x + d) - load_doubles(code + d);
         sum += error * error;
     }
-    float total = 0;
-    for (int lane = 0; lane < kFloats; ++lane) total += sum[lane];
+    double total = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) total += sum[lane];
     for (; d < dim; ++d) {
-        quantized[d] = code[d];
-        total += (x[d] - code[d]) * (x[d] - code[d]);
+        const double error = static_cast<double>(x[d]) - code[d];
+        total += error * error;
     }
-    search.out.row_error[at] = total;
+    return total;
 }
 
-// Up to kRows rows of one head whose float32 lead proves nothing: compare in float64 every code that can still win.
-void decide_exactly(const Search& search, int64_t h, const Row* undecided, int count, float* packed) {
+// Decide one row by the distances of `count` codes, in ascending order, among which the nearest is (and the second
+// nearest, if the margin is wanted).
+void decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count) {
     const Codebook& codebook = search.codebook;
-    const int64_t dim = codebook.dim, slots = h * codebook.panels * kWidth;
+    const int64_t dim = codebook.dim;
+    const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
     const float* original = codebook.original + h * codebook.codes * dim;
-    const float* row[kRows];
-    float norm[kRows], least_score[kRows];
-    Nearest nearest[kRows];
-    int32_t candidates[kRows][kCandidates];
-    int waiting[kRows] = {};
-    for (int r = 0; r < kRows; ++r) {
-        const Row& of = undecided[r < count ? r : 0];
-        row[r] = search.x + (h * search.rows + of.row) * dim;
-        const int64_t s = slots + of.slot;
-        least_score[r] = of.best - (codebook.error_slope[s] * of.norm + codebook.error_base[s]);
-        nearest[r] = {__builtin_inf(), __builtin_inf(), -1};
+    for (int64_t i = 0; i < count; i += 4) {
+        const float* code[4];
+        for (int64_t j = 0; j < 4; ++j) code[j] = original + candidates[i + j < count ? i + j : i] * dim;
+        distances(x, code, dim, distance + i);
     }
-    pack(row, codebook.mean + h * dim, dim, packed, norm);
-    for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
-        const int64_t first = slots + p * kWidth;
-        vfloat score[kRows][kVectors];
-        scores(packed, codebook.packed + (h * codebook.panels + p) * dim * kWidth, codebook.start + first, dim, score);
-        for (int r = 0; r < count; ++r) {
-            vint possible[kVectors];
-            vint any = {};
-            for (int v = 0; v < kVectors; ++v) {
-                const int64_t s = first + v * kFloats;
-                const vfloat error =
-                    load(codebook.error_slope + s) * broadcast(norm[r]) + load(codebook.error_base + s);
-                possible[v] = ~(score[r][v] + error < broadcast(least_score[r]));  // NaN, from an overflow, is possible
-                any |= possible[v];
-            }
-            if (!any_lane(any)) continue;
-            for (int64_t w = 0; w < kWidth && p * kWidth + w < codebook.slots[h]; ++w) {
-                if (possible[w / kFloats][w % kFloats] == 0) continue;
-                candidates[r][waiting[r]++] = codebook.code[first + w];
-                if (waiting[r] < kCandidates) continue;
-                offer_exact_f32(&nearest[r], row[r], original, candidates[r], kCandidates, dim);
-                waiting[r] = 0;
-            }
+    float least = kInfinity, second = kInfinity;
+    int64_t best = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        // without branches: which code is nearer cannot be predicted
+        const float d = distance[i], loser = d < least ? least : d;
+        best = d < least ? i : best;
+        least = d < least ? d : least;
+        second = loser < second ? loser : second;
+    }
+    const float relative = static_cast<float>(dim + 8) * kUnit * 1.01f, absolute = static_cast<float>(dim) * 0x1p-124f;
+    const bool proven = second - least > relative * (second + least) + absolute;
+    const bool wants_margin = search.out.margin != nullptr;
+    if (proven && !wants_margin) {
+        emit(search, h, row, candidates[best], 0, least);
+        return;
+    }
+    // what may be nearest (second nearest); NaN and infinity, from an overflow, too
+    const float reach = (proven ? second : least) * (1 + 3 * relative) + 3 * absolute;
+    if (proven && second < kInfinity) {
+        const int32_t index = candidates[best];
+        double following = __builtin_inf();
+        for (int64_t i = 0; i < count; ++i) {
+            if (distance[i] > reach || i == best) continue;
+            const double d = accurate_distance(x, original + candidates[i] * dim, dim);
+            following = d < following ? d : following;
         }
+        const double gap = following - accurate_distance(x, original + index * dim, dim);
+        emit(search, h, row, index, codebook.duplicated[h * codebook.codes + index] ? 0 : static_cast<float>(gap), least);
+        return;
     }
-    for (int r = 0; r < count; ++r) {
-        offer_exact_f32(&nearest[r], row[r], original, candidates[r], waiting[r], dim);
-        if (nearest[r].index < 0) {  // every distance is infinite
-            emit(search, h, undecided[r].row, 0, codebook.codes == 1 ? kInfinity : 0);
-            continue;
-        }
-        const double gap = nearest[r].second - nearest[r].least;
-        // a code that wins alone among several has finite scores
-        const bool scored = nearest[r].second == __builtin_inf() && codebook.slots[h] > 1;
-        emit(search, h, undecided[r].row, nearest[r].index,
-             scored ? 2 * (undecided[r].best - undecided[r].second) : static_cast<float>(gap));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (wants_margin || !(distance[i] > reach)) candidates[kept++] = candidates[i];
     }
+    Nearest nearest = {__builtin_inf(), __builtin_inf(), -1};
+    offer_exact_f32(&nearest, x, original, candidates, kept, dim);
+    float margin = codebook.codes == 1 ? kInfinity : 0;  // every distance is infinite
+    if (nearest.index >= 0) {
+        margin = codebook.duplicated[h * codebook.codes + nearest.index]
+                     ? 0
+                     : static_cast<float>(nearest.second - nearest.least);
+    }
+    const int64_t index = nearest.index < 0 ? 0 : nearest.index;
+    const float* code[4];
+    for (int j = 0; j < 4; ++j) code[j] = original + index * dim;
+    float row_error[4];
+    distances(x, code, dim, row_error);
+    emit(search, h, row, index, margin, row_error[0]);
 }
 
-// The rows of one head that a thread still has to decide.
-struct Undecided {
-    int64_t head;
-    int count;
-    Row rows[kRows];
-};
-
-inline void flush(const Search& search, Undecided* undecided, float* packed) {
-    if (undecided->count > 0) decide_exactly(search, undecided->head, undecided->rows, undecided->count, packed);
-    undecided->count = 0;
+// The largest of `groups` maxima, or the second largest: no more than the score of the nearest or second nearest code.
+inline float least_score(const float* maxima, int64_t groups, bool of_second) {
+    vfloat best = broadcast(-kInfinity), second = best;
+    if (!of_second) {
+        for (int64_t g = 0; g < groups; g += kFloats) best = max(best, load(maxima + g));
+        return max_lane(best);
+    }
+    for (int64_t g = 0; g < groups; g += kFloats) {
+        const vfloat score = load(maxima + g);
+        second = max(second, min(best, score));
+        best = max(best, score);
+    }
+#pragma GCC unroll 4
+    for (int distance = kFloats / 2; distance > 0; distance /= 2) {
+        const vfloat other = swap_lanes(best, distance);
+        second = max(max(second, swap_lanes(second, distance)), min(best, other));
+        best = max(best, other);
+    }
+    return second[0];
 }
 
-void search_block(const Search& search, int64_t h, int64_t begin, int64_t end, Undecided* undecided, float* scratch) {
+// Codes of the groups that reach the threshold. Returns how many, or -1 if that is more than the search's limit.
+inline int64_t collect(const Search& search, int64_t h, float threshold, const float* maxima, int64_t groups,
+                       int32_t* candidates) {
+    constexpr int kAtOnce = 64 / kFloats;  // vectors whose lanes fill a word
     const Codebook& codebook = search.codebook;
-    const int64_t dim = codebook.dim, block = block_rows(dim);
-    float* spare = scratch;  // one packed tile, for rows that are decided exactly
-    float* packed = spare + kRows * dim;
-    float* norm = packed + block * dim;
-    Lead* lead = reinterpret_cast<Lead*>((reinterpret_cast<uintptr_t>(norm + block) + 63) / 64 * 64);
+    const int64_t group = codebook.group, slots = codebook.slots[h];
+    const int32_t* code = codebook.code + h * codebook.panels * codebook.lanes * group;
+    int64_t count = 0;
+    for (int64_t g = 0; g < groups; g += 64) {
+        uint64_t bits = 0;
+        for (int v = 0; v < kAtOnce && g + v * kFloats < groups; ++v) {
+            bits |= static_cast<uint64_t>(lanes_at_least(load(maxima + g + v * kFloats), broadcast(threshold)))
+                    << (v * kFloats);
+        }
+        for (; bits != 0; bits &= bits - 1) {
+            const int64_t first = (g + __builtin_ctzll(bits)) * group;
+            if (count + group > search.limit) return -1;
+            // a whole group at once: what lies beyond the last slot is not counted
+            std::memcpy(candidates + count, code + first, static_cast<size_t>(group) * sizeof *code);
+            count += first + group <= slots ? group : first < slots ? slots - first : 0;
+        }
+    }
+    return count;
+}
+
+inline bool finite(const float* x, int64_t dim) {
+    bool all = true;
+    for (int64_t d = 0; d < dim; ++d) all &= x[d] - x[d] == 0;
+    return all;
+}
+
+inline void leave(const Unsettled& unsettled, int64_t h, int64_t rows, int64_t row) {
+    int64_t at;
+#pragma omp atomic capture
+    at = unsettled.count[h]++;
+    unsettled.rows[h * rows + at] = row;
+}
+
+// Rows begin..end of those to search in one head. Returns how many it left unsettled.
+template <bool kInteger>
+int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end, const Workspace& w) {
+    const Codebook& codebook = search.codebook;
+    const Panels& panels = search.panels;
+    const int64_t dim = codebook.dim, group = codebook.group, stride = codebook.panels * codebook.lanes;
+    const int64_t* listed = search.rows.listed == nullptr ? nullptr : search.rows.listed + h * search.rows.rows;
+    auto row_of = [&](int64_t i) { return listed == nullptr ? i : listed[i]; };
 
     for (int64_t first = begin; first < end; first += kRows) {
         const float* row[kRows];
         for (int r = 0; r < kRows; ++r) {
-            row[r] = search.x + (h * search.rows + (first + r < end ? first + r : first)) * dim;
+            row[r] = search.rows.x + (h * search.rows.rows + row_of(first + r < end ? first + r : first)) * dim;
         }
-        pack(row, codebook.mean + h * dim, dim, packed + (first - begin) * dim, norm + (first - begin));
+        pack_tile<kInteger>(search, h, row, first - begin, w);
     }
     const int64_t tiles = (end - begin + kRows - 1) / kRows;
-    for (int64_t r = 0; r < tiles * kRows; ++r) lead[r] = {broadcast(-kInfinity), broadcast(-kInfinity), vint{}};
     for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
-        const float* panel = codebook.packed + (h * codebook.panels + p) * dim * kWidth;
-        const float* start = codebook.start + (h * codebook.panels + p) * kWidth;
+        const int64_t vectors = (h * codebook.panels + p) * group;
         for (int64_t t = 0; t < tiles; ++t) {
-            update(lead + t * kRows, packed + t * kRows * dim, panel, start, dim, static_cast<int32_t>(p * kVectors));
+            scan<kInteger>(w.words + t * kRows * panels.count, w.factor + t * kRows, w.offset + t * kRows,
+                           panels.words + vectors * panels.count * kFloats, panels.start + vectors * kFloats,
+                           panels.count, group, w.maxima + t * kRows * stride + p * kFloats, stride);
         }
     }
-    if (undecided->head != h) flush(search, undecided, spare);
-    undecided->head = h;
-    for (int64_t r = 0; r < end - begin; ++r) {
-        const Row row = reduce(lead[r], begin + r, norm[r]);
-        const float error = codebook.max_error_slope[h] * row.norm + codebook.max_error_base[h];
-        if (row.best - row.second > 2 * error) {
-            const int64_t index = codebook.code[h * codebook.panels * kWidth + row.slot];
-            emit(search, h, row.row, index, 2 * (row.best - row.second));
-            continue;
-        }
-        undecided->rows[undecided->count++] = row;
-        if (undecided->count == kRows) flush(search, undecided, spare);
+    const float* bounds = panels.bounds + h * kBounds;
+    const float arithmetic = static_cast<float>(kInteger ? dim + 16 : 2 * dim + 16) * kUnit;
+    const float definition = static_cast<float>(dim + 4) * 0x1p-53f;
+    const float underflow = static_cast<float>(dim + 2) * 0x1p-120f;
+    const int64_t groups = used_panels(codebook, h) * codebook.lanes;
+    for (int64_t i = 0; i < end - begin; ++i) {
+        const float r = w.rounding[i], R = w.norm[i] + r, q = bounds[kRounding], Q = bounds[kReach] + q;
+        const float error =
+            1.001f * (r * Q + R * q + arithmetic * (R * Q + 0.5f * Q * Q) + definition * (R + Q) * (R + Q)) + underflow;
+        w.threshold[i] = least_score(w.maxima + i * stride, groups, search.out.margin != nullptr) - 2 * error;
+        w.bounded[i] = error < kInfinity;
     }
+    int64_t left = 0;
+    for (int64_t i = 0; i < end - begin; ++i) {
+        const int64_t row = row_of(begin + i);
+        int64_t count = -1;
+        if (w.bounded[i]) {
+            count = collect(search, h, w.threshold[i], w.maxima + i * stride, groups, w.candidates);
+        } else if (!kInteger) {
+            if (!finite(search.rows.x + (h * search.rows.rows + row) * dim, dim)) {
+                emit(search, h, row, 0, codebook.codes == 1 ? kInfinity : 0, __builtin_nanf(""));
+                continue;
+            }
+            count = codebook.slots[h];
+            std::memcpy(w.candidates, codebook.code + h * codebook.panels * kFloats * group, count * sizeof(int32_t));
+        }
+        if (count < 0) {
+            leave(*search.unsettled, h, search.rows.rows, row);
+            ++left;
+        } else {
+            decide(search, h, row, w.candidates, w.distance, count);
+        }
+    }
+    return left;
 }
 
 }  // namespace
 
-int64_t codebook_width() { return kWidth; }
+int64_t codebook_lanes() { return kFloats; }
 
-int64_t search_scratch(int64_t dim) {
-    const int64_t lead = static_cast<int64_t>(sizeof(Lead) / sizeof(float));
-    return (block_rows(dim) + kRows) * (dim + 1 + lead) + 32;
+bool screens(int64_t dim) { return kScreens && dim >= 8 && dim <= 32768; }
+
+int64_t panel_words(int64_t dim, bool screen) { return screen ? (dim + 3) / 4 : dim; }
+
+void pack_panels(const Codebook& codebook, bool screen, const Panels& panels) {
+    const int64_t dim = codebook.dim, group = codebook.group, width = kFloats * group, words = panels.count;
+    for (int64_t h = 0; h < codebook.heads; ++h) {
+        const float* mean = codebook.mean + h * dim;
+        const int32_t* code = codebook.code + h * codebook.panels * width;
+        const float* original = codebook.original + h * codebook.codes * dim;
+        const int64_t slots = codebook.slots[h];
+        const bool large = slots * dim > 1 << 14;
+        float largest = 0, reach = 0, rounding = 0;
+        if (screen) {
+#pragma omp parallel for schedule(static) reduction(max : largest) if (large)
+            for (int64_t s = 0; s < slots; ++s) {
+                float square;
+                const float most = measure(original + code[s] * dim, mean, dim, &square);
+                largest = largest > most ? largest : most;
+            }
+        }
+        const float scale = largest >= kSmallest ? largest / kIntegers : 1;
+#pragma omp parallel for schedule(static) reduction(max : reach, rounding) if (large)
+        for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
+            uint32_t* out = panels.words + (h * codebook.panels + p) * width * words;
+            float* start = panels.start + (h * codebook.panels + p) * width;
+            for (int64_t i = 0; i < width; ++i) {
+                const int64_t s = p * width + i, lane = i / group, v = i % group;
+                uint32_t* word = out + v * words * kFloats + lane;
+                if (s >= slots) {
+                    for (int64_t j = 0; j < words; ++j) word[j * kFloats] = 0;
+                    start[v * kFloats + lane] = -kInfinity;
+                    continue;
+                }
+                const float* row = original + code[s] * dim;
+                float square;
+                measure(row, mean, dim, &square);
+                start[v * kFloats + lane] = -0.5f * square;
+                const float norm = norm_bound(square, dim);
+                reach = reach > norm ? reach : norm;
+                if (screen) {
+                    int32_t total;
+                    const float rest = to_integers(row, mean, dim, scale, 0x80808080u, word, kFloats, &total);
+                    const float off = norm_bound(rest, dim);
+                    rounding = rounding > off ? rounding : off;
+                } else {
+                    for (int64_t d = 0; d < dim; ++d) {
+                        const float value = row[d] - mean[d];
+                        std::memcpy(word + d * kFloats, &value, sizeof value);
+                    }
+                }
+            }
+        }
+        float* bounds = panels.bounds + h * kBounds;
+        bounds[kScale] = scale;
+        bounds[kReach] = reach;
+        bounds[kRounding] = screen && largest < kSmallest ? kInfinity : rounding;
+    }
 }
 
-void nearest_codeword_f32(const Codebook& codebook, const float* x, int64_t rows, int threads, float* scratch,
-                          const SearchOutput& out) {
-    const Search search = {codebook, x, rows, out};
-    const int64_t block = block_rows(codebook.dim), blocks = (rows + block - 1) / block;
+int64_t search_scratch(const Codebook& codebook, const Panels& panels) {
+    return carve(nullptr, codebook, panels.count).size + 64;
+}
+
+void nearest_codeword_f32(const Codebook& codebook, const Panels& panels, const SearchRows& rows, int threads,
+                          void* scratch, const SearchOutput& out, const Unsettled* unsettled) {
+    // beyond the limit, distances would cost more than half a search in float32
+    const int64_t eighth = codebook.codes / 8, limit = unsettled == nullptr ? INT64_MAX : eighth > 32 ? eighth : 32;
+    const Search search = {codebook, panels, rows, out, unsettled, limit};
+    const int64_t block = block_rows(panels.count), blocks = (rows.rows + block - 1) / block;
+    const int64_t bytes = search_scratch(codebook, panels);
+    int64_t tried = 0, left = 0;
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
-        float* mine = scratch + omp_get_thread_num() * search_scratch(codebook.dim);
+        char* mine = static_cast<char*>(scratch) + omp_get_thread_num() * bytes;
 #else
-        float* mine = scratch;
+        char* mine = static_cast<char*>(scratch);
 #endif
-        Undecided undecided = {0, 0, {}};
+        mine = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mine) + 63) / 64 * 64);
+        const Workspace w = carve(mine, codebook, panels.count);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < codebook.heads * blocks; ++task) {
-            const int64_t begin = task % blocks * block;
-            search_block(search, task / blocks, begin, begin + block < rows ? begin + block : rows, &undecided, mine);
+            const int64_t h = task / blocks, begin = task % blocks * block;
+            const int64_t count = rows.listed == nullptr ? rows.rows : rows.count[h];
+            const int64_t end = begin + block < count ? begin + block : count;
+            if (begin >= end) continue;
+            if (unsettled == nullptr) {
+                search_block<false>(search, h, begin, end, w);
+                continue;
+            }
+            if constexpr (kScreens) {
+                int64_t so_far, given_up;
+#pragma omp atomic read
+                so_far = tried;
+#pragma omp atomic read
+                given_up = left;
+                if (so_far >= 4 * block && 4 * given_up > so_far) {  // integers do not tell these codes apart
+                    for (int64_t i = begin; i < end; ++i) leave(*unsettled, h, rows.rows, i);
+                    continue;
+                }
+                const int64_t more = search_block<true>(search, h, begin, end, w);
+#pragma omp atomic
+                left += more;
+#pragma omp atomic
+                tried += end - begin;
+            }
         }
-        flush(search, &undecided, mine);
     }
 }
 

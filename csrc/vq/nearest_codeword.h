@@ -15,10 +15,30 @@ struct SearchOutput {
     float* row_error;
 };
 
+// Rows of x [H, rows, dim] to search: all, or those listed for each head.
+struct SearchRows {
+    const float* x;
+    int64_t rows;
+    const int64_t* listed;  // [H, rows], null for all
+    const int64_t* count;   // [H] rows listed
+};
+
+// Rows that a screen in low precision left to a search in float32.
+struct Unsettled {
+    int64_t* rows;   // [H, rows]
+    int64_t* count;  // [H]
+};
+
 }  // namespace metarec
 
-METAREC_KERNEL(int64_t codebook_width())
-METAREC_KERNEL(int64_t search_scratch(int64_t dim))  // floats that each thread needs
-// For each row of x [H, rows, dim] the nearest code of its head; scratch holds threads * search_scratch(dim) floats.
-METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const float* x, int64_t rows, int threads,
-                                         float* scratch, const SearchOutput& out))
+METAREC_KERNEL(int64_t codebook_lanes())
+// Whether vectors of dim elements are screened in 8-bit integers first.
+METAREC_KERNEL(bool screens(int64_t dim))
+METAREC_KERNEL(int64_t panel_words(int64_t dim, bool screen))
+METAREC_KERNEL(void pack_panels(const Codebook& codebook, bool screen, const Panels& panels))
+METAREC_KERNEL(int64_t search_scratch(const Codebook& codebook, const Panels& panels))  // bytes that each thread needs
+// For each row the nearest code of its head; scratch holds threads * search_scratch() bytes. With unsettled, panels
+// are integers, and rows with too many codes left are listed there instead of being decided.
+METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const Panels& panels, const SearchRows& rows,
+                                         int threads, void* scratch, const SearchOutput& out,
+                                         const Unsettled* unsettled))

@@ -1,17 +1,16 @@
 #include "vq/prepared_codebook.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <new>
 #include <vector>
+
+#include "vq/nearest_codeword.h"
 
 namespace metarec {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 constexpr int kLanes = 4;  // independent chains, to hide the latency of each
 
@@ -63,14 +62,22 @@ int64_t distinct_codes(const float* codes, const uint64_t* hashes, int64_t count
     return slots;
 }
 
+// Any centre gives exact codes; the mean of some gives small errors, and costs little.
+constexpr int64_t kMeanOf = 512;
+
 void mean_code(const float* codes, const int32_t* kept, int64_t slots, int64_t dim, float* mean) {
     std::vector<double> sum(dim, 0.0);
-    for (int64_t s = 0; s < slots; ++s) {
+    const int64_t step = (slots + kMeanOf - 1) / kMeanOf;
+    int64_t count = 0;
+    for (int64_t s = 0; s < slots; s += step, ++count) {
         const float* code = codes + kept[s] * dim;
         for (int64_t d = 0; d < dim; ++d) sum[d] += code[d];
     }
-    for (int64_t d = 0; d < dim; ++d) mean[d] = slots > 0 ? static_cast<float>(sum[d] / static_cast<double>(slots)) : 0;
+    for (int64_t d = 0; d < dim; ++d) mean[d] = count > 0 ? static_cast<float>(sum[d] / static_cast<double>(count)) : 0;
 }
+
+// Codes of a group: small groups leave few distances to compute, large ones few maxima to compare.
+int64_t group_size(int64_t codes) { return codes <= 512 ? 2 : codes <= 4096 ? 4 : 8; }
 
 // Lays arrays out one after the other, each on its own cache lines; with no base it only measures.
 struct Arena {
@@ -86,30 +93,28 @@ struct Arena {
 
 }  // namespace
 
-PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int64_t width) {
+void FreeAligned::operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+
+AlignedMemory allocate_aligned(size_t bytes) { return AlignedMemory(::operator new(bytes, kAlignment)); }
+
+PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int64_t lanes) {
+    const int64_t group = group_size(codes), width = lanes * group;
     const int64_t panels = (codes + width - 1) / width, padded = panels * width;
-    float *mean, *packed, *start, *slope, *base, *max_slope, *max_base;
+    float* mean;
     int32_t* code;
     uint8_t* duplicated;
     int64_t* slots;
     auto lay_out = [&](char* memory) {
         Arena arena{memory};
         mean = arena.take<float>(heads * dim);
-        packed = arena.take<float>(heads * padded * dim);
-        start = arena.take<float>(heads * padded);
-        slope = arena.take<float>(heads * padded);
-        base = arena.take<float>(heads * padded);
-        max_slope = arena.take<float>(heads);
-        max_base = arena.take<float>(heads);
         code = arena.take<int32_t>(heads * padded);
         duplicated = arena.take<uint8_t>(heads * codes);
         slots = arena.take<int64_t>(heads);
         return arena.used;
     };
-    memory_.reset(::operator new(lay_out(nullptr), kAlignment));
+    memory_ = allocate_aligned(lay_out(nullptr));
     lay_out(static_cast<char*>(memory_.get()));
-    view_ = {heads, codes, dim,  width,     panels,   codebook, mean,       packed,
-             start, slope, base, max_slope, max_base, code,     duplicated, slots};
+    view_ = {heads, codes, dim, group, lanes, panels, codebook, mean, code, duplicated, slots};
 
     std::vector<uint64_t> hashes(heads * codes);
 #pragma omp parallel for schedule(static) if (heads * codes * dim > 1 << 15)
@@ -120,48 +125,21 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
                                   duplicated + h * codes);
         mean_code(codebook + h * codes * dim, code + h * padded, slots[h], dim, mean + h * dim);
     }
-
-    // Relative to ||x'|| ||c'|| + ||c||^2 / 2: see the derivation in nearest_codeword.cpp
-    const double n = static_cast<double>(dim);
-    const double relative = (n + 6) * 0x1p-24 * (1 + n * 0x1p-22), absolute = (n + 2) * 0x1p-125;
-#pragma omp parallel for schedule(static) if (heads * padded * dim > 1 << 15)
-    for (int64_t panel = 0; panel < heads * panels; ++panel) {
-        const int64_t h = panel / panels, first = panel % panels * width;
-        const float* centre = mean + h * dim;
-        float* out = packed + panel * dim * width;
-        for (int64_t w = 0; w < width; ++w) {
-            const int64_t s = h * padded + first + w;
-            if (first + w >= slots[h]) {
-                for (int64_t d = 0; d < dim; ++d) out[d * width + w] = 0;
-                start[s] = -kInfinity;
-                slope[s] = base[s] = 0;
-                code[s] = 0;
-                continue;
-            }
-            const float* row = codebook + (h * codes + code[s]) * dim;
-            double square[kLanes] = {};
-            auto place = [&](int64_t d, int j) {
-                const double value = static_cast<double>(row[d]) - centre[d];
-                square[j] += value * value;
-                out[d * width + w] = row[d] - centre[d];
-            };
-            int64_t d = 0;
-            for (; d + kLanes <= dim; d += kLanes) {
-                for (int j = 0; j < kLanes; ++j) place(d + j, j);
-            }
-            for (; d < dim; ++d) place(d, 0);
-            const double norm2 = (square[0] + square[1]) + (square[2] + square[3]);
-            start[s] = static_cast<float>(-0.5 * norm2);
-            slope[s] = static_cast<float>(relative * std::sqrt(norm2) + absolute);
-            base[s] = norm2 > kMaxSquare ? kInfinity : static_cast<float>(relative * 0.5 * norm2 + absolute);
-        }
-    }
-    for (int64_t h = 0; h < heads; ++h) {
-        max_slope[h] = *std::max_element(slope + h * padded, slope + (h + 1) * padded);
-        max_base[h] = *std::max_element(base + h * padded, base + (h + 1) * padded);
-    }
 }
 
-void PreparedCodebook::Free::operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+PreparedPanels::PreparedPanels(const Codebook& codebook, bool screen) {
+    const int64_t slots = codebook.heads * codebook.panels * codebook.lanes * codebook.group;
+    view_.count = METAREC_DISPATCH(panel_words)(codebook.dim, screen);
+    auto lay_out = [&](char* memory) {
+        Arena arena{memory};
+        view_.words = arena.take<uint32_t>(slots * view_.count);
+        view_.start = arena.take<float>(slots);
+        view_.bounds = arena.take<float>(codebook.heads * 4);
+        return arena.used;
+    };
+    memory_ = allocate_aligned(lay_out(nullptr));
+    lay_out(static_cast<char*>(memory_.get()));
+    METAREC_DISPATCH(pack_panels)(codebook, screen, view_);
+}
 
 }  // namespace metarec
