@@ -74,6 +74,12 @@ alignas(64) constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
     return v[0];
 }
 
+[[maybe_unused]] inline float min_lane(vfloat v) {
+#pragma GCC unroll 4
+    for (int distance = kFloats / 2; distance > 0; distance /= 2) v = min(v, swap_lanes(v, distance));
+    return v[0];
+}
+
 [[maybe_unused]] inline float sum_lanes(vfloat v) {
 #pragma GCC unroll 4
     for (int distance = kFloats / 2; distance > 0; distance /= 2) v += swap_lanes(v, distance);

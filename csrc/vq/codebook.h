@@ -8,6 +8,8 @@ namespace metarec {
 // Beyond this squared norm, of a code or a row, sums of float32 products might overflow.
 constexpr float kMaxSquare = 1e36f;
 
+constexpr int64_t kMaxGroup = 8;
+
 // Per head, slots count the distinct finite codes in the order of their indices, padded to whole panels. A panel holds
 // `lanes` groups of `group` neighbouring slots; slot s of a panel lies in lane s / group of vector s % group.
 struct Codebook {
@@ -15,7 +17,7 @@ struct Codebook {
     int64_t group, lanes, panels;
     const float* original;      // [H, codes, dim]
     const float* mean;          // [H, dim], subtracted from codes and rows
-    const int32_t* code;        // [H, panels * lanes * group] index of the slot's code
+    const int32_t* code;        // [H, panels * lanes * group] index of the slot's code; kMaxGroup more may be read
     const uint8_t* duplicated;  // [H, codes] whether a later code equals this one
     const int64_t* slots;       // [H]
 };

@@ -89,8 +89,8 @@ inline Workspace carve(char* memory, const Codebook& codebook, int64_t words) {
     w.threshold = reinterpret_cast<float*>(take(block));
     w.bounded = reinterpret_cast<int32_t*>(take(block));
     w.maxima = reinterpret_cast<float*>(take(block * codebook.panels * codebook.lanes));
-    w.candidates = reinterpret_cast<int32_t*>(take(slots + 8));
-    w.distance = reinterpret_cast<float*>(take(slots + 8));
+    w.candidates = reinterpret_cast<int32_t*>(take(slots + kMaxGroup));
+    w.distance = reinterpret_cast<float*>(take(slots + 4 + kFloats));
     w.size = used;
     return w;
 }
@@ -309,6 +309,13 @@ inline double accurate_distance(const float* x, const float* code, int64_t dim) 
     return total;
 }
 
+// The least of `count` distances, padded with infinities to a whole vector.
+inline float least_of(const float* distance, int64_t count) {
+    vfloat least = broadcast(kInfinity);
+    for (int64_t i = 0; i < count; i += kFloats) least = min(load(distance + i), least);
+    return min_lane(least);
+}
+
 // Decide one row by the distances of `count` codes, in ascending order, among which the nearest is (and the second
 // nearest, if the margin is wanted).
 void decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count) {
@@ -321,47 +328,43 @@ void decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
         for (int64_t j = 0; j < 4; ++j) code[j] = original + candidates[i + j < count ? i + j : i] * dim;
         distances(x, code, dim, distance + i);
     }
-    float least = kInfinity, second = kInfinity;
-    int64_t best = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        // without branches: which code is nearer cannot be predicted
-        const float d = distance[i], loser = d < least ? least : d;
-        best = d < least ? i : best;
-        least = d < least ? d : least;
-        second = loser < second ? loser : second;
+    store(distance + count, broadcast(kInfinity));
+    const float relative = 3 * static_cast<float>(dim + 8) * kUnit, absolute = static_cast<float>(dim) * 0x1p-122f;
+    const float least = least_of(distance, count), reach = least + (relative * least + absolute);
+    int64_t possible = 0, best = 0;
+    for (int64_t i = 0; i < count; i += kFloats) {
+        const uint32_t bits = lanes_at_least(broadcast(reach), load(distance + i));
+        possible += __builtin_popcount(bits);
+        best = bits != 0 ? i + __builtin_ctz(bits) : best;
     }
-    const float relative = static_cast<float>(dim + 8) * kUnit * 1.01f, absolute = static_cast<float>(dim) * 0x1p-124f;
-    const bool proven = second - least > relative * (second + least) + absolute;
-    const bool wants_margin = search.out.margin != nullptr;
-    if (proven && !wants_margin) {
-        emit(search, h, row, candidates[best], 0, least);
-        return;
-    }
-    // what may be nearest (second nearest); NaN and infinity, from an overflow, too
-    const float reach = (proven ? second : least) * (1 + 3 * relative) + 3 * absolute;
-    if (proven && second < kInfinity) {
+    if (possible == 1) {
         const int32_t index = candidates[best];
-        double following = __builtin_inf();
-        for (int64_t i = 0; i < count; ++i) {
-            if (distance[i] > reach || i == best) continue;
-            const double d = accurate_distance(x, original + candidates[i] * dim, dim);
-            following = d < following ? d : following;
+        float margin = 0;
+        if (search.out.margin != nullptr) {
+            distance[best] = kInfinity;
+            const float second = least_of(distance, count), near = second + (relative * second + absolute);
+            double following = __builtin_inf();
+            for (int64_t i = 0; i < count; ++i) {
+                if (i == best || distance[i] > near) continue;
+                const double d = accurate_distance(x, original + candidates[i] * dim, dim);
+                following = d < following ? d : following;
+            }
+            if (!codebook.duplicated[h * codebook.codes + index]) {
+                margin = static_cast<float>(following - accurate_distance(x, original + index * dim, dim));
+            }
         }
-        const double gap = following - accurate_distance(x, original + index * dim, dim);
-        emit(search, h, row, index, codebook.duplicated[h * codebook.codes + index] ? 0 : static_cast<float>(gap), least);
+        emit(search, h, row, index, margin, least);
         return;
     }
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
-        if (wants_margin || !(distance[i] > reach)) candidates[kept++] = candidates[i];
+        if (search.out.margin != nullptr || !(distance[i] > reach)) candidates[kept++] = candidates[i];
     }
     Nearest nearest = {__builtin_inf(), __builtin_inf(), -1};
     offer_exact_f32(&nearest, x, original, candidates, kept, dim);
     float margin = codebook.codes == 1 ? kInfinity : 0;  // every distance is infinite
-    if (nearest.index >= 0) {
-        margin = codebook.duplicated[h * codebook.codes + nearest.index]
-                     ? 0
-                     : static_cast<float>(nearest.second - nearest.least);
+    if (nearest.index >= 0 && !codebook.duplicated[h * codebook.codes + nearest.index]) {
+        margin = static_cast<float>(nearest.second - nearest.least);
     }
     const int64_t index = nearest.index < 0 ? 0 : nearest.index;
     const float* code[4];
@@ -409,8 +412,8 @@ inline int64_t collect(const Search& search, int64_t h, float threshold, const f
         for (; bits != 0; bits &= bits - 1) {
             const int64_t first = (g + __builtin_ctzll(bits)) * group;
             if (count + group > search.limit) return -1;
-            // a whole group at once: what lies beyond the last slot is not counted
-            std::memcpy(candidates + count, code + first, static_cast<size_t>(group) * sizeof *code);
+            // as many as the largest group has: what is too much is not counted
+            std::memcpy(candidates + count, code + first, kMaxGroup * sizeof *code);
             count += first + group <= slots ? group : first < slots ? slots - first : 0;
         }
     }
@@ -495,7 +498,7 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
 
 int64_t codebook_lanes() { return kFloats; }
 
-bool screens(int64_t dim) { return kScreens && dim >= 8 && dim <= 32768; }
+bool screens(int64_t dim) { return kScreens && dim > 8 && dim <= 32768; }
 
 int64_t panel_words(int64_t dim, bool screen) { return screen ? (dim + 3) / 4 : dim; }
 

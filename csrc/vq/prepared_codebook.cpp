@@ -76,8 +76,12 @@ void mean_code(const float* codes, const int32_t* kept, int64_t slots, int64_t d
     for (int64_t d = 0; d < dim; ++d) mean[d] = count > 0 ? static_cast<float>(sum[d] / static_cast<double>(count)) : 0;
 }
 
-// Codes of a group: small groups leave few distances to compute, large ones few maxima to compare.
-int64_t group_size(int64_t codes) { return codes <= 512 ? 2 : codes <= 4096 ? 4 : 8; }
+// Codes of a group: small groups leave few distances to compute, large ones few maxima to compare. A panel of a few
+// codes is mostly padding.
+int64_t group_size(int64_t codes, int64_t dim, int64_t lanes) {
+    if (codes <= 2 * lanes) return 2;
+    return codes <= 512 || (dim > 16 && codes <= 4096) ? 4 : kMaxGroup;
+}
 
 // Lays arrays out one after the other, each on its own cache lines; with no base it only measures.
 struct Arena {
@@ -98,7 +102,7 @@ void FreeAligned::operator()(void* memory) const { ::operator delete(memory, kAl
 AlignedMemory allocate_aligned(size_t bytes) { return AlignedMemory(::operator new(bytes, kAlignment)); }
 
 PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int64_t lanes) {
-    const int64_t group = group_size(codes), width = lanes * group;
+    const int64_t group = group_size(codes, dim, lanes), width = lanes * group;
     const int64_t panels = (codes + width - 1) / width, padded = panels * width;
     float* mean;
     int32_t* code;
@@ -107,7 +111,7 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
     auto lay_out = [&](char* memory) {
         Arena arena{memory};
         mean = arena.take<float>(heads * dim);
-        code = arena.take<int32_t>(heads * padded);
+        code = arena.take<int32_t>(heads * padded + kMaxGroup);
         duplicated = arena.take<uint8_t>(heads * codes);
         slots = arena.take<int64_t>(heads);
         return arena.used;
