@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "vq/backward.h"
 #include "vq/exact.h"
 #include "vq/nearest_codeword.h"
 #include "vq/prepared_codebook.h"
@@ -147,6 +148,17 @@ void bind_vq(py::module_& m) {
         },
         py::arg("x"), py::arg("codebook"), py::arg("quantized"), py::arg("indices"), py::arg("row_error"),
         py::kw_only(), py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"));
+    m.def(
+        "vq_backward",
+        [](uintptr_t grad, uintptr_t grad_error, uintptr_t x, uintptr_t quantized, uintptr_t out, int64_t rows,
+           int64_t dim, bool rotation) {
+            py::gil_scoped_release release;
+            METAREC_DISPATCH(vq_backward_f32)
+            (pointer<const float>(grad), pointer<const float>(grad_error), pointer<const float>(x),
+             pointer<const float>(quantized), rows, dim, rotation, pointer<float>(out));
+        },
+        py::arg("grad"), py::arg("grad_error"), py::arg("x"), py::arg("quantized"), py::arg("out"), py::kw_only(),
+        py::arg("rows"), py::arg("dim"), py::arg("rotation"));
     m.def(
         "vq_statistics",
         [](uintptr_t x, uintptr_t indices, uintptr_t weight, uintptr_t counts, uintptr_t sums, int64_t heads,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metarec_fast.ops import vq_commit
+from metarec_fast.ops.vq_commit import Gradient
 from metarec_fast.vq.codebook import Codebook, EmaWeight
-from metarec_fast.vq.gradient_estimators import rotate_to, straight_through
 from metarec_fast.vq.orthogonality import orthogonality_loss
 
 
@@ -261,7 +261,11 @@ class FastVQ(nn.Module):
             pulled = self.learnable_codebook and not frozen
             embed = self._codebook.embed
             codes, row_indices, commitment = vq_commit(
-                rows, embed.detach() if routed and not pulled else embed, row_weight=keep, codebook_grad=pulled
+                rows,
+                embed.detach() if routed and not pulled else embed,
+                row_weight=keep,
+                codebook_grad=pulled,
+                gradient=self._gradient if routed else None,
             )
             if moves:
                 self._codebook.update(
@@ -272,8 +276,6 @@ class FastVQ(nn.Module):
                     weight=ema_update_weight,
                     accumulate=accum_ema_update,
                 )
-            if routed:
-                codes = rotate_to(rows, codes) if self.rotation_trick else straight_through(rows, codes)
             loss, breakdown = self._losses(x, commitment, row_indices, keep)
 
         quantized = self._from_rows(codes, tokens)
@@ -341,6 +343,10 @@ class FastVQ(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, codebook_size={self.codebook_size}, heads={self.heads}"
+
+    @property
+    def _gradient(self) -> Gradient:
+        return "rotation" if self.rotation_trick else "straight_through"
 
     @property
     def _channels_second(self) -> bool:
