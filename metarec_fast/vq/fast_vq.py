@@ -440,7 +440,7 @@ class FastVQ(nn.Module):
                 used=used if self.orthogonal_reg_active_codes_only else None,
                 max_codes=self.orthogonal_reg_max_codes,
             ).to(dtype)
-        if self.training:
+        if self.training and not self.has_commitment_loss:
             off = off + x.reshape(-1)[:0].sum().to(dtype)  # 0, but part of the graph: callers may add to it in place
         loss = off + commitment * self.commitment_weight + orthogonality * self.orthogonal_reg_weight
         off = off.detach()
