@@ -105,17 +105,29 @@ alignas(64) constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
 #endif
 }
 
-// A bit for each lane in which a >= b.
+[[maybe_unused]] inline uint32_t lane_bits(vint mask) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kFloats; ++lane) bits |= (mask[lane] & 1u) << lane;
+    return bits;
+}
+
+// A bit for each lane in which a >= b, or a < b.
 [[maybe_unused]] inline uint32_t lanes_at_least(vfloat a, vfloat b) {
 #if defined(METAREC_ISA_avx512)
     return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
 #elif defined(METAREC_ISA_avx2)
     return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 #else
-    const vint higher = a >= b;
-    uint32_t bits = 0;
-    for (int lane = 0; lane < kFloats; ++lane) bits |= (higher[lane] & 1u) << lane;
-    return bits;
+    return lane_bits(a >= b);
+#endif
+}
+[[maybe_unused]] inline uint32_t lanes_below(vfloat a, vfloat b) {
+#if defined(METAREC_ISA_avx512)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+#elif defined(METAREC_ISA_avx2)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ));
+#else
+    return lane_bits(a < b);
 #endif
 }
 

@@ -34,24 +34,22 @@ void search(const float* x, const float* codebook, const SearchOutput& out, int6
         throw std::invalid_argument("codebook must hold fewer than 2^31 codes, got " + std::to_string(codes));
     }
     if (heads * rows == 0) return;
-    const PreparedCodebook prepared(codebook, heads, codes, dim, METAREC_DISPATCH(codebook_lanes)());
     const int threads = heads * rows * codes * dim < 1 << 15 ? 1 : max_threads();
-    auto run = [&](const PreparedPanels& panels, const SearchRows& of, const Unsettled* unsettled) {
-        const AlignedMemory scratch =
-            allocate_aligned(threads * METAREC_DISPATCH(search_scratch)(prepared.view(), panels.view()));
-        METAREC_DISPATCH(nearest_codeword_f32)
-        (prepared.view(), panels.view(), of, threads, scratch.get(), out, unsettled);
+    auto run = [&](bool integers, const SearchRows& of, const Unsettled* unsettled) {
+        const PreparedCodebook prepared(codebook, heads, codes, dim, integers);
+        const AlignedMemory scratch = allocate_aligned(threads * METAREC_DISPATCH(search_scratch)(prepared.view()));
+        METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), of, threads, scratch.get(), out, unsettled);
     };
     if (!METAREC_DISPATCH(screens)(dim)) {
-        run(PreparedPanels(prepared.view(), false), {x, rows, nullptr, nullptr}, nullptr);
+        run(false, {x, rows, nullptr, nullptr}, nullptr);
         return;
     }
     const std::unique_ptr<int64_t[]> unsettled_rows(new int64_t[heads * rows]);
     std::vector<int64_t> unsettled_count(heads, 0);
     const Unsettled unsettled = {unsettled_rows.get(), unsettled_count.data()};
-    run(PreparedPanels(prepared.view(), true), {x, rows, nullptr, nullptr}, &unsettled);
+    run(true, {x, rows, nullptr, nullptr}, &unsettled);
     if (std::any_of(unsettled_count.begin(), unsettled_count.end(), [](int64_t count) { return count > 0; })) {
-        run(PreparedPanels(prepared.view(), false), {x, rows, unsettled.rows, unsettled.count}, nullptr);
+        run(false, {x, rows, unsettled.rows, unsettled.count}, nullptr);
     }
 }
 

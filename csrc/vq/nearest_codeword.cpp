@@ -3,15 +3,18 @@
 // With m the mean code, X = x - m and C = c - m, the code of least ||x - c||^2 has the largest score
 // s = X.C - ||C||^2 / 2. The scan computes scores S from approximations x' of X and c' of C, either float32 or 8-bit
 // integers times a scale, and keeps for each row the largest score of every group of codes. With R >= ||X||, ||x'||,
-// r >= ||X - x'||, Q >= ||C||, ||c'||, q >= ||C - c'|| over all codes and u = 2^-24,
+// r >= ||X - x'||, and for the codes of a panel Q >= ||C||, ||c'||, q >= ||C - c'||, and u = 2^-24,
 //     |S - s| <= E = r Q + R q + k u (R Q + Q^2 / 2) + f (R + Q)^2 + underflow.
 // k: float32 arithmetic. A sum of dim products, fused or not, rounds partial sums of magnitude at most R Q + Q^2 / 2 dim
 //   times, and ||C||^2 / 2 is such a sum: k = 2 dim + 16 covers both, the roundings of X and C, and a product alone.
 //   Integer sums are exact; their conversion, scale and the sum with -||C||^2 / 2 leave k = dim + 16.
 // f = (dim + 4) 2^-53: the float64 sum that defines the index differs from the real distance by up to 2 f (R + Q)^2.
-// A code of a group whose largest S is below the largest of all by more than 2 E cannot be the nearest. For the codes
-// left, d = sum (x - c)^2 in float32 is within (dim + 8) u d of the distance: mostly that proves the nearest. If not,
-// those that can still win are compared by the definition itself, in float64 (exact.cpp).
+// A slot that stands for a clump of radius p adds R p + Q p: so far the score of a member can be from its.
+// With L the largest S - E of all, a group whose largest S + E is below L cannot hold the nearest code. Members of a
+// clump are told apart the same way by the scores X.e - g of their differences e from the first, g = (first - m).e +
+// ||e||^2 / 2, whose error is k u (R p + Q p + p^2 / 2) + f (R + Q)^2.
+// For the codes left, d = sum (x - c)^2 in float32 is within (dim + 8) u d of the distance: mostly that proves the
+// nearest. If not, those that can still win are compared by the definition itself, in float64 (exact.cpp).
 #include "vq/nearest_codeword.h"
 
 #ifdef _OPENMP
@@ -41,8 +44,7 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kUnit = 0x1p-24f;
 constexpr float kIntegers = 127;     // an approximation in integers is at most this
 constexpr float kSmallest = 0x1p-60f;  // below this largest element, integers are left to float32
-constexpr int kScale = 0, kReach = 1, kRounding = 2;  // of Panels::bounds
-constexpr int64_t kBounds = 4;
+constexpr int64_t kPossible = 8;      // codes that a screen leaves to float64
 
 // Rows of a block: packed rows stay in L1 while one panel after the other passes over them; longer rows stay in L2,
 // and more of them share each panel.
@@ -50,7 +52,6 @@ inline int64_t block_rows(int64_t words) { return words <= 32 || words > 128 ? 9
 
 struct Search {
     const Codebook& codebook;
-    const Panels& panels;
     const SearchRows& rows;
     const SearchOutput& out;
     const Unsettled* unsettled;
@@ -59,38 +60,46 @@ struct Search {
 
 // What a thread works with, carved from its scratch. Arrays of a block: [tiles, ...].
 struct Workspace {
-    uint32_t* words;    // [tiles, words, kRows]
-    float* norm;        // [rows] at least ||x - m||
-    float* rounding;    // [rows] at least ||x - m - x'||
-    float* factor;      // [rows] scale of the integer sums
-    int32_t* offset;    // [rows] what unsigned codes add to them, negated
-    float* maxima;      // [rows, panels * lanes]
-    float* threshold;   // [rows] groups that reach it may hold the nearest code
-    int32_t* bounded;   // [rows] whether the error of the scores is finite
-    int32_t* candidates;  // [slots]
-    float* distance;      // [slots], padded
+    uint32_t* words;      // [tiles, words, kRows]
+    float* norm;          // [rows] at least ||X||
+    float* rounding;      // [rows] at least ||X - x'||
+    float* factor;        // [rows] scale of the integer sums
+    int32_t* offset;      // [rows] what unsigned codes add to them, negated
+    float* maxima;        // [rows, panels * lanes]
+    float* error;         // [rows, panels], padded to whole vectors
+    float* threshold;     // [rows] groups that may reach it may hold the nearest code
+    int32_t* candidates;  // [codes], padded
+    float* distance;      // [codes], padded
+    float* clump_maxima;  // [kRows, groups of clumps] of one tile
+    int64_t* clump_tile;  // [clumps] the tile whose maxima they are
+    int32_t* opened;      // [clumps] to be searched for one row
     int64_t size;
 };
 
-inline Workspace carve(char* memory, const Codebook& codebook, int64_t words) {
+inline int64_t padded_panels(const Codebook& codebook) { return (codebook.panels + kFloats - 1) / kFloats * kFloats; }
+
+inline Workspace carve(char* memory, const Codebook& codebook) {
     int64_t used = 0;
     auto take = [&](int64_t elements) {
         char* at = memory + used;
         used += (elements * 4 + 63) / 64 * 64;
         return at;
     };
-    const int64_t block = block_rows(words), slots = codebook.panels * codebook.lanes * codebook.group;
+    const int64_t block = block_rows(codebook.words);
     Workspace w;
-    w.words = reinterpret_cast<uint32_t*>(take(block * words));
+    w.words = reinterpret_cast<uint32_t*>(take(block * codebook.words));
     w.norm = reinterpret_cast<float*>(take(block));
     w.rounding = reinterpret_cast<float*>(take(block));
     w.factor = reinterpret_cast<float*>(take(block));
     w.offset = reinterpret_cast<int32_t*>(take(block));
+    w.maxima = reinterpret_cast<float*>(take(block * codebook.panels * kFloats));
+    w.error = reinterpret_cast<float*>(take(block * padded_panels(codebook)));
     w.threshold = reinterpret_cast<float*>(take(block));
-    w.bounded = reinterpret_cast<int32_t*>(take(block));
-    w.maxima = reinterpret_cast<float*>(take(block * codebook.panels * codebook.lanes));
-    w.candidates = reinterpret_cast<int32_t*>(take(slots + kMaxGroup));
-    w.distance = reinterpret_cast<float*>(take(slots + 4 + kFloats));
+    w.candidates = reinterpret_cast<int32_t*>(take(codebook.codes + kMaxGroup));
+    w.distance = reinterpret_cast<float*>(take(codebook.codes + 4 + kFloats));
+    w.clump_maxima = reinterpret_cast<float*>(take(kRows * codebook.clumps.groups));
+    w.clump_tile = reinterpret_cast<int64_t*>(take(2 * codebook.clumps.most));
+    w.opened = reinterpret_cast<int32_t*>(take(codebook.clumps.most));
     w.size = used;
     return w;
 }
@@ -153,9 +162,8 @@ inline void pack_tile(const Search& search, int64_t h, const float* const* row, 
     const Codebook& codebook = search.codebook;
     const int64_t dim = codebook.dim;
     const float* mean = codebook.mean + h * dim;
-    uint32_t* words = w.words + first * search.panels.count;
+    uint32_t* words = w.words + first * codebook.words;
     if constexpr (kInteger) {
-        const float code_scale = search.panels.bounds[h * kBounds + kScale];
         for (int r = 0; r < kRows; ++r) {
             float square;
             const float largest = measure(row[r], mean, dim, &square);
@@ -166,7 +174,7 @@ inline void pack_tile(const Search& search, int64_t h, const float* const* row, 
             const float rest = to_integers(row[r], mean, dim, scale, 0, words + r, kRows, &total);
             w.norm[first + r] = norm_bound(square, dim);
             w.rounding[first + r] = fits ? norm_bound(rest, dim) : kInfinity;
-            w.factor[first + r] = scale * code_scale;
+            w.factor[first + r] = scale;
             w.offset[first + r] = -128 * total;
         }
     } else {
@@ -188,9 +196,10 @@ inline void pack_tile(const Search& search, int64_t h, const float* const* row, 
 
 // The largest score of each group of a panel, for a tile of rows: maxima [kRows, stride].
 template <bool kInteger>
-[[gnu::always_inline]] inline void scan(const uint32_t* __restrict rows, const float* factor, const int32_t* offset,
-                                        const uint32_t* __restrict words, const float* start, int64_t count,
-                                        int64_t group, float* maxima, int64_t stride) {
+[[gnu::always_inline]] inline void scan(const uint32_t* __restrict rows, [[maybe_unused]] const float* factor,
+                                        [[maybe_unused]] const int32_t* offset, const uint32_t* __restrict words,
+                                        const float* start, [[maybe_unused]] float scale,
+                                        int64_t count, int64_t group, float* maxima, int64_t stride) {
     const int64_t vector = count * kFloats;
     for (int64_t v = 0; v < group; v += kVectors, words += kVectors * vector, start += kVectors * kFloats) {
         vfloat score[kRows][kVectors];
@@ -221,7 +230,7 @@ template <bool kInteger>
             for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
                 for (int j = 0; j < kVectors; ++j) {
-                    score[r][j] = __builtin_convertvector(sum[r][j], vfloat) * broadcast(factor[r]) +
+                    score[r][j] = __builtin_convertvector(sum[r][j], vfloat) * broadcast(factor[r] * scale) +
                                   load(start + j * kFloats);
                 }
             }
@@ -316,24 +325,44 @@ inline float least_of(const float* distance, int64_t count) {
     return min_lane(least);
 }
 
-// Decide one row by the distances of `count` codes, in ascending order, among which the nearest is (and the second
-// nearest, if the margin is wanted).
-void decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count) {
-    const Codebook& codebook = search.codebook;
-    const int64_t dim = codebook.dim;
+// Squared distances of a row from `count` codes; infinity behind them, to a whole vector.
+inline void measure_candidates(const Search& search, int64_t h, int64_t row, const int32_t* candidates, float* distance,
+                               int64_t count) {
+    const int64_t dim = search.codebook.dim;
     const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
-    const float* original = codebook.original + h * codebook.codes * dim;
+    const float* original = search.codebook.original + h * search.codebook.codes * dim;
     for (int64_t i = 0; i < count; i += 4) {
         const float* code[4];
         for (int64_t j = 0; j < 4; ++j) code[j] = original + candidates[i + j < count ? i + j : i] * dim;
         distances(x, code, dim, distance + i);
     }
     store(distance + count, broadcast(kInfinity));
+}
+
+// Ascending, by insertion: they come as a few ascending runs.
+inline void sort(int32_t* codes, int64_t count) {
+    for (int64_t i = 1; i < count; ++i) {
+        const int32_t code = codes[i];
+        int64_t at = i;
+        for (; at > 0 && codes[at - 1] > code; --at) codes[at] = codes[at - 1];
+        codes[at] = code;
+    }
+}
+
+// Decide one row by the distances of `count` codes, among which the nearest is (and the second
+// nearest, if the margin is wanted). A screen leaves it, and returns false, if float64 would have to compare many.
+bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count) {
+    const Codebook& codebook = search.codebook;
+    const int64_t dim = codebook.dim;
+    const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
+    const float* original = codebook.original + h * codebook.codes * dim;
+    measure_candidates(search, h, row, candidates, distance, count);
     const float relative = 3 * static_cast<float>(dim + 8) * kUnit, absolute = static_cast<float>(dim) * 0x1p-122f;
     const float least = least_of(distance, count), reach = least + (relative * least + absolute);
     int64_t possible = 0, best = 0;
     for (int64_t i = 0; i < count; i += kFloats) {
-        const uint32_t bits = lanes_at_least(broadcast(reach), load(distance + i));
+        uint32_t bits = lanes_at_least(broadcast(reach), load(distance + i));
+        if (count - i < kFloats) bits &= (1u << (count - i)) - 1;
         possible += __builtin_popcount(bits);
         best = bits != 0 ? i + __builtin_ctz(bits) : best;
     }
@@ -354,12 +383,31 @@ void decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
             }
         }
         emit(search, h, row, index, margin, least);
-        return;
+        return true;
     }
+    if (search.unsettled != nullptr && possible > kPossible) return false;
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
-        if (search.out.margin != nullptr || !(distance[i] > reach)) candidates[kept++] = candidates[i];
+        if (search.out.margin != nullptr || !(distance[i] > reach)) {
+            distance[kept] = distance[i];
+            candidates[kept++] = candidates[i];
+        }
     }
+    if (search.out.margin == nullptr && least < kInfinity) {
+        // float64 in any order tells apart all but ties
+        double nearest = __builtin_inf(), following = __builtin_inf();
+        for (int64_t i = 0; i < kept; ++i) {
+            const double d = accurate_distance(x, original + candidates[i] * dim, dim), loser = d < nearest ? nearest : d;
+            best = d < nearest ? i : best;
+            nearest = d < nearest ? d : nearest;
+            following = loser < following ? loser : following;
+        }
+        if (following - nearest > static_cast<double>(dim + 8) * 0x1p-51 * following) {
+            emit(search, h, row, candidates[best], 0, distance[best]);
+            return true;
+        }
+    }
+    sort(candidates, kept);
     Nearest nearest = {__builtin_inf(), __builtin_inf(), -1};
     offer_exact_f32(&nearest, x, original, candidates, kept, dim);
     float margin = codebook.codes == 1 ? kInfinity : 0;  // every distance is infinite
@@ -372,20 +420,19 @@ void decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
     float row_error[4];
     distances(x, code, dim, row_error);
     emit(search, h, row, index, margin, row_error[0]);
+    return true;
 }
 
-// The largest of `groups` maxima, or the second largest: no more than the score of the nearest or second nearest code.
-inline float least_score(const float* maxima, int64_t groups, bool of_second) {
+// What the score of the nearest code (of the second nearest) is at least: the largest (second largest) of the panels'
+// maxima less their errors.
+inline float least_score(const float* maxima, const float* error, int64_t panels, bool of_second) {
     vfloat best = broadcast(-kInfinity), second = best;
-    if (!of_second) {
-        for (int64_t g = 0; g < groups; g += kFloats) best = max(best, load(maxima + g));
-        return max_lane(best);
+    for (int64_t p = 0; p < panels; ++p) {
+        const vfloat score = load(maxima + p * kFloats) - broadcast(error[p]);
+        if (of_second) second = max(min(score, best), second);
+        best = max(score, best);
     }
-    for (int64_t g = 0; g < groups; g += kFloats) {
-        const vfloat score = load(maxima + g);
-        second = max(second, min(best, score));
-        best = max(best, score);
-    }
+    if (!of_second) return max_lane(best);
 #pragma GCC unroll 4
     for (int distance = kFloats / 2; distance > 0; distance /= 2) {
         const vfloat other = swap_lanes(best, distance);
@@ -395,29 +442,105 @@ inline float least_score(const float* maxima, int64_t groups, bool of_second) {
     return second[0];
 }
 
-// Codes of the groups that reach the threshold. Returns how many, or -1 if that is more than the search's limit.
-inline int64_t collect(const Search& search, int64_t h, float threshold, const float* maxima, int64_t groups,
-                       int32_t* candidates) {
-    constexpr int kAtOnce = 64 / kFloats;  // vectors whose lanes fill a word
+// Groups that may reach the threshold, a bit each; NaN, from an overflow, may.
+inline uint64_t groups_above(const float* maxima, const float* error, int64_t panels, float threshold) {
+    uint64_t bits = 0;
+    for (int64_t p = 0; p < panels; ++p) {
+        const uint32_t below = lanes_below(load(maxima + p * kFloats) + broadcast(error[p]), broadcast(threshold));
+        bits |= static_cast<uint64_t>(~below & ((1u << kFloats) - 1)) << (p * kFloats);
+    }
+    return bits;
+}
+
+// Codes of the groups that may reach the threshold. Returns how many, or -1 if that is more than the search's limit.
+inline int64_t collect(const Search& search, int64_t h, float threshold, const float* maxima, const float* error,
+                       int64_t panels, int32_t* candidates) {
+    constexpr int64_t kAtOnce = 64 / kFloats;  // panels whose groups fill a word
     const Codebook& codebook = search.codebook;
     const int64_t group = codebook.group, slots = codebook.slots[h];
-    const int32_t* code = codebook.code + h * codebook.panels * codebook.lanes * group;
+    const int32_t* code = codebook.code + h * codebook.panels * kFloats * group;
     int64_t count = 0;
-    for (int64_t g = 0; g < groups; g += 64) {
-        uint64_t bits = 0;
-        for (int v = 0; v < kAtOnce && g + v * kFloats < groups; ++v) {
-            bits |= static_cast<uint64_t>(lanes_at_least(load(maxima + g + v * kFloats), broadcast(threshold)))
-                    << (v * kFloats);
-        }
+    for (int64_t p = 0; p < panels; p += kAtOnce) {
+        uint64_t bits = groups_above(maxima + p * kFloats, error + p, panels - p < kAtOnce ? panels - p : kAtOnce,
+                                     threshold);
         for (; bits != 0; bits &= bits - 1) {
-            const int64_t first = (g + __builtin_ctzll(bits)) * group;
+            const int64_t first = (p * kFloats + __builtin_ctzll(bits)) * group;
+            if (first >= slots) continue;
             if (count + group > search.limit) return -1;
             // as many as the largest group has: what is too much is not counted
             std::memcpy(candidates + count, code + first, kMaxGroup * sizeof *code);
-            count += first + group <= slots ? group : first < slots ? slots - first : 0;
+            count += first + group <= slots ? group : slots - first;
         }
     }
     return count;
+}
+
+// Replace codes that stand for a clump by the members that can be the nearest to a row, the i-th of the block.
+int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, const Workspace& w, int64_t count) {
+    const Codebook& codebook = search.codebook;
+    const Clumps& clumps = codebook.clumps;
+    const int32_t* of_code = clumps.of_code + h * codebook.codes;
+    const int64_t tile = i / kRows, dim = codebook.dim;
+    bool any = false;
+    for (int64_t c = 0; c < count; ++c) any |= of_code[w.candidates[c]] >= 0;
+    if (!any) return count;
+    // a group holds more clumps than the one that made it a candidate: those too far away stay closed
+    measure_candidates(search, h, row, w.candidates, w.distance, count);
+    const float relative = 3 * static_cast<float>(dim + 8) * kUnit;
+    const float nearest = __builtin_sqrtf(least_of(w.distance, count)) * (1 + relative) + 0x1p-60f;
+    const bool all = search.out.margin != nullptr || !(nearest < kInfinity);
+    int64_t kept = 0, opened = 0;
+    for (int64_t c = 0; c < count; ++c) {
+        const int32_t clump = of_code[w.candidates[c]];
+        if (clump < 0) {
+            w.candidates[kept++] = w.candidates[c];
+        } else if (all || !(__builtin_sqrtf(w.distance[c]) > nearest + clumps.radius[h * clumps.most + clump])) {
+            w.opened[opened++] = clump;
+        }
+    }
+    for (int64_t o = 0; o < opened; ++o) {
+        const int64_t j = h * clumps.most + w.opened[o];
+        const int64_t* begin = clumps.first + h * (clumps.most + 1) + w.opened[o];
+        const int64_t width = kFloats * kClumpGroup, members = begin[1] - begin[0];
+        const int64_t panels = (members + width - 1) / width, group = clumps.panel[j] - clumps.panel[h * clumps.most];
+        if (search.out.margin != nullptr) {  // the second nearest may be any of them
+            for (int64_t s = 0; s < members; ++s) {
+                w.candidates[kept++] = clumps.members[h * codebook.codes + begin[0] + s];
+            }
+            continue;
+        }
+        float* maxima = w.clump_maxima + group * kFloats;
+        if (w.clump_tile[w.opened[o]] != tile) {
+            w.clump_tile[w.opened[o]] = tile;
+            for (int64_t p = 0; p < panels; ++p) {
+                const int64_t vector = (clumps.panel[j] + p) * kClumpGroup * kFloats;
+                scan<false>(w.words + tile * kRows * dim, nullptr, nullptr, clumps.panels.words + vector * dim,
+                            clumps.panels.start + vector, 1, dim, kClumpGroup, maxima + p * kFloats, clumps.groups);
+            }
+        }
+        const float radius = clumps.radius[j], norm = w.norm[i], Q = codebook.reach[h];
+        const float unit = static_cast<float>(2 * dim + 16) * kUnit, definition = static_cast<float>(dim + 4) * 0x1p-53f;
+        const float error = 1.001f * (unit * radius * (norm + Q + radius) + definition * (norm + Q) * (norm + Q)) +
+                            static_cast<float>(dim + 2) * 0x1p-120f;
+        float errors[64 / kFloats];
+        for (float& e : errors) e = error;
+        maxima += i % kRows * clumps.groups;
+        float least = -kInfinity;
+        for (int64_t p = 0; p < panels; ++p) {
+            const float of_panel = least_score(maxima + p * kFloats, errors, 1, false);
+            least = least > of_panel ? least : of_panel;
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+            uint64_t bits = groups_above(maxima + p * kFloats, errors, 1, least);
+            for (; bits != 0; bits &= bits - 1) {
+                const int64_t first = (p * kFloats + __builtin_ctzll(bits)) * kClumpGroup;
+                for (int64_t s = first; s < first + kClumpGroup && s < members; ++s) {
+                    w.candidates[kept++] = clumps.members[h * codebook.codes + begin[0] + s];
+                }
+            }
+        }
+    }
+    return kept;
 }
 
 inline bool finite(const float* x, int64_t dim) {
@@ -437,61 +560,155 @@ inline void leave(const Unsettled& unsettled, int64_t h, int64_t rows, int64_t r
 template <bool kInteger>
 int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end, const Workspace& w) {
     const Codebook& codebook = search.codebook;
-    const Panels& panels = search.panels;
-    const int64_t dim = codebook.dim, group = codebook.group, stride = codebook.panels * codebook.lanes;
+    const int64_t dim = codebook.dim, group = codebook.group, stride = codebook.panels * kFloats;
+    const int64_t panels = used_panels(codebook, h), errors = padded_panels(codebook);
     const int64_t* listed = search.rows.listed == nullptr ? nullptr : search.rows.listed + h * search.rows.rows;
     auto row_of = [&](int64_t i) { return listed == nullptr ? i : listed[i]; };
+    auto x_of = [&](int64_t row) { return search.rows.x + (h * search.rows.rows + row) * dim; };
 
     for (int64_t first = begin; first < end; first += kRows) {
         const float* row[kRows];
-        for (int r = 0; r < kRows; ++r) {
-            row[r] = search.rows.x + (h * search.rows.rows + row_of(first + r < end ? first + r : first)) * dim;
-        }
+        for (int r = 0; r < kRows; ++r) row[r] = x_of(row_of(first + r < end ? first + r : first));
         pack_tile<kInteger>(search, h, row, first - begin, w);
     }
     const int64_t tiles = (end - begin + kRows - 1) / kRows;
-    for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
-        const int64_t vectors = (h * codebook.panels + p) * group;
+    for (int64_t p = 0; p < panels; ++p) {
+        const int64_t panel = h * codebook.panels + p, vector = panel * group * kFloats;
         for (int64_t t = 0; t < tiles; ++t) {
-            scan<kInteger>(w.words + t * kRows * panels.count, w.factor + t * kRows, w.offset + t * kRows,
-                           panels.words + vectors * panels.count * kFloats, panels.start + vectors * kFloats,
-                           panels.count, group, w.maxima + t * kRows * stride + p * kFloats, stride);
+            scan<kInteger>(w.words + t * kRows * codebook.words, w.factor + t * kRows, w.offset + t * kRows,
+                           codebook.scan.words + vector * codebook.words, codebook.scan.start + vector,
+                           codebook.scan.scale[panel], codebook.words, group, w.maxima + t * kRows * stride + p * kFloats,
+                           stride);
         }
     }
-    const float* bounds = panels.bounds + h * kBounds;
-    const float arithmetic = static_cast<float>(kInteger ? dim + 16 : 2 * dim + 16) * kUnit;
     const float definition = static_cast<float>(dim + 4) * 0x1p-53f;
-    const float underflow = static_cast<float>(dim + 2) * 0x1p-120f;
-    const int64_t groups = used_panels(codebook, h) * codebook.lanes;
     for (int64_t i = 0; i < end - begin; ++i) {
-        const float r = w.rounding[i], R = w.norm[i] + r, q = bounds[kRounding], Q = bounds[kReach] + q;
-        const float error =
-            1.001f * (r * Q + R * q + arithmetic * (R * Q + 0.5f * Q * Q) + definition * (R + Q) * (R + Q)) + underflow;
-        w.threshold[i] = least_score(w.maxima + i * stride, groups, search.out.margin != nullptr) - 2 * error;
-        w.bounded[i] = error < kInfinity;
+        const float r = w.rounding[i], R = w.norm[i] + r;
+        for (int64_t p = 0; p < panels; p += kFloats) {
+            store(w.error + i * errors + p, load(codebook.by_rounding + h * errors + p) * r +
+                                                load(codebook.by_norm + h * errors + p) * R +
+                                                load(codebook.constant + h * errors + p) + definition * R * R);
+        }
+        w.threshold[i] = least_score(w.maxima + i * stride, w.error + i * errors, panels, search.out.margin != nullptr);
     }
+    for (int64_t j = 0; j < codebook.clumps.most; ++j) w.clump_tile[j] = -1;
     int64_t left = 0;
     for (int64_t i = 0; i < end - begin; ++i) {
         const int64_t row = row_of(begin + i);
-        int64_t count = -1;
-        if (w.bounded[i]) {
-            count = collect(search, h, w.threshold[i], w.maxima + i * stride, groups, w.candidates);
-        } else if (!kInteger) {
-            if (!finite(search.rows.x + (h * search.rows.rows + row) * dim, dim)) {
-                emit(search, h, row, 0, codebook.codes == 1 ? kInfinity : 0, __builtin_nanf(""));
-                continue;
-            }
-            count = codebook.slots[h];
-            std::memcpy(w.candidates, codebook.code + h * codebook.panels * kFloats * group, count * sizeof(int32_t));
+        if (!(w.norm[i] < kInfinity) && !finite(x_of(row), dim)) {
+            emit(search, h, row, 0, codebook.codes == 1 ? kInfinity : 0, __builtin_nanf(""));
+            continue;
         }
-        if (count < 0) {
+        int64_t count = collect(search, h, w.threshold[i], w.maxima + i * stride, w.error + i * errors, panels,
+                                w.candidates);
+        if (!kInteger && codebook.clumps.most > 0) count = open_clumps(search, h, row, i, w, count);
+        if (count < 0 || !decide(search, h, row, w.candidates, w.distance, count)) {
             leave(*search.unsettled, h, search.rows.rows, row);
             ++left;
-        } else {
-            decide(search, h, row, w.candidates, w.distance, count);
         }
     }
     return left;
+}
+
+// Packs one code minus `mean`, its first word at `word`. Returns a bound on what integers leave out of it.
+inline float pack_code(const float* row, const float* mean, int64_t dim, bool integers, float scale, uint32_t* word) {
+    if (integers) {
+        int32_t total;
+        return norm_bound(to_integers(row, mean, dim, scale, 0x80808080u, word, kFloats, &total), dim);
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+        const float value = row[d] - mean[d];
+        std::memcpy(word + d * kFloats, &value, sizeof value);
+    }
+    return 0;
+}
+
+inline void pack_nothing(int64_t words, uint32_t* word, float* start) {
+    for (int64_t j = 0; j < words; ++j) word[j * kFloats] = 0;
+    *start = -kInfinity;
+}
+
+// A panel of slots, and the errors of its scores.
+void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
+    const int64_t dim = codebook.dim, group = codebook.group, width = kFloats * group;
+    const int64_t panel = h * codebook.panels + p, slots = codebook.slots[h] - p * width;
+    const int32_t* code = codebook.code + panel * width;
+    const int32_t* clump = codebook.clumps.most == 0 ? nullptr : codebook.clumps.of_code + h * codebook.codes;
+    const float* mean = codebook.mean + h * dim;
+    const float* original = codebook.original + h * codebook.codes * dim;
+    float largest = 0, q = 0, Q = 0, radius = 0;
+    for (int64_t s = 0; s < width && s < slots; ++s) {
+        float square;
+        const float most = measure(original + code[s] * dim, mean, dim, &square);
+        largest = largest > most ? largest : most;
+        if (clump != nullptr && clump[code[s]] >= 0) {
+            const float reach = codebook.clumps.radius[h * codebook.clumps.most + clump[code[s]]];
+            radius = radius > reach ? radius : reach;
+        }
+    }
+    const bool fits = largest >= kSmallest;
+    const float scale = codebook.integers && fits ? largest / kIntegers : 1;
+    for (int64_t s = 0; s < width; ++s) {
+        const int64_t lane = s / group, v = s % group;
+        uint32_t* word = codebook.scan.words + (panel * group + v) * codebook.words * kFloats + lane;
+        float* start = codebook.scan.start + (panel * group + v) * kFloats + lane;
+        if (s >= slots) {
+            pack_nothing(codebook.words, word, start);
+            continue;
+        }
+        const float* row = original + code[s] * dim;
+        float square;
+        measure(row, mean, dim, &square);
+        *start = -0.5f * square;
+        const float norm = norm_bound(square, dim);
+        const float rounding = pack_code(row, mean, dim, codebook.integers, scale, word);
+        Q = Q > norm ? Q : norm;
+        q = q > rounding ? q : rounding;
+    }
+    if (codebook.integers && !fits) q = kInfinity;  // too small for integers
+    Q += q;
+    const float unit = static_cast<float>(codebook.integers ? dim + 16 : 2 * dim + 16) * kUnit;
+    const float definition = static_cast<float>(dim + 4) * 0x1p-53f, slack = 1.001f;
+    const int64_t at = h * padded_panels(codebook) + p;
+    codebook.scan.scale[panel] = scale;
+    codebook.by_rounding[at] = slack * Q;
+    codebook.by_norm[at] = slack * (q + radius + unit * Q + 2 * definition * Q);
+    codebook.constant[at] = slack * (Q * radius + (0.5f * unit + definition) * Q * Q) + static_cast<float>(dim + 2) * 0x1p-120f;
+}
+
+// The members of a clump as differences from the first of them.
+void pack_clump(const Codebook& codebook, int64_t h, int64_t j) {
+    const Clumps& clumps = codebook.clumps;
+    const int64_t dim = codebook.dim, width = kFloats * kClumpGroup;
+    const int64_t* begin = clumps.first + h * (clumps.most + 1) + j;
+    const int32_t* member = clumps.members + h * codebook.codes + begin[0];
+    const float* original = codebook.original + h * codebook.codes * dim;
+    const float* mean = codebook.mean + h * dim;
+    const int64_t members = begin[1] - begin[0];
+    float radius = 0;
+    for (int64_t i = 0; i < (members + width - 1) / width * width; ++i) {
+        const int64_t panel = clumps.panel[h * clumps.most + j] + i / width;
+        const int64_t lane = i % width / kClumpGroup, vector = panel * kClumpGroup + i % kClumpGroup;
+        uint32_t* word = clumps.panels.words + vector * dim * kFloats + lane;
+        float* start = clumps.panels.start + vector * kFloats + lane;
+        if (i >= members) {
+            pack_nothing(dim, word, start);
+            continue;
+        }
+        const float* first = original + member[0] * dim;
+        const float* row = original + member[i] * dim;
+        float square;
+        measure(row, first, dim, &square);
+        pack_code(row, first, dim, false, 1, word);
+        double along = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+            along += (static_cast<double>(first[d]) - mean[d]) * (static_cast<double>(row[d]) - first[d]);
+        }
+        *start = -static_cast<float>(along + 0.5 * square);
+        const float reach = norm_bound(square, dim);
+        radius = radius > reach ? radius : reach;
+    }
+    clumps.radius[h * clumps.most + j] = radius;
 }
 
 }  // namespace
@@ -500,75 +717,54 @@ int64_t codebook_lanes() { return kFloats; }
 
 bool screens(int64_t dim) { return kScreens && dim > 8 && dim <= 32768; }
 
-int64_t panel_words(int64_t dim, bool screen) { return screen ? (dim + 3) / 4 : dim; }
-
-void pack_panels(const Codebook& codebook, bool screen, const Panels& panels) {
-    const int64_t dim = codebook.dim, group = codebook.group, width = kFloats * group, words = panels.count;
+void measure_codes(const Codebook& codebook, float* squares) {
+    const int64_t dim = codebook.dim, width = kFloats * codebook.group;
     for (int64_t h = 0; h < codebook.heads; ++h) {
-        const float* mean = codebook.mean + h * dim;
         const int32_t* code = codebook.code + h * codebook.panels * width;
-        const float* original = codebook.original + h * codebook.codes * dim;
-        const int64_t slots = codebook.slots[h];
-        const bool large = slots * dim > 1 << 14;
-        float largest = 0, reach = 0, rounding = 0;
-        if (screen) {
-#pragma omp parallel for schedule(static) reduction(max : largest) if (large)
-            for (int64_t s = 0; s < slots; ++s) {
-                float square;
-                const float most = measure(original + code[s] * dim, mean, dim, &square);
-                largest = largest > most ? largest : most;
-            }
+        float reach = 0;
+#pragma omp parallel for schedule(static) reduction(max : reach) if (codebook.slots[h] * dim > 1 << 15)
+        for (int64_t s = 0; s < codebook.slots[h]; ++s) {
+            float square;
+            measure(codebook.original + (h * codebook.codes + code[s]) * dim, codebook.mean + h * dim, dim, &square);
+            squares[h * codebook.codes + code[s]] = square;
+            const float norm = norm_bound(square, dim);
+            reach = reach > norm ? reach : norm;
         }
-        const float scale = largest >= kSmallest ? largest / kIntegers : 1;
-#pragma omp parallel for schedule(static) reduction(max : reach, rounding) if (large)
-        for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
-            uint32_t* out = panels.words + (h * codebook.panels + p) * width * words;
-            float* start = panels.start + (h * codebook.panels + p) * width;
-            for (int64_t i = 0; i < width; ++i) {
-                const int64_t s = p * width + i, lane = i / group, v = i % group;
-                uint32_t* word = out + v * words * kFloats + lane;
-                if (s >= slots) {
-                    for (int64_t j = 0; j < words; ++j) word[j * kFloats] = 0;
-                    start[v * kFloats + lane] = -kInfinity;
-                    continue;
-                }
-                const float* row = original + code[s] * dim;
-                float square;
-                measure(row, mean, dim, &square);
-                start[v * kFloats + lane] = -0.5f * square;
-                const float norm = norm_bound(square, dim);
-                reach = reach > norm ? reach : norm;
-                if (screen) {
-                    int32_t total;
-                    const float rest = to_integers(row, mean, dim, scale, 0x80808080u, word, kFloats, &total);
-                    const float off = norm_bound(rest, dim);
-                    rounding = rounding > off ? rounding : off;
-                } else {
-                    for (int64_t d = 0; d < dim; ++d) {
-                        const float value = row[d] - mean[d];
-                        std::memcpy(word + d * kFloats, &value, sizeof value);
-                    }
-                }
-            }
-        }
-        float* bounds = panels.bounds + h * kBounds;
-        bounds[kScale] = scale;
-        bounds[kReach] = reach;
-        bounds[kRounding] = screen && largest < kSmallest ? kInfinity : rounding;
+        codebook.reach[h] = reach;
     }
 }
 
-int64_t search_scratch(const Codebook& codebook, const Panels& panels) {
-    return carve(nullptr, codebook, panels.count).size + 64;
+void pack_codebook(const Codebook& codebook) {
+    const bool large = codebook.heads * codebook.codes * codebook.dim > 1 << 15;
+    if (codebook.clumps.most > 0) {
+#pragma omp parallel for schedule(dynamic) if (large)
+        for (int64_t i = 0; i < codebook.heads * codebook.clumps.most; ++i) {
+            pack_clump(codebook, i / codebook.clumps.most, i % codebook.clumps.most);
+        }
+    }
+#pragma omp parallel for schedule(static) if (large)
+    for (int64_t i = 0; i < codebook.heads * codebook.panels; ++i) {
+        const int64_t h = i / codebook.panels, p = i % codebook.panels;
+        if (p < used_panels(codebook, h)) pack_panel(codebook, h, p);
+    }
+    // what no panel uses is read with whole vectors of errors
+    for (int64_t h = 0; h < codebook.heads; ++h) {
+        for (int64_t p = used_panels(codebook, h); p < padded_panels(codebook); ++p) {
+            const int64_t at = h * padded_panels(codebook) + p;
+            codebook.by_rounding[at] = codebook.by_norm[at] = codebook.constant[at] = 0;
+        }
+    }
 }
 
-void nearest_codeword_f32(const Codebook& codebook, const Panels& panels, const SearchRows& rows, int threads,
-                          void* scratch, const SearchOutput& out, const Unsettled* unsettled) {
+int64_t search_scratch(const Codebook& codebook) { return carve(nullptr, codebook).size + 64; }
+
+void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int threads, void* scratch,
+                          const SearchOutput& out, const Unsettled* unsettled) {
     // beyond the limit, distances would cost more than half a search in float32
     const int64_t eighth = codebook.codes / 8, limit = unsettled == nullptr ? INT64_MAX : eighth > 32 ? eighth : 32;
-    const Search search = {codebook, panels, rows, out, unsettled, limit};
-    const int64_t block = block_rows(panels.count), blocks = (rows.rows + block - 1) / block;
-    const int64_t bytes = search_scratch(codebook, panels);
+    const Search search = {codebook, rows, out, unsettled, limit};
+    const int64_t block = block_rows(codebook.words), blocks = (rows.rows + block - 1) / block;
+    const int64_t bytes = search_scratch(codebook);
     int64_t tried = 0, left = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -578,7 +774,7 @@ void nearest_codeword_f32(const Codebook& codebook, const Panels& panels, const 
         char* mine = static_cast<char*>(scratch);
 #endif
         mine = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mine) + 63) / 64 * 64);
-        const Workspace w = carve(mine, codebook, panels.count);
+        const Workspace w = carve(mine, codebook);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < codebook.heads * blocks; ++task) {
             const int64_t h = task / blocks, begin = task % blocks * block;

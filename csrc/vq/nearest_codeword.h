@@ -34,11 +34,10 @@ struct Unsettled {
 METAREC_KERNEL(int64_t codebook_lanes())
 // Whether vectors of dim elements are screened in 8-bit integers first.
 METAREC_KERNEL(bool screens(int64_t dim))
-METAREC_KERNEL(int64_t panel_words(int64_t dim, bool screen))
-METAREC_KERNEL(void pack_panels(const Codebook& codebook, bool screen, const Panels& panels))
-METAREC_KERNEL(int64_t search_scratch(const Codebook& codebook, const Panels& panels))  // bytes that each thread needs
-// For each row the nearest code of its head; scratch holds threads * search_scratch() bytes. With unsettled, panels
-// are integers, and rows with too many codes left are listed there instead of being decided.
-METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const Panels& panels, const SearchRows& rows,
-                                         int threads, void* scratch, const SearchOutput& out,
-                                         const Unsettled* unsettled))
+METAREC_KERNEL(void measure_codes(const Codebook& codebook, float* squares))  // ||code - mean||^2 of every slot's code
+METAREC_KERNEL(void pack_codebook(const Codebook& codebook))                   // fills scan, its bounds, and clumps
+METAREC_KERNEL(int64_t search_scratch(const Codebook& codebook))               // bytes that each thread needs
+// For each row the nearest code of its head; scratch holds threads * search_scratch() bytes. A codebook of integers
+// screens: rows with too many codes left are listed in unsettled instead of being decided.
+METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int threads, void* scratch,
+                                         const SearchOutput& out, const Unsettled* unsettled))

@@ -1,7 +1,8 @@
-// Owns the arrays of a Codebook, and of its panels in one precision or the other.
+// Owns the arrays of a Codebook.
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "vq/codebook.h"
 
@@ -15,22 +16,16 @@ AlignedMemory allocate_aligned(size_t bytes);
 
 class PreparedCodebook {
   public:
-    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int64_t lanes);
+    // integers: for the screen in 8-bit integers; else for the search in float32, which knows clumps.
+    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, bool integers);
     const Codebook& view() const { return view_; }
 
   private:
-    AlignedMemory memory_;
+    void find_clumps(const std::vector<float>& squares);
+    void order_slots(int64_t h, const float* squares);
+
+    AlignedMemory memory_, scan_memory_, clump_memory_;
     Codebook view_;
-};
-
-class PreparedPanels {
-  public:
-    PreparedPanels(const Codebook& codebook, bool screen);
-    const Panels& view() const { return view_; }
-
-  private:
-    AlignedMemory memory_;
-    Panels view_;
 };
 
 }  // namespace metarec
