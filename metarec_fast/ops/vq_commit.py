@@ -12,7 +12,7 @@ from metarec_fast import _C
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
 from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
-from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
+from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 from metarec_fast.reference.vq_backward import row_difference
@@ -33,7 +33,7 @@ class VQCommit(NamedTuple):
 def _composed(
     x: Tensor, codebook: Tensor, nearest: Callable, *, codebook_grad: bool = False, unweighted: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    indices, _ = nearest(x.detach(), codebook.detach())
+    indices = nearest(x.detach(), codebook.detach())
     quantized = codebook.gather(1, indices.unsqueeze(-1).expand_as(x))
     target = quantized if codebook_grad else quantized.detach()
     return quantized, indices, row_difference(x, target, unweighted).square().sum(-1)
@@ -41,7 +41,7 @@ def _composed(
 
 def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return _composed(x, codebook, nearest_codeword_op)
+        return _composed(x, codebook, nearest_index)
     x, codebook = x.contiguous(), codebook.contiguous()
     H, N, D = x.shape
     quantized = empty((H, N, D), dtype=x.dtype, device=x.device)
@@ -63,7 +63,7 @@ def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return _composed(x, codebook, reference_nearest_codeword)
+        return _composed(x, codebook, lambda *rows: reference_nearest_codeword(*rows)[0])
     from metarec_fast.kernels.vq_commit import vq_commit
 
     return vq_commit(x.contiguous(), codebook.contiguous())
@@ -168,7 +168,7 @@ def vq_commit(
     if traced_transform():
         unweighted = None if row_weight is None else row_weight == 0
         quantized, indices, row_error = _composed(
-            x_HND, codebook_HKD, nearest_codeword_op, codebook_grad=codebook_grad, unweighted=unweighted
+            x_HND, codebook_HKD, nearest_index, codebook_grad=codebook_grad, unweighted=unweighted
         )
     else:
         quantized, indices, row_error = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None)
