@@ -353,15 +353,21 @@ def nearest_codeword(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tenso
     matter; margin_HN (float32): second least minus least squared distance, infinite for K = 1. What holds a NaN or an
     infinity is infinitely far; where every code is, the index is 0 and the margin too. Nothing waits for the device.
     """
+    return search(x_HND, codebook_HKD)[:2]
+
+
+def search(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``nearest_codeword``, and how many rows [1] int32 the screen left to float64."""
     x, codebook = x_HND.contiguous(), codebook_HKD.contiguous()
     (H, N, D), K = x.shape, codebook.shape[1]
     indices = _common.empty((H, N), dtype=torch.int64, device=x.device)
     margin = _common.empty((H, N), dtype=torch.float32, device=x.device)
+    count = _common.empty((1,), dtype=torch.int32, device=x.device)
     if indices.numel() == 0:
-        return indices, margin
+        return indices, margin, count.zero_()
     if K == 1 or torch.float64 in (x.dtype, codebook.dtype) or H * N * K * D <= _SETTLE_ALL:
         _settle_rows(x, codebook, indices, margin, None, None)
-        return indices, margin
+        return indices, margin, count.fill_(H * N)
 
     split = x.dtype != codebook.dtype or codebook.dtype == torch.float32
     if split:
@@ -377,7 +383,7 @@ def nearest_codeword(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tenso
     low = buffer((H, padded_K, padded_D), torch.float16) if split else None
     norm = buffer((H, padded_K), torch.float32)
     unscale = buffer((H,), torch.float32)
-    undecided, count = buffer((H, N), torch.int64), buffer((1,), torch.int32)
+    undecided = buffer((H, N), torch.int64)
     mean, (least, most) = (codebook.mean(1), torch.aminmax(codebook, dim=1)) if split else (None, (None, None))
     _prepare[(padded_K // _PREPARE_BLOCK_K, H)](
         codebook, mean, least, most, high, low, norm, unscale, count, K, D,
@@ -399,4 +405,4 @@ def nearest_codeword(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tenso
         **config, enable_fp_fusion=True,
     )  # fmt: skip
     _settle_rows(x, codebook, indices, margin, undecided, count)
-    return indices, margin
+    return indices, margin, count

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from metarec_fast.kernels import _common
-from metarec_fast.kernels.nearest_codeword import nearest_codeword
+from metarec_fast.kernels.nearest_codeword import search
 from torch import Tensor
 
 _TILE = 2048  # elements of x that a program holds
@@ -39,16 +39,17 @@ def _gather(
     tl.store(error_ptr + first + row, error, mask=row < rows)
 
 
-def vq_commit(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def vq_commit(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Nearest code of each row, its index and the squared distance to it.
 
     x_HND, codebook_HKD: as in ``nearest_codeword``.
 
     Returns quantized_HND (dtype of x), indices_HN (int64), row_error_HN (float32): sum over D of (x - c)^2, with c
-    before it is rounded to the dtype of x; the same for a row whatever other rows come with it.
+    before it is rounded to the dtype of x; the same for a row whatever other rows come with it. Then margin_HN and the
+    number of rows that the screen left to float64, as ``search`` returns them.
     """
     x, codebook = x_HND.contiguous(), codebook_HKD.contiguous()
-    indices, _ = nearest_codeword(x, codebook)
+    indices, margin, undecided = search(x, codebook)
     (H, N, D), K = x.shape, codebook.shape[1]
     quantized = _common.empty((H, N, D), dtype=x.dtype, device=x.device)
     row_error = _common.empty((H, N), dtype=torch.float32, device=x.device)
@@ -59,4 +60,4 @@ def vq_commit(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tens
             x, codebook, indices, quantized, row_error, N, K, D,
             BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return quantized, indices, row_error
+    return quantized, indices, row_error, margin, undecided

@@ -130,22 +130,27 @@ void bind_vq(py::module_& m) {
                  pointer<int64_t>(indices), pointer<float>(margin));
             } else {
                 search(pointer<const float>(x), pointer<const float>(codebook),
-                       {pointer<int64_t>(indices), pointer<float>(margin), nullptr, nullptr}, heads, rows, codes, dim);
+                       {pointer<int64_t>(indices), pointer<float>(margin), 1, nullptr, nullptr, nullptr}, heads, rows,
+                       codes, dim);
             }
         },
         py::arg("x"), py::arg("codebook"), py::arg("indices"), py::arg("margin"), py::kw_only(), py::arg("heads"),
         py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("is_double"));
     m.def(
         "vq_commit",
-        [](uintptr_t x, uintptr_t codebook, uintptr_t quantized, uintptr_t indices, uintptr_t row_error, int64_t heads,
-           int64_t rows, int64_t codes, int64_t dim) {
+        [](uintptr_t x, uintptr_t codebook, uintptr_t quantized, uintptr_t indices, uintptr_t row_error,
+           uintptr_t margin, uintptr_t rechecked, int64_t margin_every, int64_t heads, int64_t rows, int64_t codes,
+           int64_t dim) {
             py::gil_scoped_release release;
+            *pointer<int64_t>(rechecked) = 0;
             search(pointer<const float>(x), pointer<const float>(codebook),
-                   {pointer<int64_t>(indices), nullptr, pointer<float>(quantized), pointer<float>(row_error)}, heads,
-                   rows, codes, dim);
+                   {pointer<int64_t>(indices), pointer<float>(margin), margin_every, pointer<float>(quantized),
+                    pointer<float>(row_error), pointer<int64_t>(rechecked)},
+                   heads, rows, codes, dim);
         },
         py::arg("x"), py::arg("codebook"), py::arg("quantized"), py::arg("indices"), py::arg("row_error"),
-        py::kw_only(), py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"));
+        py::arg("margin"), py::arg("rechecked"), py::kw_only(), py::arg("margin_every"), py::arg("heads"),
+        py::arg("rows"), py::arg("codes"), py::arg("dim"));
     m.def(
         "vq_backward",
         [](uintptr_t grad, uintptr_t grad_error, uintptr_t x, uintptr_t quantized, uintptr_t out, int64_t rows,

@@ -266,15 +266,28 @@ template <bool kInteger>
     }
 }
 
+inline bool wants_margin(const SearchOutput& out, int64_t row) {
+    return out.margin != nullptr && row % out.margin_every == 0;
+}
+
 inline void emit(const Search& search, int64_t h, int64_t row, int64_t index, float margin, float row_error) {
     const int64_t at = h * search.rows.rows + row, dim = search.codebook.dim;
     search.out.indices[at] = index;
-    if (search.out.margin != nullptr) search.out.margin[at] = margin;
+    if (wants_margin(search.out, row)) {
+        const int64_t every = search.out.margin_every;
+        search.out.margin[h * ((search.rows.rows + every - 1) / every) + row / every] = margin;
+    }
     if (search.out.quantized == nullptr) return;
     search.out.row_error[at] = row_error;
     const float* __restrict code = search.codebook.original + (h * search.codebook.codes + index) * dim;
     float* __restrict quantized = search.out.quantized + at * dim;
     for (int64_t d = 0; d < dim; ++d) quantized[d] = code[d];
+}
+
+inline void recheck(const SearchOutput& out, int64_t rows) {
+    if (out.rechecked == nullptr) return;
+#pragma omp atomic
+    *out.rechecked += rows;
 }
 
 // Squared distances of x from four codes.
@@ -369,7 +382,7 @@ bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
     if (possible == 1) {
         const int32_t index = candidates[best];
         float margin = 0;
-        if (search.out.margin != nullptr) {
+        if (wants_margin(search.out, row)) {
             distance[best] = kInfinity;
             const float second = least_of(distance, count), near = second + (relative * second + absolute);
             double following = __builtin_inf();
@@ -386,14 +399,16 @@ bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
         return true;
     }
     if (search.unsettled != nullptr && possible > kPossible) return false;
+    if (search.rows.listed == nullptr) recheck(search.out, 1);  // those listed were counted when they were left
+    const bool with_margin = wants_margin(search.out, row);
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
-        if (search.out.margin != nullptr || !(distance[i] > reach)) {
+        if (with_margin || !(distance[i] > reach)) {
             distance[kept] = distance[i];
             candidates[kept++] = candidates[i];
         }
     }
-    if (search.out.margin == nullptr && least < kInfinity) {
+    if (!with_margin && least < kInfinity) {
         // float64 in any order tells apart all but ties
         double nearest = __builtin_inf(), following = __builtin_inf();
         for (int64_t i = 0; i < kept; ++i) {
@@ -488,7 +503,7 @@ int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, con
     measure_candidates(search, h, row, w.candidates, w.distance, count);
     const float relative = 3 * static_cast<float>(dim + 8) * kUnit;
     const float nearest = __builtin_sqrtf(least_of(w.distance, count)) * (1 + relative) + 0x1p-60f;
-    const bool all = search.out.margin != nullptr || !(nearest < kInfinity);
+    const bool with_margin = wants_margin(search.out, row), all = with_margin || !(nearest < kInfinity);
     int64_t kept = 0, opened = 0;
     for (int64_t c = 0; c < count; ++c) {
         const int32_t clump = of_code[w.candidates[c]];
@@ -503,7 +518,7 @@ int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, con
         const int64_t* begin = clumps.first + h * (clumps.most + 1) + w.opened[o];
         const int64_t width = kFloats * kClumpGroup, members = begin[1] - begin[0];
         const int64_t panels = (members + width - 1) / width, group = clumps.panel[j] - clumps.panel[h * clumps.most];
-        if (search.out.margin != nullptr) {  // the second nearest may be any of them
+        if (with_margin) {  // the second nearest may be any of them
             for (int64_t s = 0; s < members; ++s) {
                 w.candidates[kept++] = clumps.members[h * codebook.codes + begin[0] + s];
             }
@@ -589,7 +604,8 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
                                                 load(codebook.by_norm + h * errors + p) * R +
                                                 load(codebook.constant + h * errors + p) + definition * R * R);
         }
-        w.threshold[i] = least_score(w.maxima + i * stride, w.error + i * errors, panels, search.out.margin != nullptr);
+        w.threshold[i] = least_score(w.maxima + i * stride, w.error + i * errors, panels,
+                                    wants_margin(search.out, row_of(begin + i)));
     }
     for (int64_t j = 0; j < codebook.clumps.most; ++j) w.clump_tile[j] = -1;
     int64_t left = 0;
@@ -793,9 +809,11 @@ void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int 
                 given_up = left;
                 if (so_far >= 4 * block && 4 * given_up > so_far) {  // integers do not tell these codes apart
                     for (int64_t i = begin; i < end; ++i) leave(*unsettled, h, rows.rows, i);
+                    recheck(out, end - begin);
                     continue;
                 }
                 const int64_t more = search_block<true>(search, h, begin, end, w);
+                recheck(out, more);
 #pragma omp atomic
                 left += more;
 #pragma omp atomic

@@ -10,9 +10,11 @@ namespace metarec {
 // Arrays that a search fills, each [H, rows] or [H, rows, dim]; a null pointer is not wanted.
 struct SearchOutput {
     int64_t* indices;
-    float* margin;
+    float* margin;         // [H, ceil(rows / margin_every)] of the first of so many rows
+    int64_t margin_every;
     float* quantized;
     float* row_error;
+    int64_t* rechecked;    // [1] is raised by the rows that the first scores and distances did not decide
 };
 
 // Rows of x [H, rows, dim] to search: all, or those listed for each head.

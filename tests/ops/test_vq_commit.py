@@ -4,6 +4,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast import reference
 from metarec_fast.ops import nearest_codeword, vq_commit
+from metarec_fast.ops.vq_commit import vq_commit_with_health
 
 SHAPES = [((), 7, 5, 3), ((), 100, 40, 8), ((3,), 33, 31, 17), ((2,), 50, 9, 70), ((), 1, 1, 1), ((), 0, 4, 3)]
 
@@ -217,3 +218,29 @@ def test_bad_arguments(change, error, message):
     x, codebook = problem()
     with pytest.raises(error, match=message):
         vq_commit(**{"x": x, "codebook": codebook, **change})
+
+
+@pytest.mark.parametrize("shape", [(130, 40, 12), (64, 300, 24), (1, 3, 5), (0, 4, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("poison")
+def test_health(shape, dtype):
+    x, codebook = problem((2,), *shape, dtype)
+    commit, health = vq_commit_with_health(x, codebook)
+    assert torch.equal(commit.indices, vq_commit(x, codebook).indices)
+    margin = reference.nearest_codeword(x, codebook)[1][:, ::64]
+    assert health.margin.dtype == torch.float32
+    torch.testing.assert_close(health.margin, margin, rtol=1e-4, atol=1e-4)
+    assert health.rechecked.shape == (1,) and 0 <= health.rechecked.item() <= x.shape[0] * x.shape[1]
+
+
+def test_health_counts_rows_that_float32_does_not_decide():
+    x, codebook = torch.zeros(100, 32), torch.ones(50, 32)
+    codebook[torch.arange(1, 50), torch.arange(1, 50) % 32] = -1  # all at one distance from zero
+    assert vq_commit_with_health(x, codebook)[1].rechecked.item() == 100
+    assert vq_commit_with_health(torch.randn(1000, 32), torch.randn(50, 32))[1].rechecked.item() < 100
+
+
+def test_health_under_vmap_is_of_the_whole_batch():
+    x, codebook = torch.randn(3, 100, 8), torch.randn(20, 8)
+    quantized = torch.vmap(lambda x: vq_commit_with_health(x, codebook)[0].quantized)(x)
+    assert torch.equal(quantized, vq_commit(x.flatten(0, 1), codebook).quantized.view_as(x))
