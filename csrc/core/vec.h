@@ -86,6 +86,13 @@ alignas(64) constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
     return v[0];
 }
 
+#if defined(METAREC_ISA_avx2) || defined(METAREC_ISA_avx512)
+[[maybe_unused]] inline void sum_eights(const __m256* v, float* out) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+#endif
+
 // The sums of four vectors.
 [[maybe_unused]] inline void sum_lanes(const vfloat* v, float* out) {
 #if defined(METAREC_ISA_avx512)
@@ -94,12 +101,10 @@ alignas(64) constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
         const __m512 both = (__m512)(v[j] + swap_lanes(v[j], 8));
         std::memcpy(&half[j], &both, sizeof half[j]);
     }
+    sum_eights(half, out);
 #elif defined(METAREC_ISA_avx2)
-    const __m256 half[4] = {(__m256)v[0], (__m256)v[1], (__m256)v[2], (__m256)v[3]};
-#endif
-#if defined(METAREC_ISA_avx512) || defined(METAREC_ISA_avx2)
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    const __m256 whole[4] = {(__m256)v[0], (__m256)v[1], (__m256)v[2], (__m256)v[3]};
+    sum_eights(whole, out);
 #else
     for (int j = 0; j < 4; ++j) out[j] = sum_lanes(v[j]);
 #endif

@@ -292,6 +292,19 @@ inline void recheck(const SearchOutput& out, int64_t rows) {
 
 // Squared distances of x from four codes.
 inline void distances(const float* x, const float* const* code, int64_t dim, float* out) {
+#if defined(METAREC_ISA_avx512)
+    if (dim <= 8) {  // narrow codes are common, and half a vector is summed in half the time
+        const __mmask8 inside = static_cast<__mmask8>((1u << dim) - 1);
+        const __m256 value = _mm256_maskz_loadu_ps(inside, x);
+        __m256 square[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const __m256 error = value - _mm256_maskz_loadu_ps(inside, code[j]);
+            square[j] = error * error;
+        }
+        return sum_eights(square, out);
+    }
+#endif
     vfloat sum[4] = {};
     int64_t d = 0;
     for (; d + kFloats <= dim; d += kFloats) {
