@@ -1,0 +1,105 @@
+"""The codes of a table's rows, remembered from step to step so that most of them need no search."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metarec_fast.ops import nearest_codeword
+from metarec_fast.ops._codebook import add_head, check_pair
+from metarec_fast.ops._register import check_tensor
+from metarec_fast.ops.bounded_lookup import RowBounds, bounded_lookup_
+
+
+class AssignmentStats(NamedTuple):
+    """rows: (row, codebook) pairs looked up. evaluations: distances computed for them, the bounds' own included.
+
+    full_evaluations: what searching every row among every code computes. A distance is that of two vectors of the
+    codes' width: of a row and a code, a row and its former self, or a code and its former self.
+    """
+
+    rows: int
+    evaluations: int
+    full_evaluations: int
+
+
+class CodebookAssignments:
+    """Exact nearest codes of rows that come back step after step, such as an item table in training.
+
+    Bounds kept for each row prove that most codes cannot have become its nearest since it was last searched, from how
+    far the row and the codes have moved; only the others are compared. The codes are those of `nearest_codeword`,
+    whatever rows and codebook do in between: a table that is replaced, or codes that jump, cost time alone.
+
+    num_rows, codebook_size, dim: of the table, the codebook, and the vectors. num_codebooks: codebooks for as many
+    heads. neighbours: codes remembered by name for each row; more of them survive longer drifts and take more memory,
+    4 * (dim + 2 * neighbours + 6) bytes for each row and codebook.
+
+    It pays where a search is long beside the bounds' own work: from about 2^15 multiplications a row, codebook_size *
+    dim; below that it computes fewer distances but takes no less time. On a CPU; elsewhere, and for float64, every row
+    is searched in full. A cache, not a state: it belongs in no checkpoint, and a new one gives the same codes.
+
+    Raises ValueError for sizes below 1.
+    """
+
+    def __init__(
+        self, num_rows: int, codebook_size: int, dim: int, *, num_codebooks: int = 1, neighbours: int = 32
+    ) -> None:
+        for name, value in (
+            ("num_rows", num_rows),
+            ("codebook_size", codebook_size),
+            ("dim", dim),
+            ("num_codebooks", num_codebooks),
+            ("neighbours", neighbours),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_rows, self.codebook_size, self.dim = num_rows, codebook_size, dim
+        self.num_codebooks, self.neighbours = num_codebooks, min(neighbours, codebook_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, the statistics too."""
+        self._bounds: RowBounds | None = None  # made when first needed, on the CPU
+        self._rows = self._evaluations = 0
+
+    @property
+    def stats(self) -> AssignmentStats:
+        return AssignmentStats(self._rows, self._evaluations, self._rows * self.codebook_size)
+
+    @torch.no_grad()
+    def lookup(self, ids: Tensor, x: Tensor, codebook: Tensor) -> Tensor:
+        """The nearest code of each row, the same as ``nearest_codeword(x, codebook).indices``.
+
+        ids: int64 [N] in [0, num_rows), which rows these are; repeats may differ. x: [N, dim], or
+        [num_codebooks, N, dim]; codebook: [codebook_size, dim], or [num_codebooks, codebook_size, dim].
+        float32, float16, bfloat16 or float64.
+
+        Returns int64 [N] or [num_codebooks, N]. Not differentiable; not to be traced or called under torch.func.
+        Raises TypeError or ValueError for arguments of another dtype, shape or device, and ids out of range.
+        """
+        dtype = check_pair(x, codebook)
+        check_tensor(ids, "ids", dtypes=(torch.int64,), dims=1, device=x.device)
+        x_HND, codebook_HKD = add_head(x), add_head(codebook)
+        H, N, D = x_HND.shape
+        expected = (self.num_codebooks, self.codebook_size, self.dim)
+        if tuple(codebook_HKD.shape) != expected:
+            raise ValueError(f"codebook must be {list(expected)} for these assignments, got {list(codebook.shape)}")
+        if len(ids) != N:
+            raise ValueError(f"ids must be [{N}] to match x, got {list(ids.shape)}")
+        if x.device.type != "cpu" or dtype == torch.float64:
+            if N and not (0 <= int(ids.min()) and int(ids.max()) < self.num_rows):
+                raise ValueError(f"ids must be in 0..{self.num_rows - 1}, got {int(ids.min())}..{int(ids.max())}")
+            indices, evaluations = nearest_codeword(x_HND, codebook_HKD).indices, H * N * self.codebook_size
+        else:
+            if self._bounds is None:
+                self._bounds = RowBounds.empty(
+                    rows=self.num_rows, heads=H, codes=self.codebook_size, dim=D, neighbours=self.neighbours
+                )
+            indices, evaluations = bounded_lookup_(
+                self._bounds, ids, x_HND.detach().to(dtype), codebook_HKD.detach().to(dtype)
+            )
+        self._rows += H * N
+        self._evaluations += evaluations
+        return indices if x.dim() == 3 else indices[0]
