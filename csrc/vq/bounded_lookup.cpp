@@ -12,7 +12,8 @@
 //
 // A row costs its distance from a, and no more if the bounds alone name its code; else the distance of that code and of
 // those whose lower bound does not exceed the least distance found. It is searched in full if the shared bound fails,
-// or when a visit costs more than the mean since the last full search: the renewal-reward rule for replacing what wears.
+// or when a visit costs more than the mean since the last full search: the renewal-reward rule for replacing what
+// wears.
 //
 // Rounding. Rows and codes are float32 and distances are computed in float64, so that no square under- or overflows and
 // a squared distance errs by at most dim + 2 units of 2^-53 of itself, whatever the order of the sum. Roots, and what
@@ -32,7 +33,9 @@ namespace {
 
 constexpr double kInfinity = __builtin_inf();
 constexpr int kAtOnce = 4;  // rows that are searched in full together
-constexpr int kDoubles = METAREC_VECTOR_BYTES / 8;
+constexpr int kDoubles = METAREC_VECTOR_BYTES / 8, kVectors = 2;
+constexpr int kCodes = kVectors * kDoubles;       // and codes of a panel
+constexpr int64_t kUndecided = -1, kSearch = -2;  // in place of an index
 
 typedef double vdouble __attribute__((vector_size(METAREC_VECTOR_BYTES)));
 typedef float vhalf __attribute__((vector_size(METAREC_VECTOR_BYTES / 2)));
@@ -84,7 +87,7 @@ inline double slack(int64_t dim) { return static_cast<double>(dim + 16) * 0x1p-5
 struct Lookup {
     const RowBounds& bounds;
     const int64_t* ids;
-    const float *x, *codebook, *transposed;
+    const float *x, *codebook, *packed;
     int64_t count, version;
     int64_t* indices;
     double relative;
@@ -123,34 +126,35 @@ inline void offer(const Lookup& lookup, int64_t h, Best* best, int64_t k, double
 struct Waiting {
     int count;
     int64_t n[kAtOnce];
-    double* square;    // [kAtOnce, codes rounded up to vectors]
+    double* row;       // [dim, kAtOnce] the rows
+    double* square;    // [kAtOnce, padded codes] their squared distances
     double* least;     // [list + 1] the least of a row's, in order ...
     int64_t* nearest;  // [list + 1] ... and whose they are
 };
 
-inline int64_t padded(int64_t codes) { return (codes + kDoubles - 1) / kDoubles * kDoubles; }
+inline int64_t padded(int64_t codes) { return (codes + kCodes - 1) / kCodes * kCodes; }
 
 void all_distances(const Lookup& lookup, int64_t h, Waiting* waiting) {
     const int64_t K = lookup.bounds.codes, D = lookup.bounds.dim;
-    const float* transposed = lookup.transposed + h * D * K;
-    const float* row[kAtOnce];
-    for (int r = 0; r < kAtOnce; ++r) row[r] = lookup.row(h, waiting->n[r < waiting->count ? r : 0]);
-    int64_t k = 0;
-    for (; k + kDoubles <= K; k += kDoubles) {
-        vdouble sum[kAtOnce] = {};
+    const float* panel = lookup.packed + h * padded(K) * D;
+    for (int r = 0; r < kAtOnce; ++r) {
+        const float* row = lookup.row(h, waiting->n[r < waiting->count ? r : 0]);
+        for (int64_t d = 0; d < D; ++d) waiting->row[d * kAtOnce + r] = row[d];
+    }
+    for (int64_t k = 0; k < K; k += kCodes, panel += kCodes * D) {
+        vdouble sum[kAtOnce][kVectors] = {};
         for (int64_t d = 0; d < D; ++d) {
-            const vdouble code = widen(transposed + d * K + k);
+            vdouble code[kVectors];
+            for (int v = 0; v < kVectors; ++v) code[v] = widen(panel + d * kCodes + v * kDoubles);
             for (int r = 0; r < kAtOnce; ++r) {
-                const vdouble difference = (static_cast<double>(row[r][d]) - vdouble{}) - code;
-                sum[r] += difference * difference;
+                const vdouble value = waiting->row[d * kAtOnce + r] - vdouble{};
+                for (int v = 0; v < kVectors; ++v) {
+                    const vdouble difference = value - code[v];
+                    sum[r][v] += difference * difference;
+                }
             }
         }
-        for (int r = 0; r < kAtOnce; ++r) std::memcpy(waiting->square + r * padded(K) + k, &sum[r], sizeof sum[r]);
-    }
-    for (; k < K; ++k) {
-        for (int r = 0; r < waiting->count; ++r) {
-            waiting->square[r * padded(K) + k] = squared_distance(row[r], lookup.code(h, k), D);
-        }
+        for (int r = 0; r < kAtOnce; ++r) std::memcpy(waiting->square + r * padded(K) + k, sum[r], sizeof sum[r]);
     }
 }
 
@@ -174,18 +178,19 @@ void select_least(const double* square, int64_t codes, int64_t count, double* le
 }
 
 // Search the waiting rows in full and start their bounds anew.
-void search_in_full(const Lookup& lookup, int64_t h, Waiting* waiting, int64_t* evaluations) {
+void search_in_full(const Lookup& lookup, int64_t h, Waiting* waiting, Work* work) {
     const RowBounds& bounds = lookup.bounds;
     const int64_t K = bounds.codes, D = bounds.dim, B = bounds.list;
     const double wide = 1 + lookup.relative, narrow = 1 - lookup.relative;
     if (waiting->count == 0) return;
     all_distances(lookup, h, waiting);
-    *evaluations += waiting->count * K;
+    work->distances += waiting->count * K;
+    work->searched += waiting->count;
     for (int r = 0; r < waiting->count; ++r) {
         const int64_t n = waiting->n[r], at = h * bounds.rows + lookup.ids[n];
         const double* square = waiting->square + r * padded(K);
         if (square[0] - square[0] != 0) {  // the codes are finite, so the row is not
-            lookup.indices[h * lookup.count + n] = -1;
+            lookup.indices[h * lookup.count + n] = kUndecided;
             continue;
         }
         select_least(square, K, B + 1, waiting->least, waiting->nearest);
@@ -198,7 +203,7 @@ void search_in_full(const Lookup& lookup, int64_t h, Waiting* waiting, int64_t* 
             }
         }
         // of equal codes, which have equal distances, the first is in front
-        lookup.indices[h * lookup.count + n] = tied ? -1 : index;
+        lookup.indices[h * lookup.count + n] = tied ? kUndecided : index;
 
         std::memcpy(bounds.anchor + at * D, lookup.row(h, n), D * sizeof(float));
         const double* path = bounds.path + h * K;
@@ -219,23 +224,24 @@ void search_in_full(const Lookup& lookup, int64_t h, Waiting* waiting, int64_t* 
     waiting->count = 0;
 }
 
-// False if the row has to be searched in full.
-bool decide_by_bounds(const Lookup& lookup, int64_t h, int64_t n, int64_t* evaluations) {
+// Leaves kSearch in place of the index if the row has to be searched in full.
+void decide_by_bounds(const Lookup& lookup, int64_t h, int64_t n, Work* work) {
     const RowBounds& bounds = lookup.bounds;
     const int64_t D = bounds.dim, B = bounds.list, at = h * bounds.rows + lookup.ids[n], since = bounds.version[at];
-    if (since < 0) return false;
     int64_t& index = lookup.indices[h * lookup.count + n];
     const float* row = lookup.row(h, n);
     const double* path = bounds.path + h * bounds.codes;
     const int32_t* code = bounds.code + at * B;
     const float* key = bounds.key + at * B;
 
+    index = kSearch;
+    if (since < 0) return;
     const double square = squared_distance(row, bounds.anchor + at * D, D);
     int64_t cost = 1;
-    ++*evaluations;
+    ++work->distances;
     if (square - square != 0) {  // the anchor is finite, so the row is not
-        index = -1;
-        return true;
+        index = kUndecided;
+        return;
     }
     const double moved = __builtin_sqrt(square) * (1 + lookup.relative);
     const double rest = static_cast<double>(bounds.rest[at]) - bounds.sweep[h] - moved;
@@ -252,6 +258,7 @@ bool decide_by_bounds(const Lookup& lookup, int64_t h, int64_t n, int64_t* evalu
     const double upper = static_cast<double>(bounds.upper[at]) + path[code[0]] + moved;
     if (!jumps && lookup.clears(upper, least_other, moved)) {
         index = code[0];
+        ++work->proven;
     } else {
         const float affordable = bounds.spent[at] / bounds.visits[at];
         Best best;
@@ -271,13 +278,21 @@ bool decide_by_bounds(const Lookup& lookup, int64_t h, int64_t n, int64_t* evalu
             ++compared;
         }
         cost += compared;
-        *evaluations += compared;
-        if (static_cast<float>(cost) > affordable || !lookup.clears(best.root, rest, moved)) return false;
-        index = best.tied ? -1 : best.index;
+        work->distances += compared;
+        if (static_cast<float>(cost) > affordable || !lookup.clears(best.root, rest, moved)) return;
+        index = best.tied ? kUndecided : best.index;
     }
     bounds.visits[at] += 1;
     bounds.spent[at] += static_cast<float>(cost);
-    return true;
+}
+
+// Whether a row of the table is this thread's: all its visits are, in their order.
+inline bool mine(int64_t id) {
+#ifdef _OPENMP
+    return id % omp_get_num_threads() == omp_get_thread_num();
+#else
+    return id == id;
+#endif
 }
 
 }  // namespace
@@ -286,8 +301,7 @@ bool code_drift(const RowBounds& bounds, const float* codebook, double* drift) {
     const double wide = 1 + slack(bounds.dim);
     bool finite = true;
     for (int64_t k = 0; k < bounds.heads * bounds.codes; ++k) {
-        const double square =
-            squared_distance(codebook + k * bounds.dim, bounds.previous + k * bounds.dim, bounds.dim);
+        const double square = squared_distance(codebook + k * bounds.dim, bounds.previous + k * bounds.dim, bounds.dim);
         finite = finite && square - square == 0;
         drift[k] = __builtin_sqrt(square) * wide;
     }
@@ -295,35 +309,79 @@ bool code_drift(const RowBounds& bounds, const float* codebook, double* drift) {
 }
 
 int64_t bounded_lookup_scratch(const RowBounds& bounds) {
-    return kAtOnce * padded(bounds.codes) + 2 * (bounds.list + 1);
+    return kAtOnce * (padded(bounds.codes) + bounds.dim) + 2 * (bounds.list + 1);
 }
 
-void bounded_lookup(const RowBounds& bounds, const int64_t* ids, const float* x, const float* codebook,
-                    const float* transposed, int64_t count, int64_t version, int threads, double* scratch,
-                    int64_t* indices, int64_t* evaluations) {
-    const Lookup lookup = {bounds, ids, x, codebook, transposed, count, version, indices, slack(bounds.dim)};
-    int64_t total = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
+int64_t packed_codes(int64_t codes) { return padded(codes); }
+
+int64_t lookup_by_bounds(const RowBounds& bounds, const int64_t* ids, const float* x, const float* codebook,
+                         int64_t count, int64_t version, int threads, int64_t* indices, Work* work) {
+    const Lookup lookup = {bounds, ids, x, codebook, nullptr, count, version, indices, slack(bounds.dim)};
+    int64_t distances = 0, proven = 0, open = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : distances, proven, open)
     {
-#ifdef _OPENMP
-        const int64_t thread = omp_get_thread_num(), of = omp_get_num_threads();
-#else
-        const int64_t thread = 0, of = 1;
-#endif
-        double* mine = scratch + thread * bounded_lookup_scratch(bounds);
-        double* least = mine + kAtOnce * padded(bounds.codes);
-        Waiting waiting = {0, {}, mine, least, reinterpret_cast<int64_t*>(least + bounds.list + 1)};
+        Work own = {0, 0, 0};
         for (int64_t h = 0; h < bounds.heads; ++h) {
             for (int64_t n = 0; n < count; ++n) {
-                // a row of the table belongs to one thread, however often it comes
-                if (ids[n] % of != thread || decide_by_bounds(lookup, h, n, &total)) continue;
-                waiting.n[waiting.count++] = n;
-                if (waiting.count == kAtOnce) search_in_full(lookup, h, &waiting, &total);
+                if (!mine(ids[n])) continue;
+                decide_by_bounds(lookup, h, n, &own);
+                open += indices[h * count + n] == kSearch;
             }
-            search_in_full(lookup, h, &waiting, &total);
         }
+        distances += own.distances;
+        proven += own.proven;
     }
-    *evaluations += total;
+    work->distances += distances;
+    work->proven += proven;
+    return open;
+}
+
+void search_the_rest(const RowBounds& bounds, const int64_t* ids, const float* x, const float* codebook, int64_t count,
+                     int64_t version, int threads, float* packed, double* scratch, int64_t* indices, Work* work) {
+    const Lookup lookup = {bounds, ids, x, codebook, packed, count, version, indices, slack(bounds.dim)};
+    const int64_t K = bounds.codes, D = bounds.dim, panels = padded(K) / kCodes;
+    int64_t distances = 0, proven = 0, searched = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : distances, proven, searched)
+    {
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < bounds.heads * panels; ++p) {
+            const int64_t h = p / panels, first = p % panels * kCodes;
+            float* panel = packed + p * kCodes * D;
+            for (int64_t j = 0; j < kCodes; ++j) {
+                const float* code = lookup.code(h, first + j < K ? first + j : first);
+                for (int64_t d = 0; d < D; ++d) panel[d * kCodes + j] = code[d];
+            }
+        }
+#ifdef _OPENMP
+        double* room = scratch + omp_get_thread_num() * bounded_lookup_scratch(bounds);
+#else
+        double* room = scratch;
+#endif
+        double* square = room + kAtOnce * D;
+        double* least = square + kAtOnce * padded(K);
+        Work own = {0, 0, 0};
+        Waiting waiting = {0, {}, room, square, least, reinterpret_cast<int64_t*>(least + bounds.list + 1)};
+        for (int64_t h = 0; h < bounds.heads; ++h) {
+            for (int64_t n = 0; n < count; ++n) {
+                if (indices[h * count + n] != kSearch || !mine(ids[n])) continue;
+                // a row that comes again is known once it has been searched
+                for (int w = 0; w < waiting.count; ++w) {
+                    if (ids[waiting.n[w]] == ids[n]) search_in_full(lookup, h, &waiting, &own);
+                }
+                if (bounds.version[h * bounds.rows + ids[n]] == version) decide_by_bounds(lookup, h, n, &own);
+                if (indices[h * count + n] != kSearch) continue;
+                waiting.n[waiting.count++] = n;
+                if (waiting.count == kAtOnce) search_in_full(lookup, h, &waiting, &own);
+            }
+            search_in_full(lookup, h, &waiting, &own);
+        }
+        distances += own.distances;
+        proven += own.proven;
+        searched += own.searched;
+    }
+    work->distances += distances;
+    work->proven += proven;
+    work->searched += searched;
 }
 
 }  // namespace metarec::METAREC_ISA

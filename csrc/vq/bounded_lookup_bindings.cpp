@@ -1,3 +1,6 @@
+#include <pybind11/stl.h>
+
+#include <array>
 #include <string>
 #include <vector>
 
@@ -89,12 +92,11 @@ void bind_bounded_lookup(py::module_& m) {
         },
         py::arg("state"), py::arg("codebook"), py::kw_only(), py::arg("heads"), py::arg("rows"), py::arg("codes"),
         py::arg("dim"), py::arg("list"), py::arg("next_version"));
-    // returns how many distances it computed
+    // returns the Work it took
     m.def(
         "bounded_lookup",
-        [](const py::dict& state, uintptr_t ids, uintptr_t x, uintptr_t codebook, uintptr_t transposed,
-           uintptr_t indices, int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t list, int64_t count,
-           int64_t version) {
+        [](const py::dict& state, uintptr_t ids, uintptr_t x, uintptr_t codebook, uintptr_t indices, int64_t heads,
+           int64_t rows, int64_t codes, int64_t dim, int64_t list, int64_t count, int64_t version) {
             const RowBounds bounds = view(state, heads, rows, codes, dim, list);
             py::gil_scoped_release release;
             const int64_t* id = pointer<const int64_t>(ids);
@@ -108,16 +110,22 @@ void bind_bounded_lookup(py::module_& m) {
 #ifdef _OPENMP
             if (heads * count > 1 << 9) threads = omp_get_max_threads();
 #endif
-            std::vector<double> scratch(threads * METAREC_DISPATCH(bounded_lookup_scratch)(bounds));
-            int64_t evaluations = 0;
-            METAREC_DISPATCH(bounded_lookup)
-            (bounds, id, pointer<const float>(x), pointer<const float>(codebook), pointer<const float>(transposed),
-             count, version, threads, scratch.data(), pointer<int64_t>(indices), &evaluations);
-            return evaluations;
+            const float *rows_in = pointer<const float>(x), *codes_in = pointer<const float>(codebook);
+            int64_t* out = pointer<int64_t>(indices);
+            Work work = {0, 0, 0};
+            const int64_t open =
+                METAREC_DISPATCH(lookup_by_bounds)(bounds, id, rows_in, codes_in, count, version, threads, out, &work);
+            if (open > 0) {
+                std::vector<float> packed(heads * METAREC_DISPATCH(packed_codes)(codes) * dim);
+                std::vector<double> scratch(threads * METAREC_DISPATCH(bounded_lookup_scratch)(bounds));
+                METAREC_DISPATCH(search_the_rest)
+                (bounds, id, rows_in, codes_in, count, version, threads, packed.data(), scratch.data(), out, &work);
+            }
+            return std::array<int64_t, 3>{work.distances, work.proven, work.searched};
         },
-        py::arg("state"), py::arg("ids"), py::arg("x"), py::arg("codebook"), py::arg("transposed"), py::arg("indices"),
-        py::kw_only(), py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("list"),
-        py::arg("count"), py::arg("version"));
+        py::arg("state"), py::arg("ids"), py::arg("x"), py::arg("codebook"), py::arg("indices"), py::kw_only(),
+        py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("list"), py::arg("count"),
+        py::arg("version"));
 }
 
 }  // namespace metarec

@@ -5,13 +5,15 @@ A plain function that runs on the CPU and changes its state: not to be traced, n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._register import empty
+from metarec_fast.ops._codebook import add_head, check_pair
+from metarec_fast.ops._register import check_tensor, empty
 from metarec_fast.ops.nearest_codeword import nearest_codeword
 
 
@@ -36,13 +38,11 @@ class RowBounds:
     recent: Tensor  # int32 [H, K]
     recent_count: Tensor  # int64 [H]
     previous: Tensor  # float32 [H, K, D], the codebook at the last lookup
-    transposed: Tensor  # float32 [H, D, K], the same
     codebook_version: int = -1  # -1: no codebook yet
-    addresses: dict[str, int] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "codebook_version"}
-        self.addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    def addresses(self) -> dict[str, int]:
+        """Where the tensors are now: a copy of these bounds has others."""
+        return {name: value.data_ptr() for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @staticmethod
     def empty(*, rows: int, heads: int, codes: int, dim: int, neighbours: int) -> RowBounds:
@@ -63,8 +63,19 @@ class RowBounds:
             recent=torch.zeros(heads, codes, dtype=torch.int32),
             recent_count=torch.zeros(heads, dtype=torch.int64),
             previous=torch.zeros(heads, codes, dim),
-            transposed=torch.zeros(heads, dim, codes),
         )
+
+
+class LookupWork(NamedTuple):
+    """What a lookup of rows took, a row with each codebook counting once.
+
+    distances: how many were computed, of a row and a code, a row and its former self, or a code and its former self.
+    proven: rows whose code the bounds alone named. searched: rows compared with every code.
+    """
+
+    distances: int
+    proven: int
+    searched: int
 
 
 def _follow_codes(bounds: RowBounds, codebook: Tensor, sizes: dict[str, int]) -> tuple[bool, int]:
@@ -75,53 +86,67 @@ def _follow_codes(bounds: RowBounds, codebook: Tensor, sizes: dict[str, int]) ->
         moved, cost = True, 0
     else:
         found = _C.follow_codes(
-            bounds.addresses, codebook.data_ptr(), **sizes, next_version=bounds.codebook_version + 1
+            bounds.addresses(), codebook.data_ptr(), **sizes, next_version=bounds.codebook_version + 1
         )
         moved, cost = found == "moved", sizes["heads"] * sizes["codes"]
         if found == "not finite":
             return False, cost
     if moved:
         bounds.previous.copy_(codebook)
-        bounds.transposed.copy_(codebook.transpose(1, 2))
         bounds.codebook_version += 1
     return True, cost
 
 
-def bounded_lookup_(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[Tensor, int]:
-    """The codes that `nearest_codeword` gives, and how many distances they took; ``bounds`` are brought up to date.
+def bounded_lookup_(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[Tensor, LookupWork]:
+    """The codes that `nearest_codeword` gives, and what they took; ``bounds`` are brought up to date.
 
-    ids: int64 [N], which rows of the table x are, in any order and as often as wanted; x: float32 [H, N, D];
-    codebook: float32 [H, K, D]. Neither rows nor codes need have anything to do with what they were before: that
-    only costs time. A distance is that of two vectors of D elements: row and code, row and its former self, code and
-    its former self.
+    ids: int64 [N] in [0, V), which rows of the table x are, in any order and as often as wanted. x: [N, D] or
+    [H, N, D]; codebook: [K, D] or [H, K, D]; float32, float16, bfloat16 or float64. Neither rows nor codes need have
+    anything to do with what they were before: that only costs time.
 
-    Returns indices, int64 [H, N], and the number of distances. Rows that are not finite, all rows if the codebook is
-    not, and rows whose two nearest codes float64 cannot tell apart go to `nearest_codeword`.
-    Raises ValueError for ids out of range; shapes and dtypes are the caller's promise.
+    Returns indices, int64 [N] or [H, N], and the work. `nearest_codeword` decides for rows that are not finite, for
+    rows whose two nearest codes float64 cannot tell apart, and for all rows if the codebook is not finite, the dtype
+    is float64 or the device no CPU; such a row counts as searched.
+    Raises TypeError or ValueError for arguments of another dtype, shape or device, and ids out of range.
     """
-    H, N, D = x.shape
-    K = codebook.shape[1]
-    x, codebook = x.contiguous(), codebook.contiguous()
+    dtype = check_pair(x, codebook)
+    check_tensor(ids, "ids", dtypes=(torch.int64,), dims=1, device=x.device)
+    H, V, D = bounds.anchor.shape
+    K, N = bounds.path.shape[1], x.shape[-2]
+    if tuple(add_head(codebook).shape) != (H, K, D):
+        raise ValueError(f"codebook must be {[H, K, D] if H > 1 else [K, D]}, got {list(codebook.shape)}")
+    if len(ids) != N:
+        raise ValueError(f"ids must be [{N}] to match x, got {list(ids.shape)}")
+    if N and (int(ids.min()) < 0 or int(ids.max()) >= V):
+        raise ValueError(f"ids must be in 0..{V - 1}, got {int(ids.min())}..{int(ids.max())}")
+    x_HND, codebook_HKD = (add_head(t.detach().to(dtype)).contiguous() for t in (x, codebook))
+    if x.device.type == "cpu" and dtype == torch.float32:
+        indices, work = _cpu(bounds, ids.contiguous(), x_HND, codebook_HKD)
+    else:
+        indices, work = nearest_codeword(x_HND, codebook_HKD).indices, LookupWork(H * N * K, 0, H * N)
+    return indices if x.dim() == 3 else indices[0], work
+
+
+def _cpu(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[Tensor, LookupWork]:
+    (H, N, D), K = x.shape, codebook.shape[1]
     sizes = {"heads": H, "rows": bounds.version.shape[1], "codes": K, "dim": D, "list": bounds.code.shape[2]}
-    finite, evaluations = _follow_codes(bounds, codebook, sizes)
+    finite, followed = _follow_codes(bounds, codebook, sizes)
     if not finite:
-        return nearest_codeword(x, codebook).indices, evaluations + H * N * K
-    ids = ids.contiguous()
+        return nearest_codeword(x, codebook).indices, LookupWork(followed + H * N * K, 0, H * N)
     indices = empty((H, N), dtype=torch.int64, device=x.device)
-    evaluations += _C.bounded_lookup(
-        bounds.addresses,
+    distances, proven, searched = _C.bounded_lookup(
+        bounds.addresses(),
         ids.data_ptr(),
         x.data_ptr(),
         codebook.data_ptr(),
-        bounds.transposed.data_ptr(),
         indices.data_ptr(),
         **sizes,
         count=N,
         version=bounds.codebook_version,
     )
-    open_HN = indices < 0
-    for head in open_HN.any(1).nonzero()[:, 0].tolist():
-        which = open_HN[head].nonzero()[:, 0]
+    undecided_HN = indices < 0
+    for head in undecided_HN.any(1).nonzero()[:, 0].tolist():
+        which = undecided_HN[head].nonzero()[:, 0]
         indices[head, which] = nearest_codeword(x[head, which], codebook[head]).indices
-        evaluations += len(which) * K
-    return indices, evaluations
+        distances, searched = distances + len(which) * K, searched + len(which)
+    return indices, LookupWork(followed + distances, proven, searched)

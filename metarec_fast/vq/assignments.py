@@ -7,20 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarec_fast.ops import nearest_codeword
-from metarec_fast.ops._codebook import add_head, check_pair
-from metarec_fast.ops._register import check_tensor
-from metarec_fast.ops.bounded_lookup import RowBounds, bounded_lookup_
+from metarec_fast.ops import LookupWork, RowBounds, bounded_lookup_
 
 
 class AssignmentStats(NamedTuple):
-    """rows: (row, codebook) pairs looked up. evaluations: distances computed for them, the bounds' own included.
+    """What was looked up so far, a row with each codebook counting once.
 
-    full_evaluations: what searching every row among every code computes. A distance is that of two vectors of the
-    codes' width: of a row and a code, a row and its former self, or a code and its former self.
+    rows: looked up; proven: of these, named by their bounds alone; searched: compared with every code.
+    evaluations: distances computed, the bounds' own included: of a row and a code, a row and its former self, or a
+    code and its former self. full_evaluations: what comparing every row with every code computes.
     """
 
     rows: int
+    proven: int
+    searched: int
     evaluations: int
     full_evaluations: int
 
@@ -61,12 +61,19 @@ class CodebookAssignments:
 
     def reset(self) -> None:
         """Forget everything, the statistics too."""
-        self._bounds: RowBounds | None = None  # made when first needed, on the CPU
-        self._rows = self._evaluations = 0
+        self._bounds = RowBounds.empty(
+            rows=self.num_rows,
+            heads=self.num_codebooks,
+            codes=self.codebook_size,
+            dim=self.dim,
+            neighbours=self.neighbours,
+        )
+        self._rows, self._work = 0, LookupWork(0, 0, 0)
 
     @property
     def stats(self) -> AssignmentStats:
-        return AssignmentStats(self._rows, self._evaluations, self._rows * self.codebook_size)
+        distances, proven, searched = self._work
+        return AssignmentStats(self._rows, proven, searched, distances, self._rows * self.codebook_size)
 
     @torch.no_grad()
     def lookup(self, ids: Tensor, x: Tensor, codebook: Tensor) -> Tensor:
@@ -79,27 +86,7 @@ class CodebookAssignments:
         Returns int64 [N] or [num_codebooks, N]. Not differentiable; not to be traced or called under torch.func.
         Raises TypeError or ValueError for arguments of another dtype, shape or device, and ids out of range.
         """
-        dtype = check_pair(x, codebook)
-        check_tensor(ids, "ids", dtypes=(torch.int64,), dims=1, device=x.device)
-        x_HND, codebook_HKD = add_head(x), add_head(codebook)
-        H, N, D = x_HND.shape
-        expected = (self.num_codebooks, self.codebook_size, self.dim)
-        if tuple(codebook_HKD.shape) != expected:
-            raise ValueError(f"codebook must be {list(expected)} for these assignments, got {list(codebook.shape)}")
-        if len(ids) != N:
-            raise ValueError(f"ids must be [{N}] to match x, got {list(ids.shape)}")
-        if x.device.type != "cpu" or dtype == torch.float64:
-            if N and not (0 <= int(ids.min()) and int(ids.max()) < self.num_rows):
-                raise ValueError(f"ids must be in 0..{self.num_rows - 1}, got {int(ids.min())}..{int(ids.max())}")
-            indices, evaluations = nearest_codeword(x_HND, codebook_HKD).indices, H * N * self.codebook_size
-        else:
-            if self._bounds is None:
-                self._bounds = RowBounds.empty(
-                    rows=self.num_rows, heads=H, codes=self.codebook_size, dim=D, neighbours=self.neighbours
-                )
-            indices, evaluations = bounded_lookup_(
-                self._bounds, ids, x_HND.detach().to(dtype), codebook_HKD.detach().to(dtype)
-            )
-        self._rows += H * N
-        self._evaluations += evaluations
-        return indices if x.dim() == 3 else indices[0]
+        indices, work = bounded_lookup_(self._bounds, ids, x, codebook)
+        self._rows += indices.numel()
+        self._work = LookupWork(*map(sum, zip(self._work, work, strict=True)))
+        return indices
