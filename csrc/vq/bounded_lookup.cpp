@@ -32,6 +32,7 @@ namespace metarec::METAREC_ISA {
 namespace {
 
 constexpr double kInfinity = __builtin_inf();
+constexpr float kMaxFloat = __FLT_MAX__;
 constexpr int kAtOnce = 4;  // rows that are searched in full together
 constexpr int kDoubles = METAREC_VECTOR_BYTES / 8, kVectors = 2;
 constexpr int kCodes = kVectors * kDoubles;       // and codes of a panel
@@ -65,11 +66,14 @@ inline double squared_distance(const float* a, const float* b, int64_t dim) {
 }
 
 inline float round_down(double value) {
+    if (value > kMaxFloat) return kMaxFloat;
     const float nearest = static_cast<float>(value);
     return static_cast<double>(nearest) > value ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest;
 }
 
 inline float round_up(double value) {
+    if (value > kMaxFloat) return __builtin_inff();
+    if (value < -kMaxFloat) return -kMaxFloat;
     const float nearest = static_cast<float>(value);
     return static_cast<double>(nearest) < value ? __builtin_nextafterf(nearest, __builtin_inff()) : nearest;
 }
