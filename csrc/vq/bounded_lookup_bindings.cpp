@@ -42,7 +42,7 @@ bool advance(const RowBounds& bounds, const std::vector<double>& drift, int64_t 
         }
         bounds.sweep[h] = (bounds.sweep[h] + longest) * kUp;
         if (recent.empty()) continue;
-        for (int32_t k : recent) bounds.jumped[h * K + k] = version;
+        for (int32_t k : recent) bounds.jumped[h * K + k] = static_cast<int32_t>(version);
         for (int64_t j = 0; j < bounds.recent_count[h]; ++j) {
             const int32_t k = bounds.recent[h * K + j];
             if (bounds.jumped[h * K + k] != version) recent.push_back(k);
@@ -57,17 +57,10 @@ RowBounds view(const py::dict& state, int64_t heads, int64_t rows, int64_t codes
     auto at = [&](const char* name) { return state[name].cast<uintptr_t>(); };
     RowBounds bounds = {};
     bounds.heads = heads, bounds.rows = rows, bounds.codes = codes, bounds.dim = dim, bounds.list = list;
-    bounds.anchor = pointer<float>(at("anchor"));
-    bounds.code = pointer<int32_t>(at("code"));
-    bounds.key = pointer<float>(at("key"));
-    bounds.rest = pointer<float>(at("rest"));
-    bounds.upper = pointer<float>(at("upper"));
-    bounds.version = pointer<int64_t>(at("version"));
-    bounds.visits = pointer<float>(at("visits"));
-    bounds.spent = pointer<float>(at("spent"));
+    bounds.records = pointer<int32_t>(at("records"));
     bounds.path = pointer<double>(at("path"));
     bounds.sweep = pointer<double>(at("sweep"));
-    bounds.jumped = pointer<int64_t>(at("jumped"));
+    bounds.jumped = pointer<int32_t>(at("jumped"));
     bounds.recent = pointer<int32_t>(at("recent"));
     bounds.recent_count = pointer<int64_t>(at("recent_count"));
     bounds.previous = pointer<float>(at("previous"));
@@ -113,11 +106,11 @@ void bind_bounded_lookup(py::module_& m) {
             const float *rows_in = pointer<const float>(x), *codes_in = pointer<const float>(codebook);
             int64_t* out = pointer<int64_t>(indices);
             Work work = {0, 0, 0};
-            const int64_t open =
-                METAREC_DISPATCH(lookup_by_bounds)(bounds, id, rows_in, codes_in, count, version, threads, out, &work);
+            std::vector<double> scratch(threads * METAREC_DISPATCH(bounded_lookup_scratch)(bounds));
+            const int64_t open = METAREC_DISPATCH(lookup_by_bounds)(bounds, id, rows_in, codes_in, count, version,
+                                                                    threads, scratch.data(), out, &work);
             if (open > 0) {
                 std::vector<float> packed(heads * METAREC_DISPATCH(packed_codes)(codes) * dim);
-                std::vector<double> scratch(threads * METAREC_DISPATCH(bounded_lookup_scratch)(bounds));
                 METAREC_DISPATCH(search_the_rest)
                 (bounds, id, rows_in, codes_in, count, version, threads, packed.data(), scratch.data(), out, &work);
             }

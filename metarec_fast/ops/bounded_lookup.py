@@ -24,17 +24,11 @@ class RowBounds:
     For V rows and H codebooks of K codes of width D, B of them remembered by name for each row, on the CPU.
     """
 
-    anchor: Tensor  # float32 [H, V, D], the row when it was last searched in full
-    code: Tensor  # int32 [H, V, B], its nearest codes then
-    key: Tensor  # float32 [H, V, B]
-    rest: Tensor  # float32 [H, V]
-    upper: Tensor  # float32 [H, V]
-    version: Tensor  # int64 [H, V], -1 for a row never searched
-    visits: Tensor  # float32 [H, V]
-    spent: Tensor  # float32 [H, V]
+    neighbours: int  # B
+    records: Tensor  # int32 [V, H, 6 + D + 2 B], a RowRecord each
     path: Tensor  # float64 [H, K]
     sweep: Tensor  # float64 [H]
-    jumped: Tensor  # int64 [H, K]
+    jumped: Tensor  # int32 [H, K]
     recent: Tensor  # int32 [H, K]
     recent_count: Tensor  # int64 [H]
     previous: Tensor  # float32 [H, K, D], the codebook at the last lookup
@@ -47,19 +41,13 @@ class RowBounds:
     @staticmethod
     def empty(*, rows: int, heads: int, codes: int, dim: int, neighbours: int) -> RowBounds:
         """Bounds of ``rows`` rows that nothing is known of yet. neighbours: B, at most ``codes``."""
-        row = (heads, rows)
+        words = 6 + dim + 2 * neighbours
         return RowBounds(
-            anchor=torch.zeros(*row, dim),
-            code=torch.zeros(*row, neighbours, dtype=torch.int32),
-            key=torch.zeros(*row, neighbours),
-            rest=torch.zeros(row),
-            upper=torch.zeros(row),
-            version=torch.full(row, -1, dtype=torch.int64),
-            visits=torch.zeros(row),
-            spent=torch.zeros(row),
+            neighbours=neighbours,
+            records=torch.full((rows, heads, words), -1, dtype=torch.int32),
             path=torch.zeros(heads, codes, dtype=torch.float64),
             sweep=torch.zeros(heads, dtype=torch.float64),
-            jumped=torch.zeros(heads, codes, dtype=torch.int64),
+            jumped=torch.zeros(heads, codes, dtype=torch.int32),
             recent=torch.zeros(heads, codes, dtype=torch.int32),
             recent_count=torch.zeros(heads, dtype=torch.int64),
             previous=torch.zeros(heads, codes, dim),
@@ -111,8 +99,7 @@ def bounded_lookup_(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor)
     """
     dtype = check_pair(x, codebook)
     check_tensor(ids, "ids", dtypes=(torch.int64,), dims=1, device=x.device)
-    H, V, D = bounds.anchor.shape
-    K, N = bounds.path.shape[1], x.shape[-2]
+    V, H, (K, D), N = len(bounds.records), len(bounds.path), bounds.previous.shape[1:], x.shape[-2]
     if tuple(add_head(codebook).shape) != (H, K, D):
         raise ValueError(f"codebook must be {[H, K, D] if H > 1 else [K, D]}, got {list(codebook.shape)}")
     if len(ids) != N:
@@ -129,7 +116,7 @@ def bounded_lookup_(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor)
 
 def _cpu(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[Tensor, LookupWork]:
     (H, N, D), K = x.shape, codebook.shape[1]
-    sizes = {"heads": H, "rows": bounds.version.shape[1], "codes": K, "dim": D, "list": bounds.code.shape[2]}
+    sizes = {"heads": H, "rows": len(bounds.records), "codes": K, "dim": D, "list": bounds.neighbours}
     finite, followed = _follow_codes(bounds, codebook, sizes)
     if not finite:
         return nearest_codeword(x, codebook).indices, LookupWork(followed + H * N * K, 0, H * N)
