@@ -85,10 +85,15 @@ inline double squared_distance(const float* a, const float* b, int64_t dim) {
     return sum;
 }
 
+// Of a value that is not negative.
 inline float round_down(double value) {
-    if (value > kMaxFloat) return kMaxFloat;
-    const float nearest = static_cast<float>(value);
-    return static_cast<double>(nearest) > value ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest;
+    const float nearest = static_cast<float>(value < kMaxFloat ? value : kMaxFloat);
+    int32_t bits;
+    std::memcpy(&bits, &nearest, sizeof bits);
+    bits -= static_cast<double>(nearest) > value;  // the float below
+    float down;
+    std::memcpy(&down, &bits, sizeof down);
+    return down;
 }
 
 inline float round_up(double value) {
@@ -301,6 +306,12 @@ inline Range range(const double* square, int64_t codes) {
     return out;
 }
 
+inline bool any_lane(vlong mask) {
+    int64_t any = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) any |= mask[lane];
+    return any != 0;
+}
+
 inline int64_t count_up_to(const double* square, int64_t padded_codes, double limit) {
     const vdouble limits = limit - vdouble{};
     vlong count = {};
@@ -330,12 +341,12 @@ double list_limit(const double* square, int64_t codes, int64_t list, Range all) 
     return low;
 }
 
-// Search the waiting rows in full and start their bounds anew.
-void search_in_full(const Lookup& lookup, int64_t h, Waiting* waiting, Work* work) {
+// Search the waiting rows in full and start their bounds anew. lower: room for the list.
+void search_in_full(const Lookup& lookup, int64_t h, Waiting* waiting, double* __restrict lower, Work* work) {
     const RowBounds& bounds = lookup.bounds;
     const int64_t K = bounds.codes, D = bounds.dim;
     const double wide = 1 + lookup.relative, narrow = 1 - lookup.relative;
-    const double* path = bounds.path + h * K;
+    const double* __restrict path = bounds.path + h * K;
     if (waiting->count == 0) return;
     all_distances(lookup, h, waiting);
     work->distances += waiting->count * K;
@@ -350,31 +361,44 @@ void search_in_full(const Lookup& lookup, int64_t h, Waiting* waiting, Work* wor
         const double limit = list_limit(square, K, bounds.list, all), near = all.least * wide;
 
         RowRecord* record = lookup.record(h, n);
-        float* key = lookup.key(record);
-        int32_t* code = lookup.listed(record);
-        int64_t index = -1, listed = 0;
+        float* __restrict key = lookup.key(record);
+        int32_t* __restrict code = lookup.listed(record);
+        int64_t index = 0, listed = 0;
         bool tied = false;
         double beyond = kInfinity;  // the least that is not in the list
         auto list = [&](int64_t k) {
-            key[listed] = round_down((__builtin_sqrt(square[k]) * narrow + path[k]) * narrow);
+            lower[listed] = square[k];
             code[listed++] = static_cast<int32_t>(k);
         };
-        for (int64_t k = 0; k < K; ++k) {
-            // of equal codes, which have equal distances, the first is right
-            if (square[k] == all.least && index < 0) index = k;
-            if (square[k] <= limit) {
-                list(k);
-            } else if (square[k] < beyond) {
-                beyond = square[k];
+        vdouble others = kInfinity - vdouble{};
+        for (int64_t first = 0; first < K; first += kDoubles) {
+            const vdouble value = load_doubles(square + first);
+            const vlong inside = value <= limit - vdouble{};
+            const vdouble outside = inside ? kInfinity - vdouble{} : value;
+            others = outside < others ? outside : others;
+            if (!any_lane(inside)) continue;
+            for (int64_t k = first; k < first + kDoubles && k < K; ++k) {
+                if (square[k] <= limit) list(k);
             }
         }
+        for (int lane = 0; lane < kDoubles; ++lane) beyond = others[lane] < beyond ? others[lane] : beyond;
+        // of equal codes, which have equal distances, the first is right
+        if (listed > 0) {
+            int64_t j = 0;
+            while (lower[j] != all.least) ++j;
+            index = code[j];
+        } else {
+            while (square[index] != all.least) ++index;
+        }
+        if (listed == 0) list(index);
+        for (int64_t j = 0; j < listed; ++j) lower[j] = (__builtin_sqrt(lower[j]) * narrow + path[code[j]]) * narrow;
+        for (int64_t j = 0; j < listed; ++j) key[j] = round_down(lower[j]);
         if (count_up_to(square, padded(K), near) > 1) {
             for (int64_t k = 0; k < K && !tied; ++k) {
                 tied = square[k] <= near && !equal_codes(lookup.code(h, k), lookup.code(h, index), D);
             }
         }
         if (!tied) out = index;
-        if (listed == 0) list(index);
         for (int64_t j = 0; j < listed; ++j) {
             if (code[j] != index) continue;
             const float its_key = key[j];
@@ -461,14 +485,14 @@ void search_the_rest(const RowBounds& bounds, const int64_t* ids, const float* x
                 if (indices[h * count + n] != kSearch || !mine(ids[n])) continue;
                 // a row that comes again is known once it has been searched
                 for (int w = 0; w < waiting.count; ++w) {
-                    if (ids[waiting.n[w]] == ids[n]) search_in_full(lookup, h, &waiting, &own);
+                    if (ids[waiting.n[w]] == ids[n]) search_in_full(lookup, h, &waiting, lower, &own);
                 }
                 if (lookup.record(h, n)->version == version) decide_by_bounds(lookup, h, n, lower, &own);
                 if (indices[h * count + n] != kSearch) continue;
                 waiting.n[waiting.count++] = n;
-                if (waiting.count == kAtOnce) search_in_full(lookup, h, &waiting, &own);
+                if (waiting.count == kAtOnce) search_in_full(lookup, h, &waiting, lower, &own);
             }
-            search_in_full(lookup, h, &waiting, &own);
+            search_in_full(lookup, h, &waiting, lower, &own);
         }
         distances += own.distances;
         proven += own.proven;
