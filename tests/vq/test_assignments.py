@@ -119,7 +119,15 @@ def midpoints(H, V, K, D):
     return (c[:, a] + c[:, b]) / 2, c
 
 
+def permuted_offsets(H, V, K, D):
+    """All codes are equally far from a row; only the order of their squares, and so the rounding of sums, differs."""
+    offset = 2.0**-20 * torch.randn(D)
+    codes = torch.stack([offset[torch.randperm(D)] for _ in range(H * K)]).view(H, K, D)
+    return torch.randn(H, V, 1).repeat(1, 1, D), codes
+
+
 SCENES = {
+    "permuted_offsets": permuted_offsets,
     "gaussian": gaussian,
     "duplicated": duplicated,
     "all_equal": all_equal,
@@ -157,7 +165,7 @@ def check(assignments, ids, x, c, *, by_definition=False):
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("drift", DRIFTS, ids=lambda d: d.__name__)
 def test_codes_are_those_of_a_full_search_at_every_step(drift, scene):
-    H, V, K, D = 2, 60, 40, 6
+    H, V, K, D = 2, 60, 40, 9
     x, c = SCENES[scene](H, V, K, D)
     assignments = CodebookAssignments(V, K, D, num_codebooks=H, neighbours=5)
     for step in range(25):
@@ -271,6 +279,18 @@ def test_a_code_that_jumps_costs_a_comparison_not_a_search():
     first, *_, last = spend(dead_codes, steps=15)
     assert last.searched - first.searched < 0.1 * (last.rows - first.rows)
     assert last.full_evaluations - first.full_evaluations > 8 * (last.evaluations - first.evaluations)
+
+
+def test_one_code_that_jumps_at_every_step():
+    H, V, K, D = 3, 40, 16, 4
+    x, c = gaussian(H, V, K, D)
+    assignments = CodebookAssignments(V, K, D, num_codebooks=H)
+    for step in range(3 * K):
+        check(assignments, torch.arange(V)[step % 2 :: 2], x[:, step % 2 :: 2], c)
+        c[:, 5 + step % 2] = torch.randn(D)
+    assert assignments.stats.searched < assignments.stats.rows / 4
+    # its jumps replace each other in what is remembered
+    assert assignments._bounds.recent_count.tolist() == [2] * H
 
 
 def test_bounds_that_never_help_cost_little():
