@@ -36,9 +36,13 @@ class CodebookAssignments:
     heads. neighbours: codes remembered by name for each row; more of them survive longer drifts and take more memory,
     4 * (dim + 2 * neighbours + 6) bytes for each row and codebook.
 
-    It pays where a search is long beside the bounds' own work: from about 2^15 multiplications a row, codebook_size *
-    dim; below that it computes fewer distances but takes no less time. On a CPU; elsewhere, and for float64, every row
-    is searched in full. A cache, not a state: it belongs in no checkpoint, and a new one gives the same codes.
+    Fewer distances are not always less time: a full search computes them in tiles, several times faster each. It pays
+    where rows and codes move slowly beside the distances between codes and codebook_size * dim is large; rows that are
+    anywhere at each lookup take several times as long as plain `nearest_codeword`. bench/bench_assignments.py shows
+    both ends, bench/assignments_run.py what a training run gives.
+
+    On a CPU; elsewhere, and for float64, every row is searched in full. A cache, not a state: it belongs in no
+    checkpoint, and a new one gives the same codes.
 
     Raises ValueError for sizes below 1.
     """
