@@ -238,7 +238,10 @@ void decide_by_bounds(const Lookup& lookup, int64_t h, int64_t n, double* __rest
         }
         cost += compared;
         work->distances += compared;
-        if (static_cast<float>(cost) > affordable || !(rest > lookup.reach(best.root, moved))) return;
+        if (static_cast<float>(cost) > affordable || !(rest > lookup.reach(best.root, moved))) {
+            ++work->failed;
+            return;
+        }
         index = best.tied ? kUndecided : best.index;
     }
     record->visits += 1;
@@ -440,11 +443,11 @@ int64_t bounded_lookup_scratch(const RowBounds& bounds) {
 int64_t lookup_by_bounds(const RowBounds& bounds, const int64_t* ids, const float* x, const float* codebook,
                          int64_t count, int64_t version, int threads, double* scratch, int64_t* indices, Work* work) {
     const Lookup lookup = {bounds, ids, x, codebook, nullptr, count, version, indices, slack(bounds.dim)};
-    int64_t distances = 0, proven = 0, open = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : distances, proven, open)
+    int64_t distances = 0, proven = 0, failed = 0, open = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : distances, proven, failed, open)
     {
         double* lower = own_scratch(bounds, scratch);
-        Work own = {0, 0, 0};
+        Work own = {0, 0, 0, 0};
         for (int64_t n = 0; n < count; ++n) {
             if (!mine(ids[n])) continue;
             for (int64_t h = 0; h < bounds.heads; ++h) {
@@ -454,9 +457,11 @@ int64_t lookup_by_bounds(const RowBounds& bounds, const int64_t* ids, const floa
         }
         distances += own.distances;
         proven += own.proven;
+        failed += own.failed;
     }
     work->distances += distances;
     work->proven += proven;
+    work->failed += failed;
     return open;
 }
 
@@ -478,7 +483,7 @@ void search_the_rest(const RowBounds& bounds, const int64_t* ids, const float* x
         }
         double* lower = own_scratch(bounds, scratch);
         double* row = lower + padded(bounds.list);
-        Work own = {0, 0, 0};
+        Work own = {0, 0, 0, 0};
         Waiting waiting = {0, {}, row, row + kAtOnce * D};
         for (int64_t h = 0; h < bounds.heads; ++h) {
             for (int64_t n = 0; n < count; ++n) {

@@ -30,9 +30,10 @@ struct RowBounds {
     float* previous;        // [H, codes, dim] the codebook at the last lookup
 };
 
-// What a lookup took: distances computed; rows whose code the bounds alone name; rows searched in full.
+// What a lookup took: distances computed; rows whose code the bounds alone name; rows searched in full, and how many of
+// these although they had bounds.
 struct Work {
-    int64_t distances, proven, searched;
+    int64_t distances, proven, searched, failed;
 };
 
 }  // namespace metarec

@@ -105,7 +105,7 @@ void bind_bounded_lookup(py::module_& m) {
 #endif
             const float *rows_in = pointer<const float>(x), *codes_in = pointer<const float>(codebook);
             int64_t* out = pointer<int64_t>(indices);
-            Work work = {0, 0, 0};
+            Work work = {0, 0, 0, 0};
             std::vector<double> scratch(threads * METAREC_DISPATCH(bounded_lookup_scratch)(bounds));
             const int64_t open = METAREC_DISPATCH(lookup_by_bounds)(bounds, id, rows_in, codes_in, count, version,
                                                                     threads, scratch.data(), out, &work);
@@ -114,7 +114,7 @@ void bind_bounded_lookup(py::module_& m) {
                 METAREC_DISPATCH(search_the_rest)
                 (bounds, id, rows_in, codes_in, count, version, threads, packed.data(), scratch.data(), out, &work);
             }
-            return std::array<int64_t, 3>{work.distances, work.proven, work.searched};
+            return std::array<int64_t, 4>{work.distances, work.proven, work.searched, work.failed};
         },
         py::arg("state"), py::arg("ids"), py::arg("x"), py::arg("codebook"), py::arg("indices"), py::kw_only(),
         py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("list"), py::arg("count"),

@@ -16,6 +16,10 @@ from metarec_fast.ops._codebook import add_head, check_pair
 from metarec_fast.ops._register import check_tensor, empty
 from metarec_fast.ops.nearest_codeword import nearest_codeword
 
+# After a lookup in which most bounds failed, the next is a plain search, after the next such lookup two are, and so on:
+# where rows or codes are anywhere each time, bounds cost several times what a search does.
+_LONGEST_PAUSE = 64
+
 
 @dataclass
 class RowBounds:
@@ -33,6 +37,8 @@ class RowBounds:
     recent_count: Tensor  # int64 [H]
     previous: Tensor  # float32 [H, K, D], the codebook at the last lookup
     codebook_version: int = -1  # -1: no codebook yet
+    pause: int = 0  # lookups to go without bounds
+    next_pause: int = 1
 
     def addresses(self) -> dict[str, int]:
         """Where the tensors are now: a copy of these bounds has others."""
@@ -94,7 +100,7 @@ def bounded_lookup_(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor)
 
     Returns indices, int64 [N] or [H, N], and the work. `nearest_codeword` decides for rows that are not finite, for
     rows whose two nearest codes float64 cannot tell apart, and for all rows if the codebook is not finite, the dtype
-    is float64 or the device no CPU; such a row counts as searched.
+    is float64, the device no CPU, or for a while after bounds mostly failed; such a row counts as searched.
     Raises TypeError or ValueError for arguments of another dtype, shape or device, and ids out of range.
     """
     dtype = check_pair(x, codebook)
@@ -118,10 +124,11 @@ def _cpu(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[T
     (H, N, D), K = x.shape, codebook.shape[1]
     sizes = {"heads": H, "rows": len(bounds.records), "codes": K, "dim": D, "list": bounds.neighbours}
     finite, followed = _follow_codes(bounds, codebook, sizes)
-    if not finite:
+    if bounds.pause or not finite:
+        bounds.pause = max(bounds.pause - 1, 0)
         return nearest_codeword(x, codebook).indices, LookupWork(followed + H * N * K, 0, H * N)
     indices = empty((H, N), dtype=torch.int64, device=x.device)
-    distances, proven, searched = _C.bounded_lookup(
+    distances, proven, searched, failed = _C.bounded_lookup(
         bounds.addresses(),
         ids.data_ptr(),
         x.data_ptr(),
@@ -131,6 +138,10 @@ def _cpu(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[T
         count=N,
         version=bounds.codebook_version,
     )
+    if 2 * failed > H * N:
+        bounds.pause, bounds.next_pause = bounds.next_pause, min(2 * bounds.next_pause, _LONGEST_PAUSE)
+    elif 2 * searched <= H * N:
+        bounds.next_pause = 1
     undecided_HN = indices < 0
     for head in undecided_HN.any(1).nonzero()[:, 0].tolist():
         which = undecided_HN[head].nonzero()[:, 0]

@@ -37,9 +37,9 @@ class CodebookAssignments:
     4 * (dim + 2 * neighbours + 6) bytes for each row and codebook.
 
     Fewer distances are not always less time: a full search computes them in tiles, several times faster each. It pays
-    where rows and codes move slowly beside the distances between codes and codebook_size * dim is large; rows that are
-    anywhere at each lookup take several times as long as plain `nearest_codeword`. bench/bench_assignments.py shows
-    both ends, bench/assignments_run.py what a training run gives.
+    where rows and codes move slowly beside the distances between codes and codebook_size * dim is large. Where most
+    bounds fail, plain searches take over for a while, up to 64 lookups. bench/bench_assignments.py shows both ends,
+    bench/assignments_run.py what a training run gives.
 
     On a CPU; elsewhere, and for float64, every row is searched in full. A cache, not a state: it belongs in no
     checkpoint, and a new one gives the same codes.

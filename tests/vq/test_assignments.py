@@ -2,14 +2,20 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metarec_fast import reference
-from metarec_fast.ops import nearest_codeword
+from metarec_fast.ops import bounded_lookup, nearest_codeword
 from metarec_fast.vq import CodebookAssignments
 
 INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    """Bounds are used, however often they fail."""
+    monkeypatch.setattr(bounded_lookup, "_LONGEST_PAUSE", 0)
 
 
 def slow(x, c, step):
@@ -164,7 +170,7 @@ def check(assignments, ids, x, c, *, by_definition=False):
 
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("drift", DRIFTS, ids=lambda d: d.__name__)
-def test_codes_are_those_of_a_full_search_at_every_step(drift, scene):
+def test_codes_are_those_of_a_full_search_at_every_step(drift, scene, no_pause):
     H, V, K, D = 2, 60, 40, 9
     x, c = SCENES[scene](H, V, K, D)
     assignments = CodebookAssignments(V, K, D, num_codebooks=H, neighbours=5)
@@ -176,7 +182,7 @@ def test_codes_are_those_of_a_full_search_at_every_step(drift, scene):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("drift", [slow, ulps, dead_codes, lattice], ids=lambda d: d.__name__)
-def test_codes_at_every_scale(drift, scale):
+def test_codes_at_every_scale(drift, scale, no_pause):
     factor, offset = SCALES[scale]
     H, V, K, D = 1, 50, 30, 5
     x, c = gaussian(H, V, K, D)
@@ -191,7 +197,7 @@ def test_codes_at_every_scale(drift, scale):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (3, 4, 2, 1), (1, 70, 300, 33), (2, 50, 65, 16), (5, 20, 8, 3)], ids=str
 )
-def test_shapes_and_lengths_of_the_list(shape, neighbours, poison):
+def test_shapes_and_lengths_of_the_list(shape, neighbours, poison, no_pause):
     H, V, K, D = shape
     x, c = gaussian(H, V, K, D)
     assignments = CodebookAssignments(V, K, D, num_codebooks=H, neighbours=neighbours)
@@ -214,9 +220,9 @@ def test_threads_share_the_rows(threads):
     assert assignments.stats.searched < assignments.stats.rows / 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_walk_over_a_small_lattice(data):
+def test_any_walk_over_a_small_lattice(no_pause, data):
     """Ties, equal codes and one-ulp differences in any order."""
     V, K, D = 4, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 2))
     values = st.sampled_from([-1.0, 0.0, -0.0, 1.0, 1 + 2**-23, 1 - 2**-24, 1e-38, 3e38, 1000.0])
@@ -293,10 +299,21 @@ def test_one_code_that_jumps_at_every_step():
     assert assignments._bounds.recent_count.tolist() == [2] * H
 
 
-def test_bounds_that_never_help_cost_little():
-    last = spend(new_codebook, steps=10)[-1]
-    # the list and the former self of each row on top of the search, and the codes' former selves
-    assert last.evaluations <= 1.15 * last.full_evaluations + 10 * 256
+def test_bounds_that_never_help_are_given_up_for_a_while():
+    stats = spend(new_codebook, steps=40)
+    # the list and the former self of each row on top of the search at some steps, the codes' former selves at all
+    assert stats[-1].evaluations <= 1.03 * stats[-1].full_evaluations + 40 * 256
+    own = [i for i in range(1, 40) if stats[i].evaluations - stats[i - 1].evaluations > 200 * 256 + 256]
+    assert own == [1, 3, 6, 11, 20, 37]  # pauses of 1, 2, 4, 8, 16
+
+
+def test_bounds_are_taken_up_again():
+    def first_wild_then_slow(x, c, step):
+        (new_codebook if step < 10 else slow)(x, c, step)
+
+    stats = spend(first_wild_then_slow, steps=60)
+    late = [b - a for a, b in zip(stats[30], stats[-1], strict=True)]
+    assert late[2] < 0.1 * late[0] and late[3] < 0.15 * late[4]
 
 
 def test_more_than_the_list_can_hold_are_equal():
