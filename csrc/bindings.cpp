@@ -33,4 +33,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     bind_sampler(m);
     bind_sequence(m);
     bind_vq(m);
+    bind_bounded_lookup(m);
 }

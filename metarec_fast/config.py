@@ -86,6 +86,8 @@ class TrainConfig:
     seed: int = 0
     compile: bool = False
     """torch.compile the encoder."""
+    remember_codes: bool = False
+    """Keep each item's code from step to step by bounds (vq.CodebookAssignments): the same codes, fewer distances."""
     threads: int = 0
     """CPU threads; 0 leaves torch's setting."""
     device: str = "cpu"

@@ -19,6 +19,7 @@ FLAGS = {
     "avx512_vnni": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
 }
 CORE = (
+    "tests/ops/test_bounded_lookup.py::test_equals_reference",
     "tests/ops/test_nearest_codeword.py::test_equals_reference",
     "tests/ops/test_nearest_codeword.py::test_dtypes_and_heads",
     "tests/ops/test_vq_commit.py::test_equals_reference",

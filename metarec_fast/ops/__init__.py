@@ -1,6 +1,7 @@
 """The operators: one file each, with schema, checks, dispatch to CPU, Triton or reference, and gradient."""
 
 from metarec_fast.ops._register import backend_info
+from metarec_fast.ops.bounded_lookup import LookupWork, RowBounds, bounded_lookup_
 from metarec_fast.ops.epoch_order import epoch_order
 from metarec_fast.ops.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.ops.linear_scan import linear_scan
@@ -18,11 +19,14 @@ from metarec_fast.ops.vq_ema_update import vq_ema_update_
 from metarec_fast.ops.vq_statistics import VQStatistics, vq_statistics
 
 __all__ = [
+    "LookupWork",
     "NearestCodeword",
     "PopularityTable",
+    "RowBounds",
     "VQCommit",
     "VQStatistics",
     "backend_info",
+    "bounded_lookup_",
     "epoch_order",
     "linear_cross_entropy",
     "linear_scan",

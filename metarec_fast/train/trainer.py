@@ -102,6 +102,8 @@ class Trainer:
         self.stages = stages(config)
         self._samplers: dict[tuple[str, str], Sampler] = {}
         self.optimizer = self._new_optimizer()
+        if config.train.remember_codes:
+            model.remember_codes()
 
     # what a step is made of
 

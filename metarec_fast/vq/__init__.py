@@ -1,7 +1,16 @@
 """Vector quantization: the module FastVQ, and its parts as functions."""
 
 from metarec_fast.ops.gradient_estimators import rotate_to, straight_through
+from metarec_fast.vq.assignments import AssignmentStats, CodebookAssignments
 from metarec_fast.vq.fast_vq import FastVQ, LossBreakdown
 from metarec_fast.vq.functional import quantize
 
-__all__ = ["FastVQ", "LossBreakdown", "quantize", "rotate_to", "straight_through"]
+__all__ = [
+    "AssignmentStats",
+    "CodebookAssignments",
+    "FastVQ",
+    "LossBreakdown",
+    "quantize",
+    "rotate_to",
+    "straight_through",
+]

@@ -104,6 +104,27 @@ def test_a_finished_run_is_restored_whole(straight, tmp_path):
     assert_same_state(again.model.state_dict(), straight[0].model.state_dict())
 
 
+def test_remembered_codes_give_the_same_run_and_resume(tmp_path):
+    plain, remembering = (
+        trainer(config(model={"dropout": 0.0}, train={"remember_codes": on}), folder=tmp_path / str(on))
+        for on in (False, True)
+    )
+    progress = remembering.run()
+    plain.run()
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(remembering.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    assert all(0 < a.stats.evaluations < a.stats.full_evaluations for a in remembering.model.assignments)
+    assert not plain.model.assignments
+    # what is remembered belongs to no checkpoint: a run that goes on without it takes the same steps
+    stopped = trainer(remembering.config, folder=tmp_path / "stopped", should_stop=after(5))
+    with pytest.raises(Interrupted):
+        stopped.run()
+    resumed = trainer(remembering.config, folder=tmp_path / "stopped")
+    assert resumed.restore()
+    assert resumed.run() == progress
+    assert_same_state(resumed.model.state_dict(), remembering.model.state_dict())
+
+
 def test_another_configuration_is_refused(tmp_path):
     first = trainer(config(), folder=tmp_path)
     first.save()
