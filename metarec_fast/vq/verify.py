@@ -1,8 +1,9 @@
 """Proof in float64 that indices name the nearest codes, at a small part of the definition's cost.
 
-Per head, with m the median code (one far code leaves it in place), X = x - m, C = c - m (float64, each element rounded once), R >= ||X||, u = 2^-53, the
-scores s_k = ||C_k||^2 - 2 <X, C_k> order the codes as the distances do. A product of matrices in float64, in any order
-of summation, gives every score within (D + 4) u (||C_k||^2 + 2 R ||C_k||) of its real value; the definition's own sum
+Per head, with m the median code (a mean would follow one far code), X = x - m, C = c - m (float64, each element
+rounded once), R >= ||X||, u = 2^-53, the scores s_k = ||C_k||^2 - 2 <X, C_k> order the codes as the distances do. A
+product of matrices in float64, in any order of summation, gives every score
+within (D + 4) u (||C_k||^2 + 2 R ||C_k||) of its real value; the definition's own sum
 is within (D + 3) u (R + ||C_k||)^2 of the real distance. So with
 
     E_k = 2 (D + 4) u (R + ||C_k||)^2 (1 + 2^-6) + what may underflow
@@ -90,8 +91,9 @@ def _verify_head(x_ND: Tensor, codebook_KD: Tensor, given_N: Tensor) -> tuple[Te
         x_nD, given_n = x_ND[first : first + rows].double(), given_N[first : first + rows]
         expected_n = candidates.nearest(x_nD)
         wrong = (given_n != expected_n).nonzero()[:, 0]
-        excess = _excess(x_nD[wrong], candidates.codebook, given_n[wrong], expected_n[wrong])
-        outcomes.append((first + wrong, expected_n[wrong], excess))
+        if len(wrong):
+            excess = _excess(x_nD[wrong], candidates.codebook, given_n[wrong], expected_n[wrong])
+            outcomes.append((first + wrong, expected_n[wrong], excess))
     return _concatenate(outcomes, x_ND.device)
 
 
@@ -134,21 +136,22 @@ class _Candidates:
 
     def nearest(self, x_nD: Tensor) -> Tensor:
         """The definition's index of each row, int64 [n]."""
-        index_n = torch.zeros(len(x_nD), dtype=torch.int64, device=x_nD.device)
         if len(self.code) == 0:
-            return index_n
+            return torch.zeros(len(x_nD), dtype=torch.int64, device=x_nD.device)
         centred = x_nD - self.centre
         radius_n = centred.square().sum(1).sqrt()
         score_nk = torch.addmm(self.square, centred, self.centred.T, alpha=-2)
+        least_n, candidate_n = score_nk.min(1)
         reach_n = radius_n + self.most
-        bound_n = score_nk.amin(1) + 2 * (self.unit * reach_n.square() + self.underflow)
-        near_nk = score_nk <= bound_n[:, None]
-        proven_n = (near_nk.sum(1) == 1) & (reach_n < _LARGEST_NORM)
-        index_n[proven_n] = self.code[near_nk[proven_n].int().argmax(1)]
+        bound_n = least_n + 2 * (self.unit * reach_n.square() + self.underflow)
+        proven_n = ((score_nk <= bound_n[:, None]).sum(1) == 1) & (reach_n < _LARGEST_NORM)
+        index_n = self.code[candidate_n]
         undecided = (~proven_n).nonzero()[:, 0]
         if len(undecided):
             possible = self._possible(score_nk[undecided], radius_n[undecided])
-            index_n[undecided] = self._settle(x_nD, undecided, possible)
+            several = possible.sum(1) > 1  # where only one is possible, it has the least score
+            undecided = undecided[several]
+            index_n[undecided] = self._settle(x_nD, undecided, possible[several])
         return index_n
 
     def _possible(self, score_nk: Tensor, radius_n: Tensor) -> Tensor:
