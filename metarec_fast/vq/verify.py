@@ -1,10 +1,9 @@
 """Proof in float64 that indices name the nearest codes, at a small part of the definition's cost.
 
-Per head, with m the median code (a mean would follow one far code), X = x - m, C = c - m (float64, each element
-rounded once), R >= ||X||, u = 2^-53, the scores s_k = ||C_k||^2 - 2 <X, C_k> order the codes as the distances do. A
-product of matrices in float64, in any order of summation, gives every score
-within (D + 4) u (||C_k||^2 + 2 R ||C_k||) of its real value; the definition's own sum
-is within (D + 3) u (R + ||C_k||)^2 of the real distance. So with
+Per head, with m a vector near the codes, X = x - m, C = c - m (float64, each element rounded once), R >= ||X|| and
+u = 2^-53, the scores s_k = ||C_k||^2 - 2 <X, C_k> order the codes as the distances do. A product of matrices in
+float64, in any order of summation, gives every score within (D + 4) u (||C_k||^2 + 2 R ||C_k||) of its real value; the
+definition's own sum is within (D + 3) u (R + ||C_k||)^2 of the real distance. So with
 
     E_k = 2 (D + 4) u (R + ||C_k||)^2 (1 + 2^-6) + what may underflow
 
@@ -111,22 +110,31 @@ def _pair_distances(x_PD: Tensor, code_PD: Tensor) -> Tensor:
     return squared_distances(x_PD[:, None], code_PD[:, None]).view(-1)
 
 
+def _first_of_equal(codebook_KD: Tensor, code: Tensor) -> Tensor:
+    """``code``, ascending indices, without those whose codes equal one before.
+
+    Equal codes have equal keys. Others may have equal keys too, which at worst leaves a duplicate in.
+    """
+    weight_D = torch.arange(1, codebook_KD.shape[1] + 1, device=code.device).sqrt()
+    codes = codebook_KD[code]
+    order = (codes * weight_D).sum(1).argsort(stable=True)
+    codes = codes[order]
+    first = torch.ones_like(code, dtype=torch.bool)
+    first[1:] = (codes[1:] != codes[:-1]).any(1)
+    return code[order[first]].sort().values
+
+
 class _Candidates:
     """One head's codes that can be nearest: finite, and the lowest index of those that are equal."""
 
     def __init__(self, codebook_KD: Tensor) -> None:
-        K, D = codebook_KD.shape
+        D = codebook_KD.shape[1]
         self.codebook = codebook_KD
-        finite = codebook_KD.isfinite().all(1).nonzero()[:, 0]
-        codes = codebook_KD[finite] + 0.0  # no -0.0, which is equal to 0.0 but not in its bits
-        if len(codes) > 1:
-            unique, group = codes.unique(dim=0, return_inverse=True)
-            if len(unique) < len(codes):
-                lowest = torch.full((len(unique),), K, device=codes.device).scatter_reduce(0, group, finite, "amin")
-                finite = lowest.sort().values
-                codes = codebook_KD[finite]
-        self.code = finite  # ascending, so that the lowest candidate is the lowest code
-        self.centre = codes.median(0).values if len(codes) else codebook_KD.new_zeros(D)
+        self.code = _first_of_equal(codebook_KD, codebook_KD.isfinite().all(1).nonzero()[:, 0])  # ascending
+        codes = codebook_KD[self.code]
+        # Any vector near the codes will do; the median of some does not follow a far code as a mean would.
+        some = codes[:: max(1, len(codes) // 64)]
+        self.centre = some.median(0).values if len(codes) else codebook_KD.new_zeros(D)
         self.centred = codes - self.centre
         self.square = self.centred.square().sum(1)
         self.norm = self.square.sqrt()
@@ -149,7 +157,8 @@ class _Candidates:
         undecided = (~proven_n).nonzero()[:, 0]
         if len(undecided):
             possible = self._possible(score_nk[undecided], radius_n[undecided])
-            several = possible.sum(1) > 1  # where only one is possible, it has the least score
+            # The only possible code has the least score; but if its distance is infinite, the index is 0.
+            several = (possible.sum(1) > 1) | ~(reach_n[undecided] < _LARGEST_NORM)
             undecided = undecided[several]
             index_n[undecided] = self._settle(x_nD, undecided, possible[several])
         return index_n

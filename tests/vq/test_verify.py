@@ -65,6 +65,12 @@ def test_float64_beyond_float32(scale):
     assert verify(x, codebook, (given + 1) % 40).wrong == 50
 
 
+def test_one_code_left_whose_distance_overflows():
+    x, codebook = torch.full((1, 2), 1e200, dtype=torch.float64), torch.tensor([[NAN, 0], [0, 0]]).double()
+    assert reference.nearest_codeword(x, codebook)[0].tolist() == [0]
+    assert verify(x, codebook, torch.tensor([0])) and not verify(x, codebook, torch.tensor([1]))
+
+
 def test_the_second_nearest_is_wrong_by_its_excess():
     x, codebook = torch.randn(500, 16), torch.randn(64, 16)
     least = distances(x, codebook).topk(2, largest=False)
@@ -112,6 +118,8 @@ def test_rows_and_codes_that_are_not_finite():
     found = verify(x, codebook, given)
     # every code is infinitely far from the row of NaN, a code of NaN from the other
     assert found.rows.tolist() == [1, 2] and found.excess.tolist() == [0, INF]
+    codebook[:5] = INF
+    assert verify(x, codebook, torch.tensor([5, 0, 5, 5])) and verify(x, codebook, torch.full((4,), 5)).wrong == 1
     assert verify(x, codebook.fill_(NAN), torch.zeros(4, dtype=torch.int64))
 
 
