@@ -77,10 +77,8 @@ def bench_heads_against_baddbmm_argmin(compare):
 def faiss_kernel():
     """The kernel of the OpenBLAS that faiss brings, or nothing if it brings another library."""
     threadpoolctl = pytest.importorskip("threadpoolctl")
-    libraries = threadpoolctl.threadpool_info()
-    kernels = [
-        b["architecture"] for b in libraries if "faiss" in str(Path(b["filepath"]).parent) and "architecture" in b
-    ]
+    blas = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
+    kernels = [library["architecture"] for library in blas if "faiss" in str(Path(library["filepath"]).parent)]
     return f", OpenBLAS {kernels[0]}" if kernels else ""
 
 

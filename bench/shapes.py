@@ -8,7 +8,3 @@ SHAPES = [
     (65_536, 32, 512, 7),
     (65_536, 8, 1_024, 7),
 ]
-
-
-def name(N: int, D: int, K: int) -> str:
-    return f"{N}x{D}x{K}"
