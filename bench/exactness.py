@@ -206,7 +206,7 @@ def plan(family: str, seed: int, rows: int, *, codes: tuple, dims: tuple, dtypes
     problems rather than few shapes.
     """
     order = random.Random(f"{family} {seed}")
-    most = min(4000, max(40, rows // (len(codes) * len(dims))))
+    most = min(4000, max(120, rows // (len(codes) * len(dims))))
     drawn = 0
     while True:
         shapes = [(K, D) for K in codes for D in dims]
