@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +27,18 @@ def compiled(isa: str) -> Callable[[int, int], None]:
     flags = FLAGS["avx512" if isa.startswith("avx512") else isa]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "fma_peak.so"
-        command = ["g++", "-O2", "-ffp-contract=fast", "-shared", "-fPIC", *flags, str(SOURCE), "-o", str(library)]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O2",
+            "-ffp-contract=fast",
+            "-shared",
+            "-fPIC",
+            *flags,
+            str(SOURCE),
+            "-o",
+            str(library),
+        ]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
     loaded.fma_peak.argtypes, loaded.fma_peak.restype = (ctypes.c_long,), ctypes.c_float
@@ -45,6 +57,7 @@ def compiled(isa: str) -> Callable[[int, int], None]:
 
 
 def main() -> None:
+    sys.path.insert(0, str(SOURCE.parents[1]))
     import torch
 
     from metarec_fast.ops import backend_info
