@@ -27,18 +27,8 @@ def compiled(isa: str) -> Callable[[int, int], None]:
     flags = FLAGS["avx512" if isa.startswith("avx512") else isa]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "fma_peak.so"
-        command = [
-            "g++",
-            "-std=c++17",
-            "-O2",
-            "-ffp-contract=fast",
-            "-shared",
-            "-fPIC",
-            *flags,
-            str(SOURCE),
-            "-o",
-            str(library),
-        ]
+        command = ["g++", "-std=c++17", "-O2", "-ffp-contract=fast", "-shared", "-fPIC", *flags]
+        command += [str(SOURCE), "-o", str(library)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
     loaded.fma_peak.argtypes, loaded.fma_peak.restype = (ctypes.c_long,), ctypes.c_float
