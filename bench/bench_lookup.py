@@ -1,12 +1,21 @@
-"""The codebook lookup against a product with argmin, faiss and a vector-quantisation module in eval mode."""
+"""The codebook lookup against a product with argmin, faiss, a module in eval mode, and the processor's peak.
+
+faiss brings an OpenBLAS of its own, which takes the kernel that OPENBLAS_CORETYPE names and may know no fast one for a
+newer processor: the row names the kernel that ran. Measure faiss under each that the processor has:
+
+    for kernel in Haswell SkylakeX; do OPENBLAS_CORETYPE=$kernel pytest bench/bench_lookup.py -k faiss --benchmark-only
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from bench import fma_peak
+from bench.shapes import SHAPES
 from metarec_fast import FastVQ
-from metarec_fast.ops import nearest_codeword
+from metarec_fast.ops import backend_info, nearest_codeword
 
-SHAPES = [(32_768, 64, 1_024, 7), (16_384, 64, 1_024, 9), (4_096, 256, 8_192, 5)]  # rows, dim, codes, rounds
 HEADS, ROWS, DIM, CODES = 8, 1_000, 8, 256
 
 
@@ -65,6 +74,14 @@ def bench_heads_against_baddbmm_argmin(compare):
     )
 
 
+def faiss_kernel():
+    """The kernel of the OpenBLAS that faiss brings, or nothing if it brings another library."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    blas = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
+    kernels = [library["architecture"] for library in blas if "faiss" in str(Path(library["filepath"]).parent)]
+    return f", OpenBLAS {kernels[0]}" if kernels else ""
+
+
 @pytest.mark.parametrize(("N", "D", "K", "rounds"), SHAPES)
 def bench_against_faiss(compare, N, D, K, rounds):
     faiss = pytest.importorskip("faiss")
@@ -77,9 +94,32 @@ def bench_against_faiss(compare, N, D, K, rounds):
         lambda: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0]),
         subject="nearest_codeword",
         shape=f"{N}x{D}x{K}",
-        against="faiss IndexFlatL2",
+        against=f"faiss IndexFlatL2{faiss_kernel()}",
         packages=("faiss-cpu",),
         check=as_near(x, codebook),
+        rounds=rounds,
+    )
+
+
+@pytest.mark.parametrize(("N", "D", "K", "rounds"), SHAPES)
+def bench_against_the_peak(compare, N, D, K, rounds):
+    """The ratio is the share of the measured multiply-add peak that the lookup reaches."""
+    isa = backend_info()["cpu"]["isa"]
+    if not isa.startswith(("avx2", "avx512")):
+        pytest.skip(f"the peak is measured for AVX2 and AVX-512, the operators run on {isa}")
+    x, codebook = problem(N=N, D=D, K=K)
+    peak, threads = fma_peak.compiled(isa), torch.get_num_threads()
+
+    def nothing_to_compare(ours, theirs):
+        assert ours.shape == (N,) and theirs is None
+
+    compare(
+        lambda: nearest_codeword(x, codebook).indices,
+        lambda: peak(N * D * K, threads),
+        subject="nearest_codeword",
+        shape=f"{N}x{D}x{K}",
+        against="multiply-add peak",
+        check=nothing_to_compare,
         rounds=rounds,
     )
 

@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.machine import RESULTS, commit, machine, slug, versions
 from bench.ratio import Ratio, interleaved, write_row
-from metarec_fast import __version__
-from metarec_fast.ops import backend_info
-
-HERE = Path(__file__).parent
-
-
-def device_name(device: str) -> str:
-    """The processor's or the GPU's model, as its maker calls it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        model = None
-    return model[1].strip() if model else platform.processor() or platform.machine()
-
-
-def machine(device: str) -> dict[str, Any]:
-    info = backend_info()
-    return {"device": device_name(device), "isa": info["cpu"]["isa"], "threads": torch.get_num_threads()}
-
-
-def versions(*packages: str) -> str:
-    found = {"metarec_fast": __version__, "python": platform.python_version()}
-    found |= {package: importlib.metadata.version(package) for package in ("torch", "numpy", *packages)}
-    return " ".join(f"{name}={version}" for name, version in found.items())
-
-
-def commit() -> str:
-    described = subprocess.run(
-        ("git", "describe", "--always", "--dirty", "--exclude=*"), cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -92,8 +55,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Rat
         benchmark.extra_info.update(row)
         benchmark.pedantic(lambda: (fast(), synchronize()), rounds=5, warmup_rounds=1)
         if request.config.getoption("benchmark_only"):
-            slug = re.sub(r"[^a-z0-9]+", "-", row["device"].lower()).strip("-")
-            write_row(HERE / "results" / f"{slug}.csv", row)
+            write_row(RESULTS / f"{slug(row['device'])}.csv", row)
         return ratio
 
     return run

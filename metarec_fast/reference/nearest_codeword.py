@@ -8,7 +8,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 18  # distances held at a time
 
 
-def _distances(x_HND: Tensor, codebook_HKD: Tensor) -> Tensor:
+def squared_distances(x_HND: Tensor, codebook_HKD: Tensor) -> Tensor:
     """[H, N, K]: sum over d in ascending order of (x_d - c_d)^2, each operation rounded to float64.
 
     A distance that is not finite, from a NaN or an infinity in the input, counts as infinite.
@@ -35,7 +35,7 @@ def nearest_codeword(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     code_K = torch.arange(K, device=x.device)
     indices, margins = [], []
     for x_HnD in x.split(rows, dim=1):
-        distance_HnK = _distances(x_HnD, codebook)
+        distance_HnK = squared_distances(x_HnD, codebook)
         least_Hn1 = distance_HnK.amin(-1, keepdim=True)
         index_Hn1 = torch.where(distance_HnK == least_Hn1, code_K, K).amin(-1, keepdim=True)
         second_Hn1 = torch.where(code_K == index_Hn1, float("inf"), distance_HnK).amin(-1, keepdim=True)
