@@ -78,6 +78,12 @@ def test_equals_reference(data, shape):
     check(*DATA[data](*shape))
 
 
+def test_rows_so_far_away_that_float64_distances_tie():
+    # really the second code is nearer, by less than the definition's own rounding
+    x, codebook = torch.tensor([[1e10]]), torch.tensor([[0.0], [1e-7]])
+    assert nearest_codeword(x, codebook).indices.item() == 0
+
+
 def test_score_that_overflows_half_way():
     # norms and final scores are below the largest float32, a partial sum of the nearest code's score is not
     a, b = 2.24e19 * torch.tensor([0.5, 0.866]), 2.24e19 * torch.tensor([0.866, 0.5])
