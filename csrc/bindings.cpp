@@ -18,7 +18,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
     m.def("supported_isas", [] {
         std::vector<std::string> names;
-        for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+        for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_vnni}) {
             if (isa_supported(isa)) names.emplace_back(isa_name(isa));
         }
         return names;

@@ -8,6 +8,8 @@ namespace metarec {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::avx512_vnni:
+            return "avx512_vnni";
         case Isa::avx512:
             return "avx512";
         case Isa::avx2:
@@ -20,6 +22,8 @@ const char* isa_name(Isa isa) {
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
     switch (isa) {
+        case Isa::avx512_vnni:
+            return isa_supported(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
         case Isa::avx512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -36,7 +40,7 @@ bool isa_supported(Isa isa) {
 
 namespace {
 
-constexpr Isa kFastestFirst[] = {Isa::avx512, Isa::avx2, Isa::baseline};
+constexpr Isa kFastestFirst[] = {Isa::avx512_vnni, Isa::avx512, Isa::avx2, Isa::baseline};
 
 Isa choose() {
     const char* forced = std::getenv("METAREC_FAST_ISA");

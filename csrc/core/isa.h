@@ -3,7 +3,7 @@
 
 namespace metarec {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_vnni };
 
 bool isa_supported(Isa isa);  // built into this library and usable on this processor
 const char* isa_name(Isa isa);
@@ -22,9 +22,13 @@ Isa active_isa();  // throws std::runtime_error if METAREC_FAST_ISA names an unk
     }                             \
     namespace metarec::avx512 {   \
     __VA_ARGS__;                  \
+    }                             \
+    namespace metarec::avx512_vnni { \
+    __VA_ARGS__;                  \
     }
 #define METAREC_DISPATCH(name)                                                    \
-    (::metarec::active_isa() == ::metarec::Isa::avx512 ? &::metarec::avx512::name \
+    (::metarec::active_isa() == ::metarec::Isa::avx512_vnni ? &::metarec::avx512_vnni::name \
+     : ::metarec::active_isa() == ::metarec::Isa::avx512 ? &::metarec::avx512::name \
      : ::metarec::active_isa() == ::metarec::Isa::avx2 ? &::metarec::avx2::name   \
                                                        : &::metarec::baseline::name)
 #else

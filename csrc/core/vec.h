@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(METAREC_ISA_avx512) || defined(METAREC_ISA_avx2)
+#include <immintrin.h>
+#endif
+
 #if defined(METAREC_ISA_avx512)
 #define METAREC_VECTOR_BYTES 64
 #elif defined(METAREC_ISA_avx2)
@@ -22,6 +26,8 @@ constexpr int kFloats = METAREC_VECTOR_BYTES / 4;  // float lanes of a vector
 typedef float vfloat __attribute__((vector_size(METAREC_VECTOR_BYTES)));
 typedef int32_t vint __attribute__((vector_size(METAREC_VECTOR_BYTES)));
 
+typedef double vdouble __attribute__((vector_size(METAREC_VECTOR_BYTES)));
+
 [[maybe_unused]] inline vfloat load(const float* p) {
     vfloat v;
     std::memcpy(&v, p, sizeof v);
@@ -29,6 +35,101 @@ typedef int32_t vint __attribute__((vector_size(METAREC_VECTOR_BYTES)));
 }
 [[maybe_unused]] inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 [[maybe_unused]] inline vfloat broadcast(float x) { return x - vfloat{}; }
+
+[[maybe_unused]] inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+[[maybe_unused]] inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
+
+// The first `count` floats and zeros, or a whole vector if there are more.
+[[maybe_unused]] inline vfloat load_first(const float* p, int64_t count) {
+    if (count >= kFloats) return load(p);
+#if defined(METAREC_ISA_avx512)
+    return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+    vfloat v = {};
+    for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+
+alignas(64) constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Lane i of the result is lane i ^ distance.
+[[maybe_unused]] inline vfloat swap_lanes(vfloat v, int distance) {
+    vint lane;
+    std::memcpy(&lane, kLane, sizeof lane);
+    return __builtin_shuffle(v, lane ^ distance);
+}
+
+// Half as many floats, exactly.
+[[maybe_unused]] inline vdouble load_doubles(const float* p) {
+    typedef float half __attribute__((vector_size(METAREC_VECTOR_BYTES / 2)));
+    half v;
+    std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vdouble);
+}
+
+[[maybe_unused]] inline float max_lane(vfloat v) {
+#pragma GCC unroll 4
+    for (int distance = kFloats / 2; distance > 0; distance /= 2) v = max(v, swap_lanes(v, distance));
+    return v[0];
+}
+
+[[maybe_unused]] inline float min_lane(vfloat v) {
+#pragma GCC unroll 4
+    for (int distance = kFloats / 2; distance > 0; distance /= 2) v = min(v, swap_lanes(v, distance));
+    return v[0];
+}
+
+[[maybe_unused]] inline float sum_lanes(vfloat v) {
+#pragma GCC unroll 4
+    for (int distance = kFloats / 2; distance > 0; distance /= 2) v += swap_lanes(v, distance);
+    return v[0];
+}
+
+// The sums of four vectors.
+[[maybe_unused]] inline void sum_lanes(const vfloat* v, float* out) {
+#if defined(METAREC_ISA_avx512)
+    __m256 half[4];
+    for (int j = 0; j < 4; ++j) {
+        const __m512 both = (__m512)(v[j] + swap_lanes(v[j], 8));
+        std::memcpy(&half[j], &both, sizeof half[j]);
+    }
+#elif defined(METAREC_ISA_avx2)
+    const __m256 half[4] = {(__m256)v[0], (__m256)v[1], (__m256)v[2], (__m256)v[3]};
+#endif
+#if defined(METAREC_ISA_avx512) || defined(METAREC_ISA_avx2)
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+    for (int j = 0; j < 4; ++j) out[j] = sum_lanes(v[j]);
+#endif
+}
+
+[[maybe_unused]] inline uint32_t lane_bits(vint mask) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kFloats; ++lane) bits |= (mask[lane] & 1u) << lane;
+    return bits;
+}
+
+// A bit for each lane in which a >= b, or a < b.
+[[maybe_unused]] inline uint32_t lanes_at_least(vfloat a, vfloat b) {
+#if defined(METAREC_ISA_avx512)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif defined(METAREC_ISA_avx2)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
+#else
+    return lane_bits(a >= b);
+#endif
+}
+[[maybe_unused]] inline uint32_t lanes_below(vfloat a, vfloat b) {
+#if defined(METAREC_ISA_avx512)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+#elif defined(METAREC_ISA_avx2)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ));
+#else
+    return lane_bits(a < b);
+#endif
+}
 
 }  // namespace
 }  // namespace metarec::METAREC_ISA

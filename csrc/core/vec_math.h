@@ -24,7 +24,5 @@ namespace {
     return x < -87.3f ? vfloat{} : y * power;
 }
 
-[[maybe_unused]] inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
-
 }  // namespace
 }  // namespace metarec::METAREC_ISA

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "vq/backward.h"
 #include "vq/exact.h"
 #include "vq/nearest_codeword.h"
 #include "vq/prepared_codebook.h"
@@ -33,10 +34,23 @@ void search(const float* x, const float* codebook, const SearchOutput& out, int6
         throw std::invalid_argument("codebook must hold fewer than 2^31 codes, got " + std::to_string(codes));
     }
     if (heads * rows == 0) return;
-    const PreparedCodebook prepared(codebook, heads, codes, dim, METAREC_DISPATCH(codebook_width)());
     const int threads = heads * rows * codes * dim < 1 << 15 ? 1 : max_threads();
-    std::vector<float> scratch(threads * METAREC_DISPATCH(search_scratch)(dim));
-    METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), x, rows, threads, scratch.data(), out);
+    auto run = [&](bool integers, const SearchRows& of, const Unsettled* unsettled) {
+        const PreparedCodebook prepared(codebook, heads, codes, dim, integers);
+        const AlignedMemory scratch = allocate_aligned(threads * METAREC_DISPATCH(search_scratch)(prepared.view()));
+        METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), of, threads, scratch.get(), out, unsettled);
+    };
+    if (!METAREC_DISPATCH(screens)(dim)) {
+        run(false, {x, rows, nullptr, nullptr}, nullptr);
+        return;
+    }
+    const std::unique_ptr<int64_t[]> unsettled_rows(new int64_t[heads * rows]);
+    std::vector<int64_t> unsettled_count(heads, 0);
+    const Unsettled unsettled = {unsettled_rows.get(), unsettled_count.data()};
+    run(true, {x, rows, nullptr, nullptr}, &unsettled);
+    if (std::any_of(unsettled_count.begin(), unsettled_count.end(), [](int64_t count) { return count > 0; })) {
+        run(false, {x, rows, unsettled.rows, unsettled.count}, nullptr);
+    }
 }
 
 constexpr int64_t kGroupRows = 512;
@@ -132,6 +146,17 @@ void bind_vq(py::module_& m) {
         },
         py::arg("x"), py::arg("codebook"), py::arg("quantized"), py::arg("indices"), py::arg("row_error"),
         py::kw_only(), py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"));
+    m.def(
+        "vq_backward",
+        [](uintptr_t grad, uintptr_t grad_error, uintptr_t x, uintptr_t quantized, uintptr_t out, int64_t rows,
+           int64_t dim, bool rotation) {
+            py::gil_scoped_release release;
+            METAREC_DISPATCH(vq_backward_f32)
+            (pointer<const float>(grad), pointer<const float>(grad_error), pointer<const float>(x),
+             pointer<const float>(quantized), rows, dim, rotation, pointer<float>(out));
+        },
+        py::arg("grad"), py::arg("grad_error"), py::arg("x"), py::arg("quantized"), py::arg("out"), py::kw_only(),
+        py::arg("rows"), py::arg("dim"), py::arg("rotation"));
     m.def(
         "vq_statistics",
         [](uintptr_t x, uintptr_t indices, uintptr_t weight, uintptr_t counts, uintptr_t sums, int64_t heads,

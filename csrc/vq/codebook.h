@@ -7,20 +7,48 @@ namespace metarec {
 
 // Beyond this squared norm, of a code or a row, sums of float32 products might overflow.
 constexpr float kMaxSquare = 1e36f;
+constexpr int64_t kMaxGroup = 8;
 
-// Per head h, slots s count the distinct finite codes in the order of their indices, padded to whole panels.
+// Vectors packed for the scan, in panels of lanes * group slots: slot s of a panel lies in lane s / group of vector
+// s % group, so that a group of neighbouring slots shares a lane.
+struct Panels {
+    uint32_t* words;  // [panels, group, count, lanes]: a word is one float32 of a vector, or four int8 plus 128
+    float* start;     // [panels, group, lanes] what is added to products: -inf in padding
+    float* scale;     // [panels] of the integers
+};
+
+// Near-equal codes, at least kLeastClump together, enter the scan as one: the first of them. A row that chooses it
+// is compared with all members by their differences from the first, which float32 resolves.
+constexpr int64_t kLeastClump = 16;
+constexpr int64_t kClumpGroup = 2;
+struct Clumps {
+    int32_t* of_code;  // [H, codes] the clump that a code stands for, -1 for none
+    int64_t* first;    // [H, clumps + 1] where the members of a clump begin
+    int64_t* panel;    // [H, clumps] its first panel
+    float* radius;     // [H, clumps] at least the distance of any member from the first
+    int32_t* members;  // [H, codes] codes, ascending in each clump
+    Panels panels;     // of differences, group kClumpGroup
+    int64_t most;      // most clumps of a head, the stride of the arrays over clumps
+    int64_t groups;    // groups of all clumps of a head
+};
+
+// Slots are the distinct finite codes that enter the scan: ordinary ones, clumps, and last those of large norm,
+// each in the order of their indices.
 struct Codebook {
-    int64_t heads, codes, dim, width, panels;  // width: slots of a panel
-    const float* original;                     // [H, codes, dim]
-    const float* mean;                         // [H, dim], subtracted from codes and rows
-    const float* packed;                       // [H, panels, dim, width] codes - mean
-    const float* start;                        // [H, panels * width] -||code - mean||^2 / 2, -inf in padding
-    // score error of a slot against a row x: error_slope * ||x - mean|| + error_base (see nearest_codeword.cpp)
-    const float *error_slope, *error_base;          // [H, panels * width]
-    const float *max_error_slope, *max_error_base;  // [H]
-    const int32_t* code;                            // [H, panels * width] index of the slot's code
-    const uint8_t* duplicated;                      // [H, codes] whether a later code equals this one
-    const int64_t* slots;                           // [H]
+    int64_t heads, codes, dim;
+    bool integers;              // whether panels hold int8 or float32
+    int64_t group, lanes, panels, words;
+    const float* original;      // [H, codes, dim]
+    float* mean;                // [H, dim], subtracted from codes and rows
+    int32_t* code;              // [H, panels * lanes * group] index of the slot's code; kMaxGroup more may be read
+    uint8_t* duplicated;        // [H, codes] whether a later code equals this one
+    int64_t* slots;             // [H]
+    Panels scan;                // of [H, panels]; start is -||code - mean||^2 / 2
+    // The score of any slot of a panel errs by at most by_rounding * ||x - x'|| + by_norm * ||x|| + constant,
+    // x being a row minus the mean and x' what stands for it in the scan (nearest_codeword.cpp).
+    float *by_rounding, *by_norm, *constant;  // [H, panels], padded to whole vectors
+    float* reach;                             // [H] at least ||code - mean|| of any slot
+    Clumps clumps;
 };
 
 }  // namespace metarec

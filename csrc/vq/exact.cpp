@@ -62,6 +62,7 @@ void nearest_codeword_f64(const double* x, const double* codebook, int64_t heads
         }
         const bool none = nearest.index < 0;  // every distance is infinite
         indices[row] = none ? 0 : nearest.index;
+        if (margin == nullptr) continue;
         margin[row] = static_cast<float>(!none ? nearest.second - nearest.least : codes == 1 ? kInfinity : 0);
     }
 }

@@ -19,6 +19,6 @@ struct Nearest {
 // offer.
 METAREC_KERNEL(void offer_exact_f32(Nearest* nearest, const float* x, const float* codebook, const int32_t* codes,
                                     int64_t count, int64_t dim))
-// Every row of x [H, rows, dim] against every code of its head.
+// Every row of x [H, rows, dim] against every code of its head; margin may be null.
 METAREC_KERNEL(void nearest_codeword_f64(const double* x, const double* codebook, int64_t heads, int64_t rows,
                                          int64_t codes, int64_t dim, int64_t* indices, float* margin))

@@ -1,14 +1,20 @@
-// Nearest codeword in float32 with a proof per row, and float64 where the proof fails.
+// Nearest codeword: scores with a proven error for all codes, then true distances for the few that can still win.
 //
 // With m the mean code, X = x - m and C = c - m, the code of least ||x - c||^2 has the largest score
-// s = X.C - ||C||^2 / 2. The loop computes a score S from x' = fl(X), c' = fl(C) and h = fl(||C||^2 / 2), starting from
-// -h and adding dim products. With u = 2^-24, each addition (fused or not) rounds a partial sum of magnitude at most
-// h + ||x'|| ||c'||, each product alone errs by u of itself, rounding X and C costs 2u ||X|| ||C||, rounding h costs
-// u h; second-order terms are below the slack of the constant:
-//     |S - s| <= E = (dim + 6) u (1 + 4 dim u) (||x'|| ||c'|| + h) + underflow,
-// and E is infinite where a partial sum might overflow.
-// If the largest score leads the second by more than 2 max E, it is the nearest code. Otherwise the codes that can
-// still win, S + E >= S_best - E_best, are compared in float64 by the definition itself (exact.cpp).
+// s = X.C - ||C||^2 / 2. The scan computes scores S from approximations x' of X and c' of C, either float32 or 8-bit
+// integers times a scale, and keeps for each row the largest score of every group of codes. With R >= ||X||, ||x'||,
+// r >= ||X - x'||, and for the codes of a panel Q >= ||C||, ||c'||, q >= ||C - c'||, and u = 2^-24,
+//     |S - s| <= E = r Q + R q + k u (R Q + Q^2 / 2) + f (R + Q)^2 + underflow.
+// k: float32 arithmetic. A sum of dim products, fused or not, rounds partial sums of magnitude at most R Q + Q^2 / 2 dim
+//   times, and ||C||^2 / 2 is such a sum: k = 2 dim + 16 covers both, the roundings of X and C, and a product alone.
+//   Integer sums are exact; their conversion, scale and the sum with -||C||^2 / 2 leave k = dim + 16.
+// f = (dim + 4) 2^-53: the float64 sum that defines the index differs from the real distance by up to 2 f (R + Q)^2.
+// A slot that stands for a clump of radius p adds R p + Q p: so far the score of a member can be from its.
+// With L the largest S - E of all, a group whose largest S + E is below L cannot hold the nearest code. Members of a
+// clump are told apart the same way by the scores X.e - g of their differences e from the first, g = (first - m).e +
+// ||e||^2 / 2, whose error is k u (R p + Q p + p^2 / 2) + f (R + Q)^2.
+// For the codes left, d = sum (x - c)^2 in float32 is within (dim + 8) u d of the distance: mostly that proves the
+// nearest. If not, those that can still win are compared by the definition itself, in float64 (exact.cpp).
 #include "vq/nearest_codeword.h"
 
 #ifdef _OPENMP
@@ -29,279 +35,773 @@ constexpr int kRows = 6, kVectors = 2;
 #else
 constexpr int kRows = 4, kVectors = 2;
 #endif
-constexpr int kWidth = kVectors * kFloats;
+#if defined(__AVX512VNNI__)
+constexpr bool kScreens = true;
+#else
+constexpr bool kScreens = false;
+#endif
 constexpr float kInfinity = __builtin_inff();
-constexpr int kCandidates = 8;  // offered together
+constexpr float kUnit = 0x1p-24f;
+constexpr float kIntegers = 127;     // an approximation in integers is at most this
+constexpr float kSmallest = 0x1p-60f;  // below this largest element, integers are left to float32
+constexpr int64_t kPossible = 8;      // codes that a screen leaves to float64
 
-// Rows of a block: packed rows and running maxima stay in L1 while one panel after the other passes over them;
-// longer rows stay in L2, and more of them share each panel.
-inline int64_t block_rows(int64_t dim) { return dim <= 32 || dim > 128 ? 96 : 48; }
-
-// Running maxima of a row, a lane per residue of the slot.
-struct Lead {
-    vfloat best, second;
-    vint vector;  // which vector of slots holds best
-};
-
-struct Row {
-    int64_t row, slot;
-    float norm, best, second;
-};
+// Rows of a block: packed rows stay in L1 while one panel after the other passes over them; longer rows stay in L2,
+// and more of them share each panel.
+inline int64_t block_rows(int64_t words) { return words <= 32 || words > 128 ? 96 : 48; }
 
 struct Search {
     const Codebook& codebook;
-    const float* x;
-    int64_t rows;
+    const SearchRows& rows;
     const SearchOutput& out;
+    const Unsettled* unsettled;
+    int64_t limit;  // codes whose distances are worth computing before a search in float32 would be cheaper
 };
 
-inline int64_t used_panels(const Codebook& codebook, int64_t h) { return (codebook.slots[h] + kWidth - 1) / kWidth; }
+// What a thread works with, carved from its scratch. Arrays of a block: [tiles, ...].
+struct Workspace {
+    uint32_t* words;      // [tiles, words, kRows]
+    float* norm;          // [rows] at least ||X||
+    float* rounding;      // [rows] at least ||X - x'||
+    float* factor;        // [rows] scale of the integer sums
+    int32_t* offset;      // [rows] what unsigned codes add to them, negated
+    float* maxima;        // [rows, panels * lanes]
+    float* error;         // [rows, panels], padded to whole vectors
+    float* threshold;     // [rows] groups that may reach it may hold the nearest code
+    int32_t* candidates;  // [codes], padded
+    float* distance;      // [codes], padded
+    float* clump_maxima;  // [kRows, groups of clumps] of one tile
+    int64_t* clump_tile;  // [clumps] the tile whose maxima they are
+    int32_t* opened;      // [clumps] to be searched for one row
+    int64_t size;
+};
 
-inline bool any_lane(vint mask) {
-    int64_t words[sizeof(vint) / 8], any = 0;
-    std::memcpy(words, &mask, sizeof words);
-    for (int64_t word : words) any |= word;
-    return any != 0;
+inline int64_t padded_panels(const Codebook& codebook) { return (codebook.panels + kFloats - 1) / kFloats * kFloats; }
+
+inline Workspace carve(char* memory, const Codebook& codebook) {
+    int64_t used = 0;
+    auto take = [&](int64_t elements) {
+        char* at = memory + used;
+        used += (elements * 4 + 63) / 64 * 64;
+        return at;
+    };
+    const int64_t block = block_rows(codebook.words);
+    Workspace w;
+    w.words = reinterpret_cast<uint32_t*>(take(block * codebook.words));
+    w.norm = reinterpret_cast<float*>(take(block));
+    w.rounding = reinterpret_cast<float*>(take(block));
+    w.factor = reinterpret_cast<float*>(take(block));
+    w.offset = reinterpret_cast<int32_t*>(take(block));
+    w.maxima = reinterpret_cast<float*>(take(block * codebook.panels * kFloats));
+    w.error = reinterpret_cast<float*>(take(block * padded_panels(codebook)));
+    w.threshold = reinterpret_cast<float*>(take(block));
+    w.candidates = reinterpret_cast<int32_t*>(take(codebook.codes + kMaxGroup));
+    w.distance = reinterpret_cast<float*>(take(codebook.codes + 4 + kFloats));
+    w.clump_maxima = reinterpret_cast<float*>(take(kRows * codebook.clumps.groups));
+    w.clump_tile = reinterpret_cast<int64_t*>(take(2 * codebook.clumps.most));
+    w.opened = reinterpret_cast<int32_t*>(take(codebook.clumps.most));
+    w.size = used;
+    return w;
 }
 
-// [dim, kRows] rows minus the mean. norm: at least ||row - mean||, infinite if a score might overflow.
-inline void pack(const float* const* row, const float* mean, int64_t dim, float* packed, float* norm) {
-    float square[kRows] = {};
-    for (int64_t d = 0; d < dim; ++d) {
+inline int64_t used_panels(const Codebook& codebook, int64_t h) {
+    const int64_t width = codebook.lanes * codebook.group;
+    return (codebook.slots[h] + width - 1) / width;
+}
+
+// A bound on a norm from a float32 sum of squares: slack for the rounding of the sum, and for squares that underflow.
+inline float norm_bound(float square, int64_t dim) {
+    if (!(square <= kMaxSquare)) return kInfinity;
+    return __builtin_sqrtf(square) * (1 + static_cast<float>(dim + 8) * 0x1p-23f) +
+           __builtin_sqrtf(static_cast<float>(dim)) * 0x1p-62f;
+}
+
+// The largest element of row - mean, and its squared norm.
+inline float measure(const float* row, const float* mean, int64_t dim, float* square) {
+    vfloat largest = {}, sum = {};
+    for (int64_t d = 0; d < dim; d += kFloats) {
+        const vfloat x = load_first(row + d, dim - d) - load_first(mean + d, dim - d);
+        largest = max(largest, max(x, -x));
+        sum += x * x;
+    }
+    *square = sum_lanes(sum);
+    return max_lane(largest);
+}
+
+// row - mean in integers of `scale`, four to a word, `step` words apart; flip = 0x80808080 adds 128 to each.
+// Returns the squared norm of what they leave out, and sets `total` to the integers' sum.
+inline float to_integers(const float* row, const float* mean, int64_t dim, float scale, uint32_t flip, uint32_t* out,
+                         int64_t step, int32_t* total) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: the sum's lowest byte is the nearest integer
+    const float inverse = 1 / scale;
+    vfloat square = {}, sum = {};
+    for (int64_t d = 0; d < dim; d += kFloats) {
+        const vfloat x = load_first(row + d, dim - d) - load_first(mean + d, dim - d);
+        const vfloat shifted = x * inverse + round;
+        const vfloat integer = shifted - round;
+        const vfloat error = x - integer * scale;
+        square += error * error;
+        sum += integer;
+        uint32_t words[kFloats / 4];
+#if defined(METAREC_ISA_avx512)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8((__m512i)shifted));
+#else
+        uint8_t bytes[kFloats];
+        for (int lane = 0; lane < kFloats; ++lane) bytes[lane] = static_cast<uint8_t>(((vint)shifted)[lane]);
+        std::memcpy(words, bytes, sizeof bytes);
+#endif
+        for (int w = 0; w < kFloats / 4 && d + 4 * w < dim; ++w) out[(d / 4 + w) * step] = words[w] ^ flip;
+    }
+    *total = static_cast<int32_t>(sum_lanes(sum));
+    return sum_lanes(square);
+}
+
+// Rows of a tile as words [count, kRows]; rows beyond `rows` repeat the first.
+template <bool kInteger>
+inline void pack_tile(const Search& search, int64_t h, const float* const* row, int64_t first, const Workspace& w) {
+    const Codebook& codebook = search.codebook;
+    const int64_t dim = codebook.dim;
+    const float* mean = codebook.mean + h * dim;
+    uint32_t* words = w.words + first * codebook.words;
+    if constexpr (kInteger) {
         for (int r = 0; r < kRows; ++r) {
-            const float value = row[r][d] - mean[d];
-            packed[d * kRows + r] = value;
-            square[r] += value * value;
+            float square;
+            const float largest = measure(row[r], mean, dim, &square);
+            // too small or too large: the row is left to float32
+            const bool fits = largest >= kSmallest && square <= kMaxSquare;
+            const float scale = fits ? largest / kIntegers : 1;
+            int32_t total;
+            const float rest = to_integers(row[r], mean, dim, scale, 0, words + r, kRows, &total);
+            w.norm[first + r] = norm_bound(square, dim);
+            w.rounding[first + r] = fits ? norm_bound(rest, dim) : kInfinity;
+            w.factor[first + r] = scale;
+            w.offset[first + r] = -128 * total;
         }
-    }
-    // slack for the rounding of the sum, and for squares that underflow
-    const float relative = 1 + static_cast<float>(dim + 8) * 0x1p-23f;
-    const float absolute = __builtin_sqrtf(static_cast<float>(dim)) * 0x1p-62f;
-    for (int r = 0; r < kRows; ++r) {
-        norm[r] = square[r] > kMaxSquare ? kInfinity : __builtin_sqrtf(square[r]) * relative + absolute;
+    } else {
+        float square[kRows] = {};
+        float* packed = reinterpret_cast<float*>(words);
+        for (int64_t d = 0; d < dim; ++d) {
+            for (int r = 0; r < kRows; ++r) {
+                const float value = row[r][d] - mean[d];
+                packed[d * kRows + r] = value;
+                square[r] += value * value;
+            }
+        }
+        for (int r = 0; r < kRows; ++r) {
+            w.norm[first + r] = norm_bound(square[r], dim);
+            w.rounding[first + r] = 0;
+        }
     }
 }
 
-[[gnu::always_inline]] inline void scores(const float* __restrict x, const float* __restrict panel,
-                                          const float* __restrict start, int64_t dim,
-                                          vfloat (&score)[kRows][kVectors]) {
+// The largest score of each group of a panel, for a tile of rows: maxima [kRows, stride].
+template <bool kInteger>
+[[gnu::always_inline]] inline void scan(const uint32_t* __restrict rows, [[maybe_unused]] const float* factor,
+                                        [[maybe_unused]] const int32_t* offset, const uint32_t* __restrict words,
+                                        const float* start, [[maybe_unused]] float scale,
+                                        int64_t count, int64_t group, float* maxima, int64_t stride) {
+    const int64_t vector = count * kFloats;
+    for (int64_t v = 0; v < group; v += kVectors, words += kVectors * vector, start += kVectors * kFloats) {
+        vfloat score[kRows][kVectors];
+        const uint32_t* row = rows;
+        const uint32_t* code = words;
+        if constexpr (kInteger) {
+#if defined(__AVX512VNNI__)
+            vint sum[kRows][kVectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+            for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) score[r][v] = load(start + v * kFloats);
-    }
-    for (int64_t d = 0; d < dim; ++d, x += kRows, panel += kWidth) {
-        vfloat code[kVectors];
+                for (int j = 0; j < kVectors; ++j) sum[r][j] = vint{} + offset[r];
+            }
+            for (int64_t w = 0; w < count; ++w, row += kRows, code += kFloats) {
+                __m512i codes[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) code[v] = load(panel + v * kFloats);
+                for (int j = 0; j < kVectors; ++j) codes[j] = _mm512_loadu_si512(code + j * vector);
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const __m512i value = _mm512_set1_epi32(static_cast<int>(row[r]));
+#pragma GCC unroll 4
+                    for (int j = 0; j < kVectors; ++j) {
+                        sum[r][j] = (vint)_mm512_dpbusd_epi32((__m512i)sum[r][j], codes[j], value);
+                    }
+                }
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j) {
+                    score[r][j] = __builtin_convertvector(sum[r][j], vfloat) * broadcast(factor[r] * scale) +
+                                  load(start + j * kFloats);
+                }
+            }
+#endif
+        } else {
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j) score[r][j] = load(start + j * kFloats);
+            }
+            const float* x = reinterpret_cast<const float*>(row);
+            const float* c = reinterpret_cast<const float*>(code);
+            for (int64_t d = 0; d < count; ++d, x += kRows, c += kFloats) {
+                vfloat codes[kVectors];
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j) codes[j] = load(c + j * vector);
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const vfloat value = broadcast(x[r]);
+#pragma GCC unroll 4
+                    for (int j = 0; j < kVectors; ++j) score[r][j] += value * codes[j];
+                }
+            }
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-            const vfloat value = broadcast(x[r]);
+            vfloat most = score[r][0];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) score[r][v] += value * code[v];
+            for (int j = 1; j < kVectors; ++j) most = max(most, score[r][j]);
+            float* at = maxima + r * stride;
+            store(at, v == 0 ? most : max(most, load(at)));
         }
     }
 }
 
-inline void update(Lead* lead, const float* x, const float* panel, const float* start, int64_t dim, int32_t vector) {
-    vfloat score[kRows][kVectors];
-    scores(x, panel, start, dim, score);
-    // opaque from here on: broadcast before the loop over dim, it would hold registers that the tile needs
-    asm volatile("" : "+r"(vector));
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-        vfloat best = lead[r].best, second = lead[r].second;
-        vint at = lead[r].vector;
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            const vint higher = score[r][v] > best;
-            const vfloat loser = higher ? best : score[r][v];
-            best = higher ? score[r][v] : best;
-            at = higher ? vint{} + (vector + v) : at;
-            second = second > loser ? second : loser;
-        }
-        lead[r].best = best;
-        lead[r].second = second;
-        lead[r].vector = at;
-    }
-}
-
-// The best slot over all lanes, the lowest of equals.
-inline Row reduce(const Lead& lead, int64_t row, float norm) {
-    float best = -kInfinity, second = -kInfinity;
-    int64_t slot = 0;
-    for (int lane = 0; lane < kFloats; ++lane) {
-        const float value = lead.best[lane];
-        const int64_t at = static_cast<int64_t>(lead.vector[lane]) * kFloats + lane;
-        const float loser = value > best ? best : value;
-        second = second > loser ? second : loser;
-        second = second > lead.second[lane] ? second : lead.second[lane];
-        slot = value > best || (value == best && at < slot) ? at : slot;
-        best = value > best ? value : best;
-    }
-    return {row, slot, norm, best, second};
-}
-
-inline void emit(const Search& search, int64_t h, int64_t row, int64_t index, float margin) {
-    const int64_t at = h * search.rows + row, dim = search.codebook.dim;
+inline void emit(const Search& search, int64_t h, int64_t row, int64_t index, float margin, float row_error) {
+    const int64_t at = h * search.rows.rows + row, dim = search.codebook.dim;
     search.out.indices[at] = index;
-    if (search.out.margin != nullptr) {
-        search.out.margin[at] = search.codebook.duplicated[h * search.codebook.codes + index] ? 0 : margin;
-    }
+    if (search.out.margin != nullptr) search.out.margin[at] = margin;
     if (search.out.quantized == nullptr) return;
-    const float* __restrict x = search.x + at * dim;
+    search.out.row_error[at] = row_error;
     const float* __restrict code = search.codebook.original + (h * search.codebook.codes + index) * dim;
     float* __restrict quantized = search.out.quantized + at * dim;
-    vfloat sum = {};
+    for (int64_t d = 0; d < dim; ++d) quantized[d] = code[d];
+}
+
+// Squared distances of x from four codes.
+inline void distances(const float* x, const float* const* code, int64_t dim, float* out) {
+    vfloat sum[4] = {};
     int64_t d = 0;
     for (; d + kFloats <= dim; d += kFloats) {
-        const vfloat value = load(code + d), error = load(x + d) - value;
-        store(quantized + d, value);
+        const vfloat value = load(x + d);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const vfloat error = value - load(code[j] + d);
+            sum[j] += error * error;
+        }
+    }
+    if (d < dim) {
+        const vfloat value = load_first(x + d, dim - d);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const vfloat error = value - load_first(code[j] + d, dim - d);
+            sum[j] += error * error;
+        }
+    }
+    sum_lanes(sum, out);
+}
+
+// Squared distance in float64, in no particular order.
+inline double accurate_distance(const float* x, const float* code, int64_t dim) {
+    constexpr int kDoubles = kFloats / 2;
+    vdouble sum = {};
+    int64_t d = 0;
+    for (; d + kDoubles <= dim; d += kDoubles) {
+        const vdouble error = load_doubles(x + d) - load_doubles(code + d);
         sum += error * error;
     }
-    float total = 0;
-    for (int lane = 0; lane < kFloats; ++lane) total += sum[lane];
+    double total = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) total += sum[lane];
     for (; d < dim; ++d) {
-        quantized[d] = code[d];
-        total += (x[d] - code[d]) * (x[d] - code[d]);
+        const double error = static_cast<double>(x[d]) - code[d];
+        total += error * error;
     }
-    search.out.row_error[at] = total;
+    return total;
 }
 
-// Up to kRows rows of one head whose float32 lead proves nothing: compare in float64 every code that can still win.
-void decide_exactly(const Search& search, int64_t h, const Row* undecided, int count, float* packed) {
-    const Codebook& codebook = search.codebook;
-    const int64_t dim = codebook.dim, slots = h * codebook.panels * kWidth;
-    const float* original = codebook.original + h * codebook.codes * dim;
-    const float* row[kRows];
-    float norm[kRows], least_score[kRows];
-    Nearest nearest[kRows];
-    int32_t candidates[kRows][kCandidates];
-    int waiting[kRows] = {};
-    for (int r = 0; r < kRows; ++r) {
-        const Row& of = undecided[r < count ? r : 0];
-        row[r] = search.x + (h * search.rows + of.row) * dim;
-        const int64_t s = slots + of.slot;
-        least_score[r] = of.best - (codebook.error_slope[s] * of.norm + codebook.error_base[s]);
-        nearest[r] = {__builtin_inf(), __builtin_inf(), -1};
+// The least of `count` distances, padded with infinities to a whole vector.
+inline float least_of(const float* distance, int64_t count) {
+    vfloat least = broadcast(kInfinity);
+    for (int64_t i = 0; i < count; i += kFloats) least = min(load(distance + i), least);
+    return min_lane(least);
+}
+
+// Squared distances of a row from `count` codes; infinity behind them, to a whole vector.
+inline void measure_candidates(const Search& search, int64_t h, int64_t row, const int32_t* candidates, float* distance,
+                               int64_t count) {
+    const int64_t dim = search.codebook.dim;
+    const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
+    const float* original = search.codebook.original + h * search.codebook.codes * dim;
+    for (int64_t i = 0; i < count; i += 4) {
+        const float* code[4];
+        for (int64_t j = 0; j < 4; ++j) code[j] = original + candidates[i + j < count ? i + j : i] * dim;
+        distances(x, code, dim, distance + i);
     }
-    pack(row, codebook.mean + h * dim, dim, packed, norm);
-    for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
-        const int64_t first = slots + p * kWidth;
-        vfloat score[kRows][kVectors];
-        scores(packed, codebook.packed + (h * codebook.panels + p) * dim * kWidth, codebook.start + first, dim, score);
-        for (int r = 0; r < count; ++r) {
-            vint possible[kVectors];
-            vint any = {};
-            for (int v = 0; v < kVectors; ++v) {
-                const int64_t s = first + v * kFloats;
-                const vfloat error =
-                    load(codebook.error_slope + s) * broadcast(norm[r]) + load(codebook.error_base + s);
-                possible[v] = ~(score[r][v] + error < broadcast(least_score[r]));  // NaN, from an overflow, is possible
-                any |= possible[v];
+    store(distance + count, broadcast(kInfinity));
+}
+
+// Ascending, by insertion: they come as a few ascending runs.
+inline void sort(int32_t* codes, int64_t count) {
+    for (int64_t i = 1; i < count; ++i) {
+        const int32_t code = codes[i];
+        int64_t at = i;
+        for (; at > 0 && codes[at - 1] > code; --at) codes[at] = codes[at - 1];
+        codes[at] = code;
+    }
+}
+
+// Decide one row by the distances of `count` codes, among which the nearest is (and the second
+// nearest, if the margin is wanted). A screen leaves it, and returns false, if float64 would have to compare many.
+bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count) {
+    const Codebook& codebook = search.codebook;
+    const int64_t dim = codebook.dim;
+    const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
+    const float* original = codebook.original + h * codebook.codes * dim;
+    measure_candidates(search, h, row, candidates, distance, count);
+    const float relative = 3 * static_cast<float>(dim + 8) * kUnit, absolute = static_cast<float>(dim) * 0x1p-122f;
+    const float least = least_of(distance, count), reach = least + (relative * least + absolute);
+    int64_t possible = 0, best = 0;
+    for (int64_t i = 0; i < count; i += kFloats) {
+        uint32_t bits = lanes_at_least(broadcast(reach), load(distance + i));
+        if (count - i < kFloats) bits &= (1u << (count - i)) - 1;
+        possible += __builtin_popcount(bits);
+        best = bits != 0 ? i + __builtin_ctz(bits) : best;
+    }
+    if (possible == 1) {
+        const int32_t index = candidates[best];
+        float margin = 0;
+        if (search.out.margin != nullptr) {
+            distance[best] = kInfinity;
+            const float second = least_of(distance, count), near = second + (relative * second + absolute);
+            double following = __builtin_inf();
+            for (int64_t i = 0; i < count; ++i) {
+                if (i == best || distance[i] > near) continue;
+                const double d = accurate_distance(x, original + candidates[i] * dim, dim);
+                following = d < following ? d : following;
             }
-            if (!any_lane(any)) continue;
-            for (int64_t w = 0; w < kWidth && p * kWidth + w < codebook.slots[h]; ++w) {
-                if (possible[w / kFloats][w % kFloats] == 0) continue;
-                candidates[r][waiting[r]++] = codebook.code[first + w];
-                if (waiting[r] < kCandidates) continue;
-                offer_exact_f32(&nearest[r], row[r], original, candidates[r], kCandidates, dim);
-                waiting[r] = 0;
+            if (!codebook.duplicated[h * codebook.codes + index]) {
+                margin = static_cast<float>(following - accurate_distance(x, original + index * dim, dim));
             }
         }
+        emit(search, h, row, index, margin, least);
+        return true;
     }
-    for (int r = 0; r < count; ++r) {
-        offer_exact_f32(&nearest[r], row[r], original, candidates[r], waiting[r], dim);
-        if (nearest[r].index < 0) {  // every distance is infinite
-            emit(search, h, undecided[r].row, 0, codebook.codes == 1 ? kInfinity : 0);
+    if (search.unsettled != nullptr && possible > kPossible) return false;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (search.out.margin != nullptr || !(distance[i] > reach)) {
+            distance[kept] = distance[i];
+            candidates[kept++] = candidates[i];
+        }
+    }
+    if (search.out.margin == nullptr && least < kInfinity) {
+        // float64 in any order tells apart all but ties
+        double nearest = __builtin_inf(), following = __builtin_inf();
+        for (int64_t i = 0; i < kept; ++i) {
+            const double d = accurate_distance(x, original + candidates[i] * dim, dim), loser = d < nearest ? nearest : d;
+            best = d < nearest ? i : best;
+            nearest = d < nearest ? d : nearest;
+            following = loser < following ? loser : following;
+        }
+        if (following - nearest > static_cast<double>(dim + 8) * 0x1p-51 * following) {
+            emit(search, h, row, candidates[best], 0, distance[best]);
+            return true;
+        }
+    }
+    sort(candidates, kept);
+    Nearest nearest = {__builtin_inf(), __builtin_inf(), -1};
+    offer_exact_f32(&nearest, x, original, candidates, kept, dim);
+    float margin = codebook.codes == 1 ? kInfinity : 0;  // every distance is infinite
+    if (nearest.index >= 0 && !codebook.duplicated[h * codebook.codes + nearest.index]) {
+        margin = static_cast<float>(nearest.second - nearest.least);
+    }
+    const int64_t index = nearest.index < 0 ? 0 : nearest.index;
+    const float* code[4];
+    for (int j = 0; j < 4; ++j) code[j] = original + index * dim;
+    float row_error[4];
+    distances(x, code, dim, row_error);
+    emit(search, h, row, index, margin, row_error[0]);
+    return true;
+}
+
+// What the score of the nearest code (of the second nearest) is at least: the largest (second largest) of the panels'
+// maxima less their errors.
+inline float least_score(const float* maxima, const float* error, int64_t panels, bool of_second) {
+    vfloat best = broadcast(-kInfinity), second = best;
+    for (int64_t p = 0; p < panels; ++p) {
+        const vfloat score = load(maxima + p * kFloats) - broadcast(error[p]);
+        if (of_second) second = max(min(score, best), second);
+        best = max(score, best);
+    }
+    if (!of_second) return max_lane(best);
+#pragma GCC unroll 4
+    for (int distance = kFloats / 2; distance > 0; distance /= 2) {
+        const vfloat other = swap_lanes(best, distance);
+        second = max(max(second, swap_lanes(second, distance)), min(best, other));
+        best = max(best, other);
+    }
+    return second[0];
+}
+
+// Groups that may reach the threshold, a bit each; NaN, from an overflow, may.
+inline uint64_t groups_above(const float* maxima, const float* error, int64_t panels, float threshold) {
+    uint64_t bits = 0;
+    for (int64_t p = 0; p < panels; ++p) {
+        const uint32_t below = lanes_below(load(maxima + p * kFloats) + broadcast(error[p]), broadcast(threshold));
+        bits |= static_cast<uint64_t>(~below & ((1u << kFloats) - 1)) << (p * kFloats);
+    }
+    return bits;
+}
+
+// Codes of the groups that may reach the threshold. Returns how many, or -1 if that is more than the search's limit.
+inline int64_t collect(const Search& search, int64_t h, float threshold, const float* maxima, const float* error,
+                       int64_t panels, int32_t* candidates) {
+    constexpr int64_t kAtOnce = 64 / kFloats;  // panels whose groups fill a word
+    const Codebook& codebook = search.codebook;
+    const int64_t group = codebook.group, slots = codebook.slots[h];
+    const int32_t* code = codebook.code + h * codebook.panels * kFloats * group;
+    int64_t count = 0;
+    for (int64_t p = 0; p < panels; p += kAtOnce) {
+        uint64_t bits = groups_above(maxima + p * kFloats, error + p, panels - p < kAtOnce ? panels - p : kAtOnce,
+                                     threshold);
+        for (; bits != 0; bits &= bits - 1) {
+            const int64_t first = (p * kFloats + __builtin_ctzll(bits)) * group;
+            if (first >= slots) continue;
+            if (count + group > search.limit) return -1;
+            // as many as the largest group has: what is too much is not counted
+            std::memcpy(candidates + count, code + first, kMaxGroup * sizeof *code);
+            count += first + group <= slots ? group : slots - first;
+        }
+    }
+    return count;
+}
+
+// Replace codes that stand for a clump by the members that can be the nearest to a row, the i-th of the block.
+int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, const Workspace& w, int64_t count) {
+    const Codebook& codebook = search.codebook;
+    const Clumps& clumps = codebook.clumps;
+    const int32_t* of_code = clumps.of_code + h * codebook.codes;
+    const int64_t tile = i / kRows, dim = codebook.dim;
+    bool any = false;
+    for (int64_t c = 0; c < count; ++c) any |= of_code[w.candidates[c]] >= 0;
+    if (!any) return count;
+    // a group holds more clumps than the one that made it a candidate: those too far away stay closed
+    measure_candidates(search, h, row, w.candidates, w.distance, count);
+    const float relative = 3 * static_cast<float>(dim + 8) * kUnit;
+    const float nearest = __builtin_sqrtf(least_of(w.distance, count)) * (1 + relative) + 0x1p-60f;
+    const bool all = search.out.margin != nullptr || !(nearest < kInfinity);
+    int64_t kept = 0, opened = 0;
+    for (int64_t c = 0; c < count; ++c) {
+        const int32_t clump = of_code[w.candidates[c]];
+        if (clump < 0) {
+            w.candidates[kept++] = w.candidates[c];
+        } else if (all || !(__builtin_sqrtf(w.distance[c]) > nearest + clumps.radius[h * clumps.most + clump])) {
+            w.opened[opened++] = clump;
+        }
+    }
+    for (int64_t o = 0; o < opened; ++o) {
+        const int64_t j = h * clumps.most + w.opened[o];
+        const int64_t* begin = clumps.first + h * (clumps.most + 1) + w.opened[o];
+        const int64_t width = kFloats * kClumpGroup, members = begin[1] - begin[0];
+        const int64_t panels = (members + width - 1) / width, group = clumps.panel[j] - clumps.panel[h * clumps.most];
+        if (search.out.margin != nullptr) {  // the second nearest may be any of them
+            for (int64_t s = 0; s < members; ++s) {
+                w.candidates[kept++] = clumps.members[h * codebook.codes + begin[0] + s];
+            }
             continue;
         }
-        const double gap = nearest[r].second - nearest[r].least;
-        // a code that wins alone among several has finite scores
-        const bool scored = nearest[r].second == __builtin_inf() && codebook.slots[h] > 1;
-        emit(search, h, undecided[r].row, nearest[r].index,
-             scored ? 2 * (undecided[r].best - undecided[r].second) : static_cast<float>(gap));
+        float* maxima = w.clump_maxima + group * kFloats;
+        if (w.clump_tile[w.opened[o]] != tile) {
+            w.clump_tile[w.opened[o]] = tile;
+            for (int64_t p = 0; p < panels; ++p) {
+                const int64_t vector = (clumps.panel[j] + p) * kClumpGroup * kFloats;
+                scan<false>(w.words + tile * kRows * dim, nullptr, nullptr, clumps.panels.words + vector * dim,
+                            clumps.panels.start + vector, 1, dim, kClumpGroup, maxima + p * kFloats, clumps.groups);
+            }
+        }
+        const float radius = clumps.radius[j], norm = w.norm[i], Q = codebook.reach[h];
+        const float unit = static_cast<float>(2 * dim + 16) * kUnit, definition = static_cast<float>(dim + 4) * 0x1p-53f;
+        const float error = 1.001f * (unit * radius * (norm + Q + radius) + definition * (norm + Q) * (norm + Q)) +
+                            static_cast<float>(dim + 2) * 0x1p-120f;
+        float errors[64 / kFloats];
+        for (float& e : errors) e = error;
+        maxima += i % kRows * clumps.groups;
+        float least = -kInfinity;
+        for (int64_t p = 0; p < panels; ++p) {
+            const float of_panel = least_score(maxima + p * kFloats, errors, 1, false);
+            least = least > of_panel ? least : of_panel;
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+            uint64_t bits = groups_above(maxima + p * kFloats, errors, 1, least);
+            for (; bits != 0; bits &= bits - 1) {
+                const int64_t first = (p * kFloats + __builtin_ctzll(bits)) * kClumpGroup;
+                for (int64_t s = first; s < first + kClumpGroup && s < members; ++s) {
+                    w.candidates[kept++] = clumps.members[h * codebook.codes + begin[0] + s];
+                }
+            }
+        }
     }
+    return kept;
 }
 
-// The rows of one head that a thread still has to decide.
-struct Undecided {
-    int64_t head;
-    int count;
-    Row rows[kRows];
-};
-
-inline void flush(const Search& search, Undecided* undecided, float* packed) {
-    if (undecided->count > 0) decide_exactly(search, undecided->head, undecided->rows, undecided->count, packed);
-    undecided->count = 0;
+inline bool finite(const float* x, int64_t dim) {
+    bool all = true;
+    for (int64_t d = 0; d < dim; ++d) all &= x[d] - x[d] == 0;
+    return all;
 }
 
-void search_block(const Search& search, int64_t h, int64_t begin, int64_t end, Undecided* undecided, float* scratch) {
+inline void leave(const Unsettled& unsettled, int64_t h, int64_t rows, int64_t row) {
+    int64_t at;
+#pragma omp atomic capture
+    at = unsettled.count[h]++;
+    unsettled.rows[h * rows + at] = row;
+}
+
+// Rows begin..end of those to search in one head. Returns how many it left unsettled.
+template <bool kInteger>
+int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end, const Workspace& w) {
     const Codebook& codebook = search.codebook;
-    const int64_t dim = codebook.dim, block = block_rows(dim);
-    float* spare = scratch;  // one packed tile, for rows that are decided exactly
-    float* packed = spare + kRows * dim;
-    float* norm = packed + block * dim;
-    Lead* lead = reinterpret_cast<Lead*>((reinterpret_cast<uintptr_t>(norm + block) + 63) / 64 * 64);
+    const int64_t dim = codebook.dim, group = codebook.group, stride = codebook.panels * kFloats;
+    const int64_t panels = used_panels(codebook, h), errors = padded_panels(codebook);
+    const int64_t* listed = search.rows.listed == nullptr ? nullptr : search.rows.listed + h * search.rows.rows;
+    auto row_of = [&](int64_t i) { return listed == nullptr ? i : listed[i]; };
+    auto x_of = [&](int64_t row) { return search.rows.x + (h * search.rows.rows + row) * dim; };
 
     for (int64_t first = begin; first < end; first += kRows) {
         const float* row[kRows];
-        for (int r = 0; r < kRows; ++r) {
-            row[r] = search.x + (h * search.rows + (first + r < end ? first + r : first)) * dim;
-        }
-        pack(row, codebook.mean + h * dim, dim, packed + (first - begin) * dim, norm + (first - begin));
+        for (int r = 0; r < kRows; ++r) row[r] = x_of(row_of(first + r < end ? first + r : first));
+        pack_tile<kInteger>(search, h, row, first - begin, w);
     }
     const int64_t tiles = (end - begin + kRows - 1) / kRows;
-    for (int64_t r = 0; r < tiles * kRows; ++r) lead[r] = {broadcast(-kInfinity), broadcast(-kInfinity), vint{}};
-    for (int64_t p = 0; p < used_panels(codebook, h); ++p) {
-        const float* panel = codebook.packed + (h * codebook.panels + p) * dim * kWidth;
-        const float* start = codebook.start + (h * codebook.panels + p) * kWidth;
+    for (int64_t p = 0; p < panels; ++p) {
+        const int64_t panel = h * codebook.panels + p, vector = panel * group * kFloats;
         for (int64_t t = 0; t < tiles; ++t) {
-            update(lead + t * kRows, packed + t * kRows * dim, panel, start, dim, static_cast<int32_t>(p * kVectors));
+            scan<kInteger>(w.words + t * kRows * codebook.words, w.factor + t * kRows, w.offset + t * kRows,
+                           codebook.scan.words + vector * codebook.words, codebook.scan.start + vector,
+                           codebook.scan.scale[panel], codebook.words, group, w.maxima + t * kRows * stride + p * kFloats,
+                           stride);
         }
     }
-    if (undecided->head != h) flush(search, undecided, spare);
-    undecided->head = h;
-    for (int64_t r = 0; r < end - begin; ++r) {
-        const Row row = reduce(lead[r], begin + r, norm[r]);
-        const float error = codebook.max_error_slope[h] * row.norm + codebook.max_error_base[h];
-        if (row.best - row.second > 2 * error) {
-            const int64_t index = codebook.code[h * codebook.panels * kWidth + row.slot];
-            emit(search, h, row.row, index, 2 * (row.best - row.second));
+    const float definition = static_cast<float>(dim + 4) * 0x1p-53f;
+    for (int64_t i = 0; i < end - begin; ++i) {
+        const float r = w.rounding[i], R = w.norm[i] + r;
+        for (int64_t p = 0; p < panels; p += kFloats) {
+            store(w.error + i * errors + p, load(codebook.by_rounding + h * errors + p) * r +
+                                                load(codebook.by_norm + h * errors + p) * R +
+                                                load(codebook.constant + h * errors + p) + definition * R * R);
+        }
+        w.threshold[i] = least_score(w.maxima + i * stride, w.error + i * errors, panels, search.out.margin != nullptr);
+    }
+    for (int64_t j = 0; j < codebook.clumps.most; ++j) w.clump_tile[j] = -1;
+    int64_t left = 0;
+    for (int64_t i = 0; i < end - begin; ++i) {
+        const int64_t row = row_of(begin + i);
+        if (!(w.norm[i] < kInfinity) && !finite(x_of(row), dim)) {
+            emit(search, h, row, 0, codebook.codes == 1 ? kInfinity : 0, __builtin_nanf(""));
             continue;
         }
-        undecided->rows[undecided->count++] = row;
-        if (undecided->count == kRows) flush(search, undecided, spare);
+        int64_t count = collect(search, h, w.threshold[i], w.maxima + i * stride, w.error + i * errors, panels,
+                                w.candidates);
+        if (!kInteger && codebook.clumps.most > 0) count = open_clumps(search, h, row, i, w, count);
+        if (count < 0 || !decide(search, h, row, w.candidates, w.distance, count)) {
+            leave(*search.unsettled, h, search.rows.rows, row);
+            ++left;
+        }
     }
+    return left;
+}
+
+// Packs one code minus `mean`, its first word at `word`. Returns a bound on what integers leave out of it.
+inline float pack_code(const float* row, const float* mean, int64_t dim, bool integers, float scale, uint32_t* word) {
+    if (integers) {
+        int32_t total;
+        return norm_bound(to_integers(row, mean, dim, scale, 0x80808080u, word, kFloats, &total), dim);
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+        const float value = row[d] - mean[d];
+        std::memcpy(word + d * kFloats, &value, sizeof value);
+    }
+    return 0;
+}
+
+inline void pack_nothing(int64_t words, uint32_t* word, float* start) {
+    for (int64_t j = 0; j < words; ++j) word[j * kFloats] = 0;
+    *start = -kInfinity;
+}
+
+// A panel of slots, and the errors of its scores.
+void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
+    const int64_t dim = codebook.dim, group = codebook.group, width = kFloats * group;
+    const int64_t panel = h * codebook.panels + p, slots = codebook.slots[h] - p * width;
+    const int32_t* code = codebook.code + panel * width;
+    const int32_t* clump = codebook.clumps.most == 0 ? nullptr : codebook.clumps.of_code + h * codebook.codes;
+    const float* mean = codebook.mean + h * dim;
+    const float* original = codebook.original + h * codebook.codes * dim;
+    float largest = 0, q = 0, Q = 0, radius = 0;
+    for (int64_t s = 0; s < width && s < slots; ++s) {
+        float square;
+        const float most = measure(original + code[s] * dim, mean, dim, &square);
+        largest = largest > most ? largest : most;
+        if (clump != nullptr && clump[code[s]] >= 0) {
+            const float reach = codebook.clumps.radius[h * codebook.clumps.most + clump[code[s]]];
+            radius = radius > reach ? radius : reach;
+        }
+    }
+    const bool fits = largest >= kSmallest;
+    const float scale = codebook.integers && fits ? largest / kIntegers : 1;
+    for (int64_t s = 0; s < width; ++s) {
+        const int64_t lane = s / group, v = s % group;
+        uint32_t* word = codebook.scan.words + (panel * group + v) * codebook.words * kFloats + lane;
+        float* start = codebook.scan.start + (panel * group + v) * kFloats + lane;
+        if (s >= slots) {
+            pack_nothing(codebook.words, word, start);
+            continue;
+        }
+        const float* row = original + code[s] * dim;
+        float square;
+        measure(row, mean, dim, &square);
+        *start = -0.5f * square;
+        const float norm = norm_bound(square, dim);
+        const float rounding = pack_code(row, mean, dim, codebook.integers, scale, word);
+        Q = Q > norm ? Q : norm;
+        q = q > rounding ? q : rounding;
+    }
+    if (codebook.integers && !fits) q = kInfinity;  // too small for integers
+    Q += q;
+    const float unit = static_cast<float>(codebook.integers ? dim + 16 : 2 * dim + 16) * kUnit;
+    const float definition = static_cast<float>(dim + 4) * 0x1p-53f, slack = 1.001f;
+    const int64_t at = h * padded_panels(codebook) + p;
+    codebook.scan.scale[panel] = scale;
+    codebook.by_rounding[at] = slack * Q;
+    codebook.by_norm[at] = slack * (q + radius + unit * Q + 2 * definition * Q);
+    codebook.constant[at] = slack * (Q * radius + (0.5f * unit + definition) * Q * Q) + static_cast<float>(dim + 2) * 0x1p-120f;
+}
+
+// The members of a clump as differences from the first of them.
+void pack_clump(const Codebook& codebook, int64_t h, int64_t j) {
+    const Clumps& clumps = codebook.clumps;
+    const int64_t dim = codebook.dim, width = kFloats * kClumpGroup;
+    const int64_t* begin = clumps.first + h * (clumps.most + 1) + j;
+    const int32_t* member = clumps.members + h * codebook.codes + begin[0];
+    const float* original = codebook.original + h * codebook.codes * dim;
+    const float* mean = codebook.mean + h * dim;
+    const int64_t members = begin[1] - begin[0];
+    float radius = 0;
+    for (int64_t i = 0; i < (members + width - 1) / width * width; ++i) {
+        const int64_t panel = clumps.panel[h * clumps.most + j] + i / width;
+        const int64_t lane = i % width / kClumpGroup, vector = panel * kClumpGroup + i % kClumpGroup;
+        uint32_t* word = clumps.panels.words + vector * dim * kFloats + lane;
+        float* start = clumps.panels.start + vector * kFloats + lane;
+        if (i >= members) {
+            pack_nothing(dim, word, start);
+            continue;
+        }
+        const float* first = original + member[0] * dim;
+        const float* row = original + member[i] * dim;
+        float square;
+        measure(row, first, dim, &square);
+        pack_code(row, first, dim, false, 1, word);
+        double along = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+            along += (static_cast<double>(first[d]) - mean[d]) * (static_cast<double>(row[d]) - first[d]);
+        }
+        *start = -static_cast<float>(along + 0.5 * square);
+        const float reach = norm_bound(square, dim);
+        radius = radius > reach ? radius : reach;
+    }
+    clumps.radius[h * clumps.most + j] = radius;
 }
 
 }  // namespace
 
-int64_t codebook_width() { return kWidth; }
+int64_t codebook_lanes() { return kFloats; }
 
-int64_t search_scratch(int64_t dim) {
-    const int64_t lead = static_cast<int64_t>(sizeof(Lead) / sizeof(float));
-    return (block_rows(dim) + kRows) * (dim + 1 + lead) + 32;
+bool screens(int64_t dim) { return kScreens && dim > 8 && dim <= 32768; }
+
+void measure_codes(const Codebook& codebook, float* squares) {
+    const int64_t dim = codebook.dim, width = kFloats * codebook.group;
+    for (int64_t h = 0; h < codebook.heads; ++h) {
+        const int32_t* code = codebook.code + h * codebook.panels * width;
+        float reach = 0;
+#pragma omp parallel for schedule(static) reduction(max : reach) if (codebook.slots[h] * dim > 1 << 15)
+        for (int64_t s = 0; s < codebook.slots[h]; ++s) {
+            float square;
+            measure(codebook.original + (h * codebook.codes + code[s]) * dim, codebook.mean + h * dim, dim, &square);
+            squares[h * codebook.codes + code[s]] = square;
+            const float norm = norm_bound(square, dim);
+            reach = reach > norm ? reach : norm;
+        }
+        codebook.reach[h] = reach;
+    }
 }
 
-void nearest_codeword_f32(const Codebook& codebook, const float* x, int64_t rows, int threads, float* scratch,
-                          const SearchOutput& out) {
-    const Search search = {codebook, x, rows, out};
-    const int64_t block = block_rows(codebook.dim), blocks = (rows + block - 1) / block;
+void pack_codebook(const Codebook& codebook) {
+    const bool large = codebook.heads * codebook.codes * codebook.dim > 1 << 15;
+    if (codebook.clumps.most > 0) {
+#pragma omp parallel for schedule(dynamic) if (large)
+        for (int64_t i = 0; i < codebook.heads * codebook.clumps.most; ++i) {
+            pack_clump(codebook, i / codebook.clumps.most, i % codebook.clumps.most);
+        }
+    }
+#pragma omp parallel for schedule(static) if (large)
+    for (int64_t i = 0; i < codebook.heads * codebook.panels; ++i) {
+        const int64_t h = i / codebook.panels, p = i % codebook.panels;
+        if (p < used_panels(codebook, h)) pack_panel(codebook, h, p);
+    }
+    // what no panel uses is read with whole vectors of errors
+    for (int64_t h = 0; h < codebook.heads; ++h) {
+        for (int64_t p = used_panels(codebook, h); p < padded_panels(codebook); ++p) {
+            const int64_t at = h * padded_panels(codebook) + p;
+            codebook.by_rounding[at] = codebook.by_norm[at] = codebook.constant[at] = 0;
+        }
+    }
+}
+
+int64_t search_scratch(const Codebook& codebook) { return carve(nullptr, codebook).size + 64; }
+
+void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int threads, void* scratch,
+                          const SearchOutput& out, const Unsettled* unsettled) {
+    // beyond the limit, distances would cost more than half a search in float32
+    const int64_t eighth = codebook.codes / 8, limit = unsettled == nullptr ? INT64_MAX : eighth > 32 ? eighth : 32;
+    const Search search = {codebook, rows, out, unsettled, limit};
+    const int64_t block = block_rows(codebook.words), blocks = (rows.rows + block - 1) / block;
+    const int64_t bytes = search_scratch(codebook);
+    int64_t tried = 0, left = 0;
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
-        float* mine = scratch + omp_get_thread_num() * search_scratch(codebook.dim);
+        char* mine = static_cast<char*>(scratch) + omp_get_thread_num() * bytes;
 #else
-        float* mine = scratch;
+        char* mine = static_cast<char*>(scratch);
 #endif
-        Undecided undecided = {0, 0, {}};
+        mine = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(mine) + 63) / 64 * 64);
+        const Workspace w = carve(mine, codebook);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < codebook.heads * blocks; ++task) {
-            const int64_t begin = task % blocks * block;
-            search_block(search, task / blocks, begin, begin + block < rows ? begin + block : rows, &undecided, mine);
+            const int64_t h = task / blocks, begin = task % blocks * block;
+            const int64_t count = rows.listed == nullptr ? rows.rows : rows.count[h];
+            const int64_t end = begin + block < count ? begin + block : count;
+            if (begin >= end) continue;
+            if (unsettled == nullptr) {
+                search_block<false>(search, h, begin, end, w);
+                continue;
+            }
+            if constexpr (kScreens) {
+                int64_t so_far, given_up;
+#pragma omp atomic read
+                so_far = tried;
+#pragma omp atomic read
+                given_up = left;
+                if (so_far >= 4 * block && 4 * given_up > so_far) {  // integers do not tell these codes apart
+                    for (int64_t i = begin; i < end; ++i) leave(*unsettled, h, rows.rows, i);
+                    continue;
+                }
+                const int64_t more = search_block<true>(search, h, begin, end, w);
+#pragma omp atomic
+                left += more;
+#pragma omp atomic
+                tried += end - begin;
+            }
         }
-        flush(search, &undecided, mine);
     }
 }
 

@@ -15,10 +15,29 @@ struct SearchOutput {
     float* row_error;
 };
 
+// Rows of x [H, rows, dim] to search: all, or those listed for each head.
+struct SearchRows {
+    const float* x;
+    int64_t rows;
+    const int64_t* listed;  // [H, rows], null for all
+    const int64_t* count;   // [H] rows listed
+};
+
+// Rows that a screen in low precision left to a search in float32.
+struct Unsettled {
+    int64_t* rows;   // [H, rows]
+    int64_t* count;  // [H]
+};
+
 }  // namespace metarec
 
-METAREC_KERNEL(int64_t codebook_width())
-METAREC_KERNEL(int64_t search_scratch(int64_t dim))  // floats that each thread needs
-// For each row of x [H, rows, dim] the nearest code of its head; scratch holds threads * search_scratch(dim) floats.
-METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const float* x, int64_t rows, int threads,
-                                         float* scratch, const SearchOutput& out))
+METAREC_KERNEL(int64_t codebook_lanes())
+// Whether vectors of dim elements are screened in 8-bit integers first.
+METAREC_KERNEL(bool screens(int64_t dim))
+METAREC_KERNEL(void measure_codes(const Codebook& codebook, float* squares))  // ||code - mean||^2 of every slot's code
+METAREC_KERNEL(void pack_codebook(const Codebook& codebook))                   // fills scan, its bounds, and clumps
+METAREC_KERNEL(int64_t search_scratch(const Codebook& codebook))               // bytes that each thread needs
+// For each row the nearest code of its head; scratch holds threads * search_scratch() bytes. A codebook of integers
+// screens: rows with too many codes left are listed in unsettled instead of being decided.
+METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int threads, void* scratch,
+                                         const SearchOutput& out, const Unsettled* unsettled))

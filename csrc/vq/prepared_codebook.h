@@ -2,21 +2,29 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "vq/codebook.h"
 
 namespace metarec {
 
+struct FreeAligned {
+    void operator()(void* memory) const;
+};
+using AlignedMemory = std::unique_ptr<void, FreeAligned>;
+AlignedMemory allocate_aligned(size_t bytes);
+
 class PreparedCodebook {
   public:
-    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int64_t width);
+    // integers: for the screen in 8-bit integers; else for the search in float32, which knows clumps.
+    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, bool integers);
     const Codebook& view() const { return view_; }
 
   private:
-    struct Free {
-        void operator()(void* memory) const;
-    };
-    std::unique_ptr<void, Free> memory_;
+    void find_clumps(const std::vector<float>& squares);
+    void order_slots(int64_t h, const float* squares);
+
+    AlignedMemory memory_, scan_memory_, clump_memory_;
     Codebook view_;
 };
 

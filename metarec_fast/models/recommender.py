@@ -16,7 +16,7 @@ from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.models.spectral import spectral_table
 from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
-from metarec_fast.vq.functional import GRADIENT_ESTIMATORS
+from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 
 Parameters = dict[str, Tensor]
 

@@ -14,22 +14,22 @@ from metarec_fast.reference.nearest_codeword import nearest_codeword as referenc
 
 
 class NearestCodeword(NamedTuple):
-    """indices: int64 [N] or [H, N]. margin: float32, second least minus least squared distance."""
+    """indices: int64 [N] or [H, N]. margin: float32, second least minus least squared distance, or None."""
 
     indices: Tensor
-    margin: Tensor
+    margin: Tensor | None
 
 
-def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+def _search(x: Tensor, codebook: Tensor, *, with_margin: bool) -> tuple[Tensor, Tensor | None]:
     x, codebook = x.contiguous(), codebook.contiguous()
     H, N, D = x.shape
     indices = empty((H, N), dtype=torch.int64, device=x.device)
-    margin = empty((H, N), dtype=torch.float32, device=x.device)
+    margin = empty((H, N), dtype=torch.float32, device=x.device) if with_margin else None
     _C.nearest_codeword(
         x.data_ptr(),
         codebook.data_ptr(),
         indices.data_ptr(),
-        margin.data_ptr(),
+        0 if margin is None else margin.data_ptr(),
         heads=H,
         rows=N,
         codes=codebook.shape[1],
@@ -37,6 +37,10 @@ def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         is_double=x.dtype == torch.float64,
     )
     return indices, margin
+
+
+def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    return _search(x, codebook, with_margin=True)
 
 
 def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,11 +64,31 @@ _op = define(
 )
 
 
-def nearest_codeword(x: Tensor, codebook: Tensor, *, backend: Backend = "auto") -> NearestCodeword:
+# the margin costs a second search for the runner-up: an operator without it serves those who want codes alone
+_index_op = define(
+    "nearest_codeword_index(Tensor x, Tensor codebook) -> Tensor",
+    cpu=lambda x, codebook: _search(x, codebook, with_margin=False)[0],
+    cuda=lambda x, codebook: _cuda(x, codebook)[0],
+    fake=lambda x, codebook: _fake(x, codebook)[0],
+    vmap=lambda info, in_dims, x, codebook: _first(
+        batched_lookup(info, in_dims, x, codebook, lambda *rows: (_index_op(*rows),))
+    ),
+)
+
+
+def _first(batched: tuple[tuple, tuple]) -> tuple[Tensor, int]:
+    (output,), (dim,) = batched
+    return output, dim
+
+
+def nearest_codeword(
+    x: Tensor, codebook: Tensor, *, with_margin: bool = True, backend: Backend = "auto"
+) -> NearestCodeword:
     """The lowest k of least ||x - c_k||^2 for each row, the same on every backend and any split of the rows.
 
     x: [N, D] or [H, N, D], float32, float16, bfloat16 or float64; half types are compared as the float32 they equal.
     codebook: [K, D] or [H, K, D], one codebook per head; K >= 1.
+    with_margin: False leaves the margin out (None), which makes the search up to twice as fast on the CPU.
     backend: "auto", "reference", "cpu" or "triton".
 
     Returns indices, int64 [N] or [H, N], as `reference.nearest_codeword` gives, and margin, float32, how much larger
@@ -74,6 +98,13 @@ def nearest_codeword(x: Tensor, codebook: Tensor, *, backend: Backend = "auto") 
     """
     dtype = check_pair(x, codebook)
     chosen = choose_backend(backend, x.device, operator="nearest_codeword", triton=True)
-    run = reference_nearest_codeword if chosen == "reference" else _op
-    indices, margin = run(add_head(x.detach().to(dtype)), add_head(codebook.detach().to(dtype)))
-    return NearestCodeword(indices, margin) if x.dim() == 3 else NearestCodeword(indices[0], margin[0])
+    rows, codes = add_head(x.detach().to(dtype)), add_head(codebook.detach().to(dtype))
+    if chosen == "reference":
+        indices, margin = reference_nearest_codeword(rows, codes)
+    elif with_margin:
+        indices, margin = _op(rows, codes)
+    else:
+        indices, margin = _index_op(rows, codes), None
+    if x.dim() == 2:
+        indices, margin = indices[0], None if margin is None else margin[0]
+    return NearestCodeword(indices, margin if with_margin else None)

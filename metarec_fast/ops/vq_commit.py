@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,15 @@ from torch import Tensor
 from metarec_fast import _C
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
 from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform
-from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
+from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
+from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
+from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
-from metarec_fast.reference.vq_commit import mean_row_error, row_difference
+from metarec_fast.reference.vq_backward import row_difference
+from metarec_fast.reference.vq_commit import mean_row_error
 from metarec_fast.reference.vq_commit import vq_commit as reference_vq_commit
+
+Gradient = Literal["rotation", "straight_through"]
 
 
 class VQCommit(NamedTuple):
@@ -28,7 +33,7 @@ class VQCommit(NamedTuple):
 def _composed(
     x: Tensor, codebook: Tensor, nearest: Callable, *, codebook_grad: bool = False, unweighted: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    indices, _ = nearest(x.detach(), codebook.detach())
+    indices = nearest(x.detach(), codebook.detach())
     quantized = codebook.gather(1, indices.unsqueeze(-1).expand_as(x))
     target = quantized if codebook_grad else quantized.detach()
     return quantized, indices, row_difference(x, target, unweighted).square().sum(-1)
@@ -36,7 +41,7 @@ def _composed(
 
 def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return _composed(x, codebook, nearest_codeword_op)
+        return _composed(x, codebook, nearest_index)
     x, codebook = x.contiguous(), codebook.contiguous()
     H, N, D = x.shape
     quantized = empty((H, N, D), dtype=x.dtype, device=x.device)
@@ -58,7 +63,7 @@ def _cpu(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _cuda(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return _composed(x, codebook, reference_nearest_codeword)
+        return _composed(x, codebook, lambda *rows: reference_nearest_codeword(*rows)[0])
     from metarec_fast.kernels.vq_commit import vq_commit
 
     return vq_commit(x.contiguous(), codebook.contiguous())
@@ -79,37 +84,48 @@ _op = define(
 
 
 class _Commit(torch.autograd.Function):
-    """Gradients from x and the quantized rows alone, in torch operations that can be differentiated again."""
+    """Gradients from x and the quantized rows alone; one fused pass, or torch operations to be differentiated again.
+
+    With ``gradient`` the quantized rows pass gradient to x, else to the codebook; not with codebook_grad.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        x: Tensor, codebook: Tensor, codebook_grad: bool, unweighted: Tensor | None
+        x: Tensor, codebook: Tensor, codebook_grad: bool, gradient: Gradient | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _op(x, codebook)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, ctx.codebook_grad, unweighted = inputs
+        x, codebook, ctx.codebook_grad, ctx.gradient = inputs
         quantized, indices, _ = output
         ctx.codes = codebook.shape[-2]
         ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
         # not the codebook: an EMA step may change it in place before backward
-        ctx.save_for_backward(x, quantized, indices, unweighted)
+        ctx.save_for_backward(x, quantized, indices)
 
     @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor, _: Any, grad_error: Tensor) -> tuple[Tensor | None, ...]:
-        x, quantized, indices, unweighted = ctx.saved_tensors
+    def backward(ctx: Any, grad_quantized: Tensor | None, _: Any, grad_error: Tensor | None) -> tuple:
+        x, quantized, indices = ctx.saved_tensors
         target = quantized if ctx.codebook_grad else quantized.detach()
-        grad_x = 2 * row_difference(x, target, unweighted) * grad_error.unsqueeze(-1)
+        to_x, to_codes = (None, grad_quantized) if ctx.gradient is None else (grad_quantized, None)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = vq_backward(to_x, grad_error, x, target, rotation=ctx.gradient == "rotation")
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
-        grad_rows = grad_quantized - grad_x if ctx.codebook_grad else grad_quantized
+        if ctx.codebook_grad and grad_error is not None:
+            pulled = vq_backward(None, grad_error, x, target, rotation=False)
+            to_codes = -pulled if to_codes is None else to_codes - pulled
         H, _, D = x.shape
+        if to_codes is None:
+            return grad_x, x.new_zeros(H, ctx.codes, D), None, None
         head_H1 = torch.arange(H, device=x.device).unsqueeze(1) * ctx.codes
-        grad_codebook = grad_rows.new_zeros(H * ctx.codes, D).index_add(
-            0, (indices + head_H1).reshape(-1), grad_rows.reshape(-1, D)
+        grad_codebook = to_codes.new_zeros(H * ctx.codes, D).index_add(
+            0, (indices + head_H1).reshape(-1), to_codes.reshape(-1, D)
         )
         return grad_x, grad_codebook.view(H, ctx.codes, D), None, None
 
@@ -120,6 +136,7 @@ def vq_commit(
     *,
     row_weight: Tensor | None = None,
     codebook_grad: bool = False,
+    gradient: Gradient | None = None,
     backend: Backend = "auto",
 ) -> VQCommit:
     """The nearest code of each row, its index, and the mean squared error between the rows and their codes.
@@ -129,26 +146,34 @@ def vq_commit(
     row_weight: [N] floating point or bool; the loss is the weighted mean (a mask, or multiplicities), 0 if the
         weights sum to 0. A row of weight 0 may hold NaN or infinity. The weights get a gradient.
     codebook_grad: let the loss move the codebook too; by default the loss sees it as constant.
+    gradient: where the gradient of quantized goes: None, to the codebook; "rotation" or "straight_through", to x by
+        that estimator and in the same pass as the loss's (see `metarec_fast.vq.rotate_to`, `straight_through`).
     backend: "auto", "reference", "cpu" or "triton".
 
     Returns quantized (dtype and shape of x), indices (see `nearest_codeword`) and the 0-dim loss, float32 unless an
-    input is float64. Gradients: of the loss to x, 2 (x - quantized) * weight / (sum of weights * D); of quantized to
-    the codebook only, so a straight-through estimator is ``x + (quantized - x).detach()``.
+    input is float64. The gradient of the loss to x is 2 (x - quantized) * weight / (sum of weights * D).
     Twice differentiable; works under torch.func and torch.compile.
-    Raises TypeError or ValueError for arguments of another dtype, shape or device.
+    Raises TypeError or ValueError for arguments of another dtype, shape or device, and for an unknown ``gradient``.
     """
     dtype = check_pair(x, codebook)
     check_row_weight(row_weight, x)
+    if gradient is not None and gradient not in GRADIENT_ESTIMATORS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)} or None, got {gradient!r}")
     if choose_backend(backend, x.device, operator="vq_commit", triton=True) == "reference":
-        return VQCommit(*reference_vq_commit(x, codebook, row_weight=row_weight, codebook_grad=codebook_grad))
+        options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient}
+        return VQCommit(*reference_vq_commit(x, codebook, **options))
     x_HND, codebook_HKD = add_head(x.to(dtype)), add_head(codebook.to(dtype))
-    unweighted = None if row_weight is None else row_weight == 0
+    # codes that learn must reach the loss past the estimator, which then is a step of its own
+    fused = gradient is not None and not codebook_grad and not traced_transform()
     if traced_transform():
-        lookup = nearest_codeword_op
-        outputs = _composed(x_HND, codebook_HKD, lookup, codebook_grad=codebook_grad, unweighted=unweighted)
+        unweighted = None if row_weight is None else row_weight == 0
+        quantized, indices, row_error = _composed(
+            x_HND, codebook_HKD, nearest_index, codebook_grad=codebook_grad, unweighted=unweighted
+        )
     else:
-        outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, unweighted)
-    quantized, indices, row_error = outputs
+        quantized, indices, row_error = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None)
+    if gradient is not None and not fused:
+        quantized = GRADIENT_ESTIMATORS[gradient](x_HND, quantized)
     loss = mean_row_error(row_error, row_weight, x.shape[-1])
     if x.dim() == 2:
         quantized, indices = quantized[0], indices[0]

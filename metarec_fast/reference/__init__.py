@@ -5,6 +5,7 @@ from metarec_fast.reference.linear_scan import linear_scan
 from metarec_fast.reference.meta_step import meta_step
 from metarec_fast.reference.nearest_codeword import nearest_codeword
 from metarec_fast.reference.target_ranks import target_ranks
+from metarec_fast.reference.vq_backward import vq_backward
 from metarec_fast.reference.vq_commit import vq_commit
 from metarec_fast.reference.vq_ema_update import vq_ema_update_
 from metarec_fast.reference.vq_statistics import vq_statistics
@@ -15,6 +16,7 @@ __all__ = [
     "meta_step",
     "nearest_codeword",
     "target_ranks",
+    "vq_backward",
     "vq_commit",
     "vq_ema_update_",
     "vq_statistics",

@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metarec_fast.reference.gradient_estimators import rotate_to, straight_through
 from metarec_fast.reference.nearest_codeword import nearest_codeword
+from metarec_fast.reference.vq_backward import row_difference
 
-
-def row_difference(x: Tensor, target: Tensor, unweighted: Tensor | None) -> Tensor:
-    """x - target, [..., N, D]; 0 in the rows that ``unweighted``, bool [N], marks and that hold NaN or infinity."""
-    difference = x - target
-    if unweighted is None:
-        return difference
-    left_out = unweighted & ~difference.detach().isfinite().all(-1)
-    return torch.where(left_out.unsqueeze(-1), 0, difference)
+GRADIENT_ESTIMATORS = {"rotation": rotate_to, "straight_through": straight_through}
 
 
 def mean_row_error(row_error: Tensor, row_weight: Tensor | None, dim: int) -> Tensor:
@@ -31,12 +26,18 @@ def mean_row_error(row_error: Tensor, row_weight: Tensor | None, dim: int) -> Te
 
 
 def vq_commit(
-    x: Tensor, codebook: Tensor, *, row_weight: Tensor | None = None, codebook_grad: bool = False
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    codebook_grad: bool = False,
+    gradient: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codebook rows nearest to x, their indices, and the mean squared error between x and those rows.
 
     x: [N, D] or [H, N, D]; codebook: [K, D] or [H, K, D]; row_weight: [N].
-    The loss sees the codebook as constant unless ``codebook_grad``; the quantized rows carry gradient to the codebook.
+    The loss sees the codebook as constant unless ``codebook_grad``; the quantized rows carry gradient to the codebook,
+    or to x by the estimator that ``gradient`` names.
     """
     dtype = torch.float64 if torch.float64 in (x.dtype, codebook.dtype) else torch.float32
     table = codebook.to(dtype)
@@ -45,4 +46,6 @@ def vq_commit(
     target = quantized if codebook_grad else quantized.detach()
     unweighted = None if row_weight is None else row_weight == 0
     row_error = row_difference(x.to(dtype), target, unweighted).square().sum(-1)
+    if gradient is not None:
+        quantized = GRADIENT_ESTIMATORS[gradient](x, quantized)
     return quantized.to(x.dtype), indices, mean_row_error(row_error, row_weight, x.shape[-1])

@@ -1,7 +1,7 @@
 """Vector quantization: the module FastVQ, and its parts as functions."""
 
+from metarec_fast.ops.gradient_estimators import rotate_to, straight_through
 from metarec_fast.vq.fast_vq import FastVQ, LossBreakdown
 from metarec_fast.vq.functional import quantize
-from metarec_fast.vq.gradient_estimators import rotate_to, straight_through
 
 __all__ = ["FastVQ", "LossBreakdown", "quantize", "rotate_to", "straight_through"]

@@ -201,7 +201,7 @@ class Codebook(nn.Module):
         rows = torch.where(valid.unsqueeze(-1), rows, 0)
         means, _ = draw_rows(rows, valid, torch.ones_like(self.cluster_size, dtype=torch.bool), sync=sync)
         for _ in range(self.kmeans_iters):
-            indices = nearest_codeword(rows, means).indices
+            indices = nearest_codeword(rows, means, with_margin=False).indices
             counts, sums = self._statistics(rows, indices.masked_fill(~valid, -1), sync=sync)
             centres = self.transform_input(sums / counts.clamp_min(1).unsqueeze(-1))
             means = torch.where((counts > 0).unsqueeze(-1), centres, means)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from metarec_fast.ops import nearest_codeword
+from metarec_fast.ops.gradient_estimators import rotate_to, step_towards, straight_through
 from metarec_fast.reference.vq_commit import mean_row_error, row_difference
 from metarec_fast.vq.code_scores import CodeScores
-from metarec_fast.vq.gradient_estimators import rotate_to, step_towards, straight_through
 from metarec_fast.vq.token_codes import TokenCodes, transformed_codes
 
 if TYPE_CHECKING:

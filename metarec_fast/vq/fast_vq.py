@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from metarec_fast.ops import vq_commit
+from metarec_fast.ops.vq_commit import Gradient
 from metarec_fast.vq.affine_codebook import AffineCodebook
 from metarec_fast.vq.arguments import check_arguments
 from metarec_fast.vq.codebook import Codebook, EmaWeight
 from metarec_fast.vq.composed_step import Call, Step, composed_step
-from metarec_fast.vq.gradient_estimators import rotate_to, straight_through
 from metarec_fast.vq.health import CodebookHealth
 from metarec_fast.vq.layout import Layout
 from metarec_fast.vq.orthogonality import orthogonality_loss
@@ -329,12 +329,14 @@ class FastVQ(nn.Module):
         """Lookup, loss, statistics and the gradient's way past the lookup, for what nearly everyone runs."""
         embed = self._codebook.embed
         codes, indices, commitment = vq_commit(
-            rows, embed.detach() if routed and not pulled else embed, row_weight=keep, codebook_grad=pulled
+            rows,
+            embed.detach() if routed and not pulled else embed,
+            row_weight=keep,
+            codebook_grad=pulled,
+            gradient=self._gradient if routed else None,
         )
         if update is not None:
             self._codebook.update(rows.detach(), indices, keep=keep, **update)
-        if routed:
-            codes = rotate_to(rows, codes) if self.rotation_trick else straight_through(rows, codes)
         return Step(codes, indices, commitment)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -398,6 +400,10 @@ class FastVQ(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, codebook_size={self.codebook_size}, heads={self.heads}"
+
+    @property
+    def _gradient(self) -> Gradient:
+        return "rotation" if self.rotation_trick else "straight_through"
 
     def _check_topk(self, topk: int) -> int:
         if topk < 1:
@@ -464,7 +470,7 @@ class FastVQ(nn.Module):
                 used=used if self.orthogonal_reg_active_codes_only else None,
                 max_codes=self.orthogonal_reg_max_codes,
             ).to(dtype)
-        if self.training:
+        if self.training and not self.has_commitment_loss:
             off = off + x.reshape(-1)[:0].sum().to(dtype)  # 0, but part of the graph: callers may add to it in place
         loss = off + commitment * weight
         loss = loss + diversity * self.codebook_diversity_loss_weight + orthogonality * self.orthogonal_reg_weight

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from metarec_fast.ops import vq_commit
-from metarec_fast.vq.gradient_estimators import rotate_to, straight_through
-
-Gradient = Literal["rotation", "straight_through"]
-GRADIENT_ESTIMATORS = {"rotation": rotate_to, "straight_through": straight_through}
+from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
+from metarec_fast.ops.vq_commit import Gradient
 
 
 def quantize(
@@ -34,5 +30,4 @@ def quantize(
     """
     if gradient not in GRADIENT_ESTIMATORS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)}, got {gradient!r}")
-    codes, indices, loss = vq_commit(x, codebook, row_weight=row_weight, codebook_grad=codebook_grad)
-    return GRADIENT_ESTIMATORS[gradient](x, codes), indices, loss
+    return vq_commit(x, codebook, row_weight=row_weight, codebook_grad=codebook_grad, gradient=gradient)

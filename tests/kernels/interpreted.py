@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from metarec_fast.kernels import _common, nearest_codeword, vq_commit, vq_statistics
+from metarec_fast.kernels import _common, nearest_codeword, vq_backward, vq_commit, vq_statistics
 
 from metarec_fast import reference
 
@@ -216,3 +216,20 @@ def test_rows_are_added_in_their_order(monkeypatch):
     _, backward = vq_statistics.vq_statistics(x.flip(1), indices, 1)
     assert forward[0, 0].item() == 2.0**24
     assert backward[0, 0].item() == 2.0**24 + 2
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1), (2, 70, 16), (1, 33, 20), (1, 9, 300), (1, 0, 4)], ids=str)
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("given", ["both", "grad", "grad_error", "neither"])
+def test_backward(shape, rotation, given):
+    grad, x, quantized = (torch.randn(shape) for _ in range(3))
+    if shape[-1] == 1:  # opposite directions leave the plane of the rotation to rounding
+        quantized = quantized.abs() * x.sign()
+    grad_error = torch.randn(shape[:2])
+    grad_error[:, ::3] = 0
+    x[grad_error == 0] = x[grad_error == 0] if given in ("both", "grad") else float("nan")
+    grad = grad if given in ("both", "grad") else None
+    grad_error = grad_error if given in ("both", "grad_error") else None
+    found = vq_backward.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
+    expected = reference.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -147,3 +147,16 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(quantized[0, tail], codebook[0][indices[0, tail]])
     exact = (x[:, tail].double() - quantized[:, tail].double()).square().sum(-1)
     torch.testing.assert_close(row_error[:, tail], exact.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1000, 64), (2, 333, 100), (1, 50, 1000)], ids=str)
+@pytest.mark.parametrize("rotation", [False, True])
+def test_backward_equals_the_reference(shape, rotation):
+    from metarec_fast.kernels.vq_backward import vq_backward
+
+    grad, x, quantized = (torch.randn(shape, device="cuda") for _ in range(3))
+    grad_error = torch.randn(shape[:2], device="cuda")
+    found = vq_backward(grad, grad_error, x, quantized, rotation=rotation)
+    exact = (t.double() for t in (grad, grad_error, x, quantized))
+    expected = reference.vq_backward(*exact, rotation=rotation)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

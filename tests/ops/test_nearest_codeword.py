@@ -58,6 +58,8 @@ def check(x, codebook):
     found, (indices, margin) = nearest_codeword(x, codebook), reference.nearest_codeword(x, codebook)
     assert found.indices.dtype == torch.int64 and found.margin.dtype == torch.float32
     assert torch.equal(found.indices, indices)
+    alone = nearest_codeword(x, codebook, with_margin=False)
+    assert alone.margin is None and torch.equal(alone.indices, indices)
     assert torch.equal(found.margin == 0, margin == 0)  # zero for ties, and for ties only
     assert torch.equal(found.margin.isinf(), margin.isinf())
     finite = margin.isfinite()
@@ -144,6 +146,8 @@ def test_vmap(in_dims):
     if in_dims[1] is None:
         codebook = codebook[0]
     batched = torch.vmap(nearest_codeword, in_dims=in_dims)(x, codebook)
+    alone = torch.vmap(lambda x, c: nearest_codeword(x, c, with_margin=False).indices, in_dims=in_dims)(x, codebook)
+    assert torch.equal(alone, batched.indices)
     for b in range(4):
         one = nearest_codeword(take(x, in_dims[0], b), take(codebook, in_dims[1], b))
         assert torch.equal(batched.indices[b], one.indices)
@@ -172,6 +176,7 @@ def test_compiles_without_breaks_and_without_recompiling():
 def test_opcheck(dtype):
     arguments = (torch.randn(2, 6, 3, dtype=dtype), torch.randn(2, 4, 3, dtype=dtype))
     torch.library.opcheck(torch.ops.metarec_fast.nearest_codeword.default, arguments)
+    torch.library.opcheck(torch.ops.metarec_fast.nearest_codeword_index.default, arguments)
 
 
 @pytest.mark.gpu
