@@ -14,7 +14,7 @@ from metarec_fast.ops import nearest_codeword, vq_ema_update_, vq_statistics
 from metarec_fast.vq.health import Health
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
 
-_COSINE_EPS = 1e-6
+COSINE_EPS = 1e-6
 _HELD_BELOW = 100  # times eps: the cluster size below which the smoothing would draw an unused code to the origin
 
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
@@ -77,7 +77,7 @@ class Codebook(nn.Module):
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Rows as they are compared with the codes: of length 1 for cosine similarity, else as they are."""
-        return F.normalize(x, dim=-1, eps=_COSINE_EPS) if self.use_cosine_sim else x
+        return F.normalize(x, dim=-1, eps=COSINE_EPS) if self.use_cosine_sim else x
 
     @property
     def has_dead_code_replacement(self) -> bool:
