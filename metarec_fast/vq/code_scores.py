@@ -156,7 +156,7 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
         near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(H, n, candidates, -1)
         chunk = chunk.unsqueeze(-2)
         distance = -(chunk * near).sum(-1) if cosine else (chunk - near).square().sum(-1)
-        found.append(nearest.gather(-1, distance.sort(-1, stable=True).indices[..., :k]))
+        found.append(nearest.gather(-1, distance.sort(dim=-1, stable=True).indices[..., :k]))
     return torch.cat(found, 1)
 
 

@@ -41,7 +41,7 @@ class TokenCodes:
         scores = self.scores.detach()
         if temperature is not None:
             scores = scores / temperature + gumbel_noise(scores)
-        return scores.sort(-1, descending=True, stable=True).indices[..., :k]
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
         return score_cross_entropy(self.scores, targets)
