@@ -354,6 +354,11 @@ def test_same_training_steps(name):
         {"learnable_codebook": True, "ema_update": False},
         {"heads": 2, "separate_codebook_per_head": True},
         {"kmeans_init": True},
+        {"affine_param": True},
+        {"affine_param": True, "learnable_codebook": True, "ema_update": False},
+        {"vq_bridge": nn.Linear(16, 16)},
+        {"in_place_codebook_optimizer": SGD, "orthogonal_reg_weight": 1.0},
+        {"directional_reparam": True, "threshold_ema_dead_code": 1.0},
     ],
 )
 def test_state_dict_has_the_same_layout_and_loads_both_ways(options):
@@ -414,6 +419,12 @@ RESIDUAL = {
     "shared": {"shared_codebook": True},
     "cosine_dropout": {"use_cosine_sim": True, "quantize_dropout": True},
     "projection": {"codebook_dim": 8},
+    "beam_search": {"beam_size": 3},
+    "implicit_codebook": {"implicit_neural_codebook": True, "mlp_kwargs": {"dim_hidden": 8, "depth": 1}},
+    "stochastic": {"stochastic_sample_codes": True, "sample_codebook_temp": 0.1, "shared_codebook": True},
+    "in_place_optimizer": {"in_place_codebook_optimizer": SGD, **LEARNABLE},
+    "affine_dead_codes": {"affine_param": True, "threshold_ema_dead_code": 0.5},
+    "groups": {"groups": 2, "threshold_ema_dead_code": 0.5},
 }
 
 
@@ -421,19 +432,27 @@ RESIDUAL = {
 def test_inside_residual_vq(name, monkeypatch):
     from vector_quantize_pytorch import residual_vq
 
+    options = {"dim": 16, "num_quantizers": 3, "codebook_size": 20, **copy.deepcopy(RESIDUAL[name])}
+    call = {} if "groups" in options else {"rand_quantize_dropout_fixed_seed": 0}
     built = []
     for cls in (VectorQuantize, FastVQ):
         monkeypatch.setattr(residual_vq, "VectorQuantize", cls)
         torch.manual_seed(0)
-        built.append(residual_vq.ResidualVQ(dim=16, num_quantizers=3, codebook_size=20, **RESIDUAL[name]))
+        built.append((residual_vq.GroupedResidualVQ if "groups" in options else residual_vq.ResidualVQ)(**options))
     peer, fast = built
-    assert all(isinstance(layer, FastVQ) for layer in fast.layers)
+    assert {type(m).__name__ for m in fast.modules()} & {"FastVQ", "VectorQuantize"} == {"FastVQ"}
+    for module in peer.modules():
+        if isinstance(module, VectorQuantize):
+            use_our_draws(module._codebook)
     for seed in range(5):
         torch.manual_seed(seed)
         x = torch.randn(2, 12, 16)
         inputs = [x.clone().requires_grad_() for _ in built]
-        options = {"rand_quantize_dropout_fixed_seed": seed}
-        expected, actual = peer(inputs[0], **options), fast(inputs[1], **options)
+        results = []
+        for module, leaf in zip(built, inputs, strict=True):
+            torch.manual_seed(seed)
+            results.append(module(leaf, **{name: seed for name in call}))
+        expected, actual = results
         assert torch.equal(actual[1], expected[1])
         torch.testing.assert_close((actual[0], actual[2]), (expected[0], expected[2]), **CLOSE)
         for out in (expected, actual):
@@ -444,3 +463,34 @@ def test_inside_residual_vq(name, monkeypatch):
     torch.testing.assert_close(
         fast.get_output_from_indices(actual[1]), peer.get_output_from_indices(actual[1]), **CLOSE
     )
+
+
+def test_inside_random_projection_and_hierarchical_quantizers(monkeypatch):
+    from vector_quantize_pytorch import hierarchical_vq, random_projection_quantizer
+
+    for module, cls, options, shape in (
+        (
+            random_projection_quantizer,
+            "RandomProjectionQuantizer",
+            {"dim": 16, "codebook_size": 20, "codebook_dim": 8, "num_codebooks": 2},
+            (3, 9, 16),
+        ),
+        (
+            hierarchical_vq,
+            "HierarchicalVQ",
+            {"dim": 16, "codebook_size": 20, "scales": (1, 2, 4), "accept_image_fmap": True},
+            (2, 16, 4, 4),
+        ),
+    ):
+        results = []
+        for inner in (VectorQuantize, FastVQ):
+            monkeypatch.setattr(module, "VectorQuantize", inner)
+            torch.manual_seed(0)
+            quantizer = getattr(module, cls)(**options)
+            assert any(isinstance(m, inner) for m in quantizer.modules())
+            for m in quantizer.modules():
+                if isinstance(m, VectorQuantize):
+                    use_our_draws(m._codebook)
+            torch.manual_seed(1)
+            results.append(quantizer(torch.randn(shape)))
+        torch.testing.assert_close(results[1], results[0], **CLOSE)
