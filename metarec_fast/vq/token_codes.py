@@ -54,8 +54,7 @@ class TokenCodes:
 
     def straight_through(self, indices: Tensor, temperature: float) -> Tensor:
         share = (self.scores / temperature).softmax(-1)
-        soft = (share.unsqueeze(-1) * self.codes.detach()).sum(-2)
-        return self.gather(indices) + (soft - soft.detach())
+        return self.gather(indices) + ((share - share.detach()).unsqueeze(-1) * self.codes).sum(-2)
 
 
 def transformed_codes(
