@@ -7,6 +7,7 @@ exists: each function walks over chunks of rows, and its gradient computes the c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class CodeScores:
     def cross_entropy(self, targets: Tensor) -> Tensor:
         """-log softmax(scores) [H, N] at targets [H, N]; 0 where the target is -1."""
         if traced_transform():
-            return _cross_entropy(self.rows, self.codes, targets, self.cosine)
+            return _cross_entropy.__wrapped__(self.rows, self.codes, targets, self.cosine)
         return _CrossEntropy.apply(self.rows, self.codes, targets, self.cosine)
 
     def entropy(self, temperature: float, groups: Tensor, keep: Tensor | None) -> Tensor:
@@ -61,14 +62,13 @@ class CodeScores:
         weight = torch.ones(groups.shape, dtype=rows.dtype, device=rows.device)
         weight = weight if keep is None else keep[groups].to(rows.dtype)
         if traced_transform():
-            return _entropy(rows, self.codes, weight, float(temperature), self.cosine)
+            return _entropy.__wrapped__(rows, self.codes, weight, float(temperature), self.cosine)
         return _Entropy.apply(rows, self.codes, weight, float(temperature), self.cosine)
 
     def straight_through(self, indices: Tensor, temperature: float) -> Tensor:
         """Codes at ``indices``, with the gradient of the mean code under softmax(scores / temperature) besides."""
         if traced_transform():
-            soft = _mean_code(self.rows, self.codes, float(temperature), self.cosine)
-            return self.gather(indices) + (soft - soft.detach())
+            return self.gather(indices) + _soft_code(self.rows, self.codes, float(temperature), self.cosine)
         return self.gather(indices) + _SoftCode.apply(self.rows, self.codes, float(temperature), self.cosine)
 
 
@@ -111,6 +111,7 @@ def _as_operator(schema: str, fake: Callable) -> Callable:
     def register(function: Callable) -> Callable:
         operator = define(schema, cpu=function, cuda=function, fake=fake)
 
+        @wraps(function)  # what it wraps is differentiable, the operator is not
         def call(*args: Any) -> Any:
             return (operator if torch.compiler.is_compiling() else function)(*args)
 
@@ -156,7 +157,7 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
         near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(H, n, candidates, -1)
         chunk = chunk.unsqueeze(-2)
         distance = -(chunk * near).sum(-1) if cosine else (chunk - near).square().sum(-1)
-        found.append(nearest.gather(-1, distance.sort(-1, stable=True).indices[..., :k]))
+        found.append(nearest.gather(-1, distance.sort(dim=-1, stable=True).indices[..., :k]))
     return torch.cat(found, 1)
 
 
@@ -317,40 +318,41 @@ class _Entropy(torch.autograd.Function):
         return *_entropy_grad(rows, codes, weight, grad, ctx.temperature, ctx.cosine), None, None, None
 
 
-# -- the mean code under the softmax of the scores
+# -- the gradient of the mean code under the softmax of the scores
 
 
-def _mean_code(rows: Tensor, codes: Tensor, temperature: float, cosine: bool) -> Tensor:
-    return torch.cat(
-        [
-            (_scores(rows[:, part], codes, cosine) / temperature).softmax(-1) @ codes.detach()
-            for part in _chunks(rows, codes)
-        ],
-        1,
-    )
+def _soft_code(rows: Tensor, codes: Tensor, temperature: float, cosine: bool) -> Tensor:
+    """Zero in value, [H, N, D]; the mean code's gradient with regard to its probabilities."""
+    soft = []
+    for part in _chunks(rows, codes):
+        share = (_scores(rows[:, part], codes, cosine) / temperature).softmax(-1)
+        soft.append((share - share.detach()) @ codes)
+    return torch.cat(soft, 1)
 
 
 @_as_operator(
-    "vq_mean_code_grad(Tensor rows, Tensor codes, Tensor grad, float temperature, bool cosine) -> (Tensor, Tensor)",
+    "vq_soft_code_grad(Tensor rows, Tensor codes, Tensor grad, float temperature, bool cosine) -> (Tensor, Tensor)",
     lambda rows, codes, grad, temperature, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
 )
-def _mean_code_grad(
+def _soft_code_grad(
     rows: Tensor, codes: Tensor, grad: Tensor, temperature: float, cosine: bool
 ) -> tuple[Tensor, Tensor]:
     to_rows, to_codes = [], torch.zeros_like(codes)
     for part in _chunks(rows, codes):
         scores = _scores(rows[:, part], codes, cosine)
         share = (scores / temperature).softmax(-1)
-        to_share = grad[:, part] @ codes.detach().mT
+        to_share = grad[:, part] @ codes.mT
         to_scores = share * (to_share - (share * to_share).sum(-1, keepdim=True)) / temperature
         of_rows, of_codes = _pull_back(to_scores, scores, rows[:, part], codes, cosine)
         to_rows.append(of_rows)
         to_codes = to_codes + of_codes
+        if torch.is_grad_enabled():
+            to_codes = to_codes + (share - share.detach()).mT @ grad[:, part]  # 0, but not its derivative
     return torch.cat(to_rows, 1), to_codes
 
 
 class _SoftCode(torch.autograd.Function):
-    """Zero in value; the gradient of `_mean_code` through its probabilities."""
+    """`_soft_code` without its chunks in memory."""
 
     generate_vmap_rule = True
 
@@ -365,4 +367,4 @@ class _SoftCode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_mean_code_grad(*ctx.saved_tensors, grad, ctx.temperature, ctx.cosine), None, None
+        return *_soft_code_grad(*ctx.saved_tensors, grad, ctx.temperature, ctx.cosine), None, None

@@ -116,10 +116,11 @@ class Codebook(nn.Module):
         """Move the averages by one batch, then the codes, then replace dead codes.
 
         rows: [H, N, D]. indices: int64 [H, N], -1 for a row to skip. keep: bool [N], None for all.
-        Rows that are not finite are skipped. ema_update: overrides the module's.
+        Rows that are not finite are skipped. Raises RuntimeError under torch.vmap. ema_update: overrides the module's.
         weight: [K] or [H, K], or a function of (sums, counts) that returns it; scales how far each code moves.
         accumulate: only add the batch to the ``grad`` of the averages; the next update takes it in.
         """
+        _check_not_batched(rows)
         ema_update = self.ema_update if ema_update is None else ema_update
         if keep is not None:
             indices = indices.masked_fill(~keep, -1)
@@ -255,6 +256,18 @@ def _counts(indices: Tensor, codebook_size: int) -> Tensor:
     at = indices.flatten(1) + 1
     counts = torch.zeros(at.shape[0], codebook_size + 1, device=at.device)
     return counts.scatter_add(1, at, torch.ones_like(at, dtype=counts.dtype))[:, 1:]
+
+
+def _check_not_batched(rows: Tensor) -> None:
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return
+    while functorch.is_functorch_wrapped_tensor(rows):
+        if functorch.is_batchedtensor(rows):
+            raise RuntimeError(
+                "under torch.vmap a codebook cannot move, one for the whole batch: call with freeze_codebook=True"
+            )
+        rows = functorch.get_unwrapped(rows)
 
 
 def _add_to_grad(buffer: Tensor, value: Tensor) -> None:

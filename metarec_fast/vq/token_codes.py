@@ -41,7 +41,7 @@ class TokenCodes:
         scores = self.scores.detach()
         if temperature is not None:
             scores = scores / temperature + gumbel_noise(scores)
-        return scores.sort(-1, descending=True, stable=True).indices[..., :k]
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
         return score_cross_entropy(self.scores, targets)
@@ -54,8 +54,7 @@ class TokenCodes:
 
     def straight_through(self, indices: Tensor, temperature: float) -> Tensor:
         share = (self.scores / temperature).softmax(-1)
-        soft = (share.unsqueeze(-1) * self.codes.detach()).sum(-2)
-        return self.gather(indices) + (soft - soft.detach())
+        return self.gather(indices) + ((share - share.detach()).unsqueeze(-1) * self.codes).sum(-2)
 
 
 def transformed_codes(
