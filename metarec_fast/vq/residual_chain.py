@@ -49,8 +49,9 @@ def residual_chain(
     indices, commitments, tables, inputs = [], [], [], []
     for level, codebook in enumerate(codebooks):
         if codes is not None:
-            residual = residual - codes
-            total = codes if total is None else total + codes
+            # in place where the memory is ours alone
+            residual = residual - codes if total is None or keep_inputs else residual.sub_(codes)
+            total = codes if total is None else total.add_(codes)
         compared = codebook.transform_input(residual)
         if codebook.needs_kmeans:
             codebook.init_kmeans_(compared, keep)
@@ -115,8 +116,10 @@ class _ChainGradient(torch.autograd.Function):
             step = vq_backward(grad, grad_error, compared, codes, rotation=ctx.gradient == "rotation")
             if ctx.cosine:
                 step = _through_normalize(step, residual, compared)
-            out = step if out is None else out + step
-            residual = residual - codes
+            if level < 2 or torch.is_grad_enabled():  # not ours yet, or to be differentiated again
+                out, residual = step if out is None else out + step, residual - codes
+            else:
+                out, residual = out.add_(step), residual.sub_(codes)
         return out, *nothing
 
 
