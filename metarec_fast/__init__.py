@@ -14,12 +14,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "config",
     "Domain": "data",
+    "FastGroupedResidualVQ": "vq",
+    "FastResidualVQ": "vq",
     "FastVQ": "vq",
     "MetaRec": "api",
     "Sampler": "data",
     "backend_info": "ops",
     "compare": "api",
     "read": "data",
+    "replace_vector_quantize": "vq",
     "synthetic": "data",
 }
 __all__ = ["__version__", *_HOMES]
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from metarec_fast.data import read as read
     from metarec_fast.data import synthetic as synthetic
     from metarec_fast.ops import backend_info as backend_info
+    from metarec_fast.vq import FastGroupedResidualVQ as FastGroupedResidualVQ
+    from metarec_fast.vq import FastResidualVQ as FastResidualVQ
     from metarec_fast.vq import FastVQ as FastVQ
+    from metarec_fast.vq import replace_vector_quantize as replace_vector_quantize
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from metarec_fast.ops._register import traced_transform
 from metarec_fast.ops.vq_backward import vq_backward
@@ -31,6 +32,19 @@ def rotate_to(x: Tensor, quantized: Tensor) -> Tensor:
     """
     _check_shapes(x, quantized)
     return reference.rotate_to(x, quantized) if traced_transform() else _RotateTo.apply(x, quantized)
+
+
+def step_towards(x: Tensor, quantized: Tensor, *, variance: float) -> Tensor:
+    """``x`` moved by its distance to ``quantized``, in a direction near to that of the code.
+
+    x, quantized: [..., D], the same shape. variance: of the normal noise in each element of the direction.
+    The direction is constant, the distance is not: gradients go to both. Source: DiVeQ, openreview KRVnpTbx7R,
+    figure 1. Raises ValueError for unequal shapes.
+    """
+    _check_shapes(x, quantized)
+    error = quantized - x
+    noisy = (error + variance**0.5 * torch.randn_like(error)).detach()
+    return x + F.normalize(noisy, dim=-1, eps=reference.EPS) * torch.linalg.vector_norm(error, dim=-1, keepdim=True)
 
 
 def _check_shapes(x: Tensor, quantized: Tensor) -> None:

@@ -1,18 +1,23 @@
-"""Vector quantization: the module FastVQ, its parts as functions, and the proof that codes are the nearest."""
+"""Vector quantization: the module FastVQ, what is built from it, its parts as functions, and the proof of its codes."""
 
 from metarec_fast.ops.gradient_estimators import rotate_to, straight_through
 from metarec_fast.vq.assignments import AssignmentStats, CodebookAssignments
 from metarec_fast.vq.fast_vq import FastVQ, LossBreakdown
 from metarec_fast.vq.functional import quantize
+from metarec_fast.vq.replace import replace_vector_quantize
+from metarec_fast.vq.residual_vq import FastGroupedResidualVQ, FastResidualVQ
 from metarec_fast.vq.verify import Verification, verify
 
 __all__ = [
     "AssignmentStats",
     "CodebookAssignments",
+    "FastGroupedResidualVQ",
+    "FastResidualVQ",
     "FastVQ",
     "LossBreakdown",
     "Verification",
     "quantize",
+    "replace_vector_quantize",
     "rotate_to",
     "straight_through",
     "verify",

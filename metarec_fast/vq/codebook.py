@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metarec_fast.ops import nearest_codeword, vq_ema_update_, vq_statistics
+from metarec_fast.vq.health import Health
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
 
-_COSINE_EPS = 1e-6
+COSINE_EPS = 1e-6
+_HELD_BELOW = 100  # times eps: the cluster size below which the smoothing would draw an unused code to the origin
 
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
@@ -24,6 +26,8 @@ class Codebook(nn.Module):
     embed: [H, K, D], a buffer, or a Parameter if ``as_parameter``. embed_avg: [H, K, D] and cluster_size: [H, K],
     moving averages of the sum and number of rows per code. initted: bool, False until k-means has run.
     All stay float32 whatever the module is cast to: an average with 8 bits of mantissa stops moving.
+    holds_unused: leave a code where it is once it has been out of use so long that the smoothing by ``eps`` would
+    draw it to the origin. bridge: a module from codes to the codes that rows are compared with.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class Codebook(nn.Module):
         ema_update: bool = True,
         manual_ema_update: bool = False,
         as_parameter: bool = False,
+        holds_unused: bool = True,
+        bridge: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.codebook_size, self.num_codebooks = codebook_size, num_codebooks
@@ -52,6 +58,7 @@ class Codebook(nn.Module):
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.sync = sync
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
+        self.holds_unused = holds_unused
 
         if kmeans_init:
             embed = torch.zeros(num_codebooks, codebook_size, dim)
@@ -64,15 +71,36 @@ class Codebook(nn.Module):
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
+        self.vq_bridge = bridge
+        self.health = Health(num_codebooks)
         self.needs_kmeans = kmeans_init  # `initted` for the host: no forward reads the device to learn it
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Rows as they are compared with the codes: of length 1 for cosine similarity, else as they are."""
-        return F.normalize(x, dim=-1, eps=_COSINE_EPS) if self.use_cosine_sim else x
+        return F.normalize(x, dim=-1, eps=COSINE_EPS) if self.use_cosine_sim else x
 
     @property
     def has_dead_code_replacement(self) -> bool:
         return self.threshold_ema_dead_code > 0
+
+    def codes_for(self, rows: Tensor, keep: Tensor | None) -> Tensor:
+        """The codes [H, K, D] that rows [H, N, D] are compared with. keep: bool [N], rows that count."""
+        if self.vq_bridge is None:
+            return self.embed
+        return self.vq_bridge(self.embed.clone())  # its graph must not see the codes change in place
+
+    def codes_now(self) -> Tensor:
+        """``codes_for`` the rows seen so far."""
+        return self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
+
+    @property
+    def compares_other_codes(self) -> bool:
+        """Whether rows are compared with anything but ``embed`` itself."""
+        return self.vq_bridge is not None
+
+    def rows_to_average(self, rows: Tensor) -> Tensor:
+        """Rows as the averages take them in: where the codes are."""
+        return rows
 
     @torch.no_grad()
     def update(
@@ -88,16 +116,18 @@ class Codebook(nn.Module):
         """Move the averages by one batch, then the codes, then replace dead codes.
 
         rows: [H, N, D]. indices: int64 [H, N], -1 for a row to skip. keep: bool [N], None for all.
-        Rows that are not finite are skipped. ema_update: overrides the module's.
+        Rows that are not finite are skipped. Raises RuntimeError under torch.vmap. ema_update: overrides the module's.
         weight: [K] or [H, K], or a function of (sums, counts) that returns it; scales how far each code moves.
         accumulate: only add the batch to the ``grad`` of the averages; the next update takes it in.
         """
+        _check_not_batched(rows)
         ema_update = self.ema_update if ema_update is None else ema_update
-        if not ema_update and not self.has_dead_code_replacement:
-            return
         if keep is not None:
             indices = indices.masked_fill(~keep, -1)
-        counts, sums = self._statistics(rows, indices, sync=self._syncs)
+        if not ema_update and not self.has_dead_code_replacement:
+            self.health.record(_counts(indices, self.codebook_size), self.dead_codes())
+            return
+        counts, sums = self._statistics(self.rows_to_average(rows), indices, sync=self._syncs)
         if callable(weight):
             weight = weight(sums, counts)
         if weight is not None:
@@ -105,8 +135,12 @@ class Codebook(nn.Module):
         if accumulate:
             _add_to_grad(self.cluster_size, counts)
             _add_to_grad(self.embed_avg, sums)
+            self.health.record(counts, self.dead_codes())
             return
         counts, sums = _take_grad(self.cluster_size, counts), _take_grad(self.embed_avg, sums)
+        if self.holds_unused:
+            held = (counts == 0) & (self.cluster_size < _HELD_BELOW * self.eps)
+            weight = (torch.ones_like(counts) if weight is None else weight).masked_fill(held, 0)
         moves_codes = ema_update and not self.manual_ema_update
         vq_ema_update_(
             self.cluster_size,
@@ -119,7 +153,12 @@ class Codebook(nn.Module):
             weight=weight,
             normalize=self.use_cosine_sim,
         )
+        self.health.record(counts, self.dead_codes())
         self._replace_dead_codes(rows, keep)
+
+    def dead_codes(self) -> Tensor:
+        """Codes out of use, bool [H, K]: below the threshold for replacement, or so long that they are held."""
+        return self.cluster_size < max(self.threshold_ema_dead_code, _HELD_BELOW * self.eps)
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -142,7 +181,7 @@ class Codebook(nn.Module):
         dead = self.cluster_size < self.threshold_ema_dead_code
         if dead.device.type == "cpu" and not self._syncs and not torch.compiler.is_compiling() and not dead.any():
             return  # on a CPU the question is free; elsewhere it would stall the device, and an empty draw is cheap
-        drawn, replaced = draw_rows(rows.float(), _valid_rows(rows, keep), dead, sync=self._syncs)
+        drawn, replaced = draw_rows(rows.float(), self.valid_rows(rows, keep), dead, sync=self._syncs)
         drawn, replaced = self.transform_input(drawn), replaced.unsqueeze(-1)
         self.embed.copy_(torch.where(replaced, drawn, self.embed))
         self.embed_avg.copy_(torch.where(replaced, drawn * self.threshold_ema_dead_code, self.embed_avg))
@@ -151,7 +190,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def init_kmeans_(self, rows: Tensor, keep: Tensor | None = None) -> None:
         """Start the codes at the k-means centres of ``rows`` [H, N, D]; waits for a batch that has valid rows."""
-        rows, valid = rows.float(), _valid_rows(rows, keep)
+        rows, valid = rows.float(), self.valid_rows(rows, keep)
         sync = self._syncs and self.sync_kmeans
         num_rows = int(sum_over_ranks(valid.sum(-1).amin(), sync=sync))
         if num_rows == 0:
@@ -172,6 +211,21 @@ class Codebook(nn.Module):
         self.update_ema()
         self.initted.fill_(True)
         self.needs_kmeans = False
+
+    @torch.no_grad()
+    def average_grads(self) -> None:
+        """Replace the gradients of the parameters by their mean over ranks, where ranks share the codebook."""
+        if self._syncs:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    sum_over_ranks(parameter.grad, sync=True).div_(world_size())
+
+    @staticmethod
+    def valid_rows(rows: Tensor, keep: Tensor | None) -> Tensor:
+        """Rows that are kept and finite, bool [H, N]."""
+        # one NaN or infinity makes the sum of a row NaN or infinite
+        finite = rows.sum(-1).isfinite()
+        return finite if keep is None else finite & keep
 
     @property
     def _syncs(self) -> bool:
@@ -197,10 +251,23 @@ class Codebook(nn.Module):
             self.needs_kmeans = not bool(self.initted)
 
 
-def _valid_rows(rows: Tensor, keep: Tensor | None) -> Tensor:
-    # one NaN or infinity makes the sum of a row NaN or infinite
-    finite = rows.sum(-1).isfinite()
-    return finite if keep is None else finite & keep
+def _counts(indices: Tensor, codebook_size: int) -> Tensor:
+    """How often each code is chosen, float32 [H, K], of indices [H, ...]; -1 is nothing."""
+    at = indices.flatten(1) + 1
+    counts = torch.zeros(at.shape[0], codebook_size + 1, device=at.device)
+    return counts.scatter_add(1, at, torch.ones_like(at, dtype=counts.dtype))[:, 1:]
+
+
+def _check_not_batched(rows: Tensor) -> None:
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return
+    while functorch.is_functorch_wrapped_tensor(rows):
+        if functorch.is_batchedtensor(rows):
+            raise RuntimeError(
+                "under torch.vmap a codebook cannot move, one for the whole batch: call with freeze_codebook=True"
+            )
+        rows = functorch.get_unwrapped(rows)
 
 
 def _add_to_grad(buffer: Tensor, value: Tensor) -> None:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from metarec_fast.ops import vq_commit
 from metarec_fast.ops.vq_commit import Gradient
+from metarec_fast.vq.affine_codebook import AffineCodebook
+from metarec_fast.vq.arguments import check_arguments
 from metarec_fast.vq.codebook import Codebook, EmaWeight
+from metarec_fast.vq.composed_step import Call, Step, composed_step
+from metarec_fast.vq.health import CodebookHealth
+from metarec_fast.vq.layout import Layout
 from metarec_fast.vq.orthogonality import orthogonality_loss
 
 
@@ -23,25 +28,6 @@ class LossBreakdown(NamedTuple):
     inplace_optimize: Tensor
 
 
-# Switches that VectorQuantize has and this version has not: argument -> (its value when off, what to do instead).
-_ELSEWHERE = "vector_quantize_pytorch.VectorQuantize serves it and loads the same state_dict"
-_UNSUPPORTED_OPTIONS: dict[str, tuple[Any, str]] = {
-    "commitment_use_cross_entropy_loss": (False, "leave it False for the mean squared commitment loss"),
-    "codebook_diversity_loss_weight": (0.0, "threshold_ema_dead_code keeps codes in use"),
-    "stochastic_sample_codes": (False, "leave it False for the nearest code"),
-    "directional_reparam": (False, "use rotation_trick"),
-    "vq_bridge": (None, "use learnable_codebook"),
-    "in_place_codebook_optimizer": (None, "use learnable_codebook=True with ema_update=False and any optimizer"),
-    "affine_param": (False, "use ema_update"),
-    "sync_update_v": (0.0, "leave it 0"),
-}
-_UNSUPPORTED_CALLS = {
-    "indices": "compute the cross-entropy from codebook and x, or use vq_commit's loss",
-    "topk": "leave it None for the nearest code",
-    "codebook_transform_fn": "transform the codes and call metarec_fast.vq.quantize",
-}
-
-
 class FastVQ(nn.Module):
     """Replace vectors by their nearest codes of a codebook that learns; a drop-in for ``VectorQuantize``.
 
@@ -51,21 +37,45 @@ class FastVQ(nn.Module):
 
     dim, codebook_size: width of the vectors and number of codes.
     codebook_dim, heads, separate_codebook_per_head: width of a code (default dim), codes per vector, and whether
-        each head has its own codebook; linear projections are added if codebook_dim * heads differs from dim.
+        each head has its own codebook; linear projections are added if codebook_dim * heads differs from dim, with a
+        norm if layernorm_after_project_in.
     decay, eps: of the moving averages that set the codes (arXiv 1711.00937, appendix A.1).
     kmeans_init, kmeans_iters, sync_kmeans: start from the k-means centres of the first batch (of all ranks).
     use_cosine_sim: compare directions. threshold_ema_dead_code: replace codes used less than this by rows of the batch.
     channel_last, accept_image_fmap, accept_3d_fmap: form of the input, see ``forward``.
-    commitment_weight: of the mean squared distance between vector and code.
+    commitment_weight: of the mean squared distance between vector and code, or with
+        commitment_use_cross_entropy_loss of the cross-entropy of the code under the softmax of minus the distances.
     orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of the codes' non-orthogonality.
-    straight_through, rotation_trick: how the gradient passes; rotation is the default for dim > 1.
+    codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the entropy of the mean soft assignment.
+    stochastic_sample_codes, sample_codebook_temp: in training, draw codes by softmax(-distance / temperature).
+    straight_through, rotation_trick, directional_reparam: how the gradient passes; rotation is the default for
+        dim > 1. With straight_through and route_gradients_to_input=False it passes through the softmax above;
+        directional_reparam steps towards the code in a direction with noise of directional_reparam_variance.
     sync_codebook: sum statistics over ranks; None: whenever torch.distributed is running at the call.
     ema_update, manual_ema_update, learnable_codebook: averages move the codes; only on ``_codebook.update_ema()``; or
-        the codes are a Parameter that the commitment loss pulls (needs ema_update=False).
+        the codes are a Parameter that the commitment loss pulls. learnable_codebook=True needs ema_update=False; both
+        are so by default with directional_reparam or vq_bridge.
+    vq_bridge: a module from the codes [H, K, D] to the codes that rows are compared with.
+    in_place_codebook_optimizer, manual_in_place_optimizer_update: a function from parameters to an optimizer that
+        moves the codes within the call; or only on ``update_in_place_optimizer()``.
+    affine_param, affine_param_batch_decay, affine_param_codebook_decay, sync_affine_param: carry the codes along with
+        mean and variance of the input, which it follows at every call, in eval too; see ``AffineCodebook``.
+    sync_update_v: between 0 and 1, lets the gradient of the output reach a learnable codebook (vqtorch's rule).
     freeze_codebook, return_zeros_for_masked_padding, route_gradients_to_input: as named.
+    strict_upstream: reproduce what VectorQuantize 1.32 does against expectation and someone may have come to rely on.
+        False, and what True does instead:
+        - a code that no row chooses stays where it is once its cluster_size is below 100 * eps;
+          True: it shrinks to the origin, as the smoothing by eps has it.
+        - with mask and use_cosine_sim the commitment loss compares directions, as it does without a mask;
+          True: it compares the input's own length with the code, where neither heads nor projections are.
+        - forward(indices=...) returns codes in the form of x, and a mask leaves tokens out of the cross-entropy;
+          True: codes before project_out, [B, N, D] or with heads [heads, B, N, D] or [1, B * heads, N, D].
+        - with vq_bridge or affine_param, get_codes_from_indices gives the codes that forward gives;
+          True: the codes of the codebook as it is stored.
+        Never reproduced: a loss that is a buffer, averages in half precision, NaN rows in the codebook, inexact
+        indices, -1 counted as code 0, whether to sync decided at construction, gradients from codes already moved.
 
-    Raises ValueError for arguments out of range or at odds with each other, and for options of VectorQuantize that
-    this version does not have.
+    Raises ValueError for arguments out of range or at odds with each other.
     """
 
     def __init__(
@@ -114,55 +124,37 @@ class FastVQ(nn.Module):
         sync_update_v: float = 0.0,
         return_zeros_for_masked_padding: bool = True,
         route_gradients_to_input: bool = True,
+        *,
+        strict_upstream: bool = False,
     ) -> None:
-        _refuse_unsupported(locals())
         super().__init__()
-        ema_update = True if ema_update is None else ema_update
-        learnable_codebook = bool(learnable_codebook)
-        rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
+        codes_get_gradients = directional_reparam or vq_bridge is not None
+        ema_update = not codes_get_gradients if ema_update is None else ema_update
+        learnable_codebook = codes_get_gradients if learnable_codebook is None else learnable_codebook
+        rotation_trick = (dim > 1 and not directional_reparam) if rotation_trick is None else rotation_trick
         codebook_dim = dim if codebook_dim is None else codebook_dim
-        for name, value in (
-            ("dim", dim),
-            ("codebook_size", codebook_size),
-            ("codebook_dim", codebook_dim),
-            ("heads", heads),
-            ("kmeans_iters", kmeans_iters),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be in [0, 1], got {decay}")
-        for name, value in (
-            ("eps", eps),
-            ("threshold_ema_dead_code", threshold_ema_dead_code),
-            ("commitment_weight", commitment_weight),
-            ("orthogonal_reg_weight", orthogonal_reg_weight),
-        ):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if straight_through and rotation_trick:
-            raise ValueError(
-                "straight_through and rotation_trick exclude each other; pass rotation_trick=False as well"
-            )
-        if learnable_codebook and use_cosine_sim:
-            raise ValueError("learnable_codebook=True needs use_cosine_sim=False")
-        if learnable_codebook and straight_through:
-            raise ValueError("learnable_codebook=True needs straight_through=False")
-        if learnable_codebook and ema_update:
-            raise ValueError("learnable_codebook=True needs ema_update=False: one of the two moves the codes")
-        if accept_image_fmap and accept_3d_fmap:
-            raise ValueError("accept_image_fmap and accept_3d_fmap exclude each other")
-        if orthogonal_reg_active_codes_only and separate_codebook_per_head and heads > 1:
-            raise ValueError("orthogonal_reg_active_codes_only=True needs separate_codebook_per_head=False")
+        check_arguments(locals())
 
         self.dim, self.codebook_size, self.heads = dim, codebook_size, heads
         self.separate_codebook_per_head = separate_codebook_per_head
+        self.strict_upstream = strict_upstream
+        self._layout = Layout(
+            dim, heads, separate_codebook_per_head, channel_last, image=accept_image_fmap, volume=accept_3d_fmap
+        )
         self.channel_last, self.accept_image_fmap, self.accept_3d_fmap = channel_last, accept_image_fmap, accept_3d_fmap
         self.eps, self.use_cosine_sim = eps, use_cosine_sim
         self.freeze_codebook, self.learnable_codebook = freeze_codebook, learnable_codebook
         self.rotation_trick, self.route_gradients_to_input = rotation_trick, route_gradients_to_input
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        self.commitment_weight, self.has_commitment_loss = commitment_weight, commitment_weight > 0
+        self.straight_through, self.directional_reparam = straight_through, directional_reparam
+        self.directional_reparam_variance, self.sync_update_v = directional_reparam_variance, sync_update_v
+        self.stochastic_sample_codes, self.sample_codebook_temp = stochastic_sample_codes, sample_codebook_temp
+        self.commitment_weight = commitment_weight
+        self.has_commitment_loss = commitment_weight > 0 and not directional_reparam
+        self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
+        self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
+        self.has_codebook_diversity_loss = codebook_diversity_loss_weight > 0
+        self.codebook_diversity_temperature = codebook_diversity_temperature
         self.orthogonal_reg_weight = orthogonal_reg_weight
         self.has_codebook_orthogonal_loss = orthogonal_reg_weight > 0
         self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
@@ -178,7 +170,16 @@ class FastVQ(nn.Module):
             self.project_out = nn.Linear(inner, dim)
         else:
             self.project_in, self.project_out = nn.Identity(), nn.Identity()
-        self._codebook = Codebook(
+        affine = (
+            {
+                "batch_decay": affine_param_batch_decay,
+                "codebook_decay": affine_param_codebook_decay,
+                "sync_affine_param": sync_affine_param,
+            }
+            if affine_param
+            else {}
+        )
+        self._codebook = (AffineCodebook if affine_param else Codebook)(
             codebook_dim,
             codebook_size,
             num_codebooks=heads if separate_codebook_per_head else 1,
@@ -193,7 +194,14 @@ class FastVQ(nn.Module):
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
             as_parameter=learnable_codebook or self.has_codebook_orthogonal_loss,
+            holds_unused=not strict_upstream,
+            bridge=vq_bridge,
+            **affine,
         )
+        self.in_place_codebook_optimizer = (
+            None if in_place_codebook_optimizer is None else in_place_codebook_optimizer(self._codebook.parameters())
+        )
+        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         # codes are float32 always; what they are returned as follows casts of the module
         self.register_buffer("_module_dtype", torch.empty(0), persistent=False)
 
@@ -230,65 +238,106 @@ class FastVQ(nn.Module):
 
         x: [B, ..., dim], or channels second: [B, dim, N] with channel_last=False, [B, dim, H, W] with
             accept_image_fmap, [B, dim, D, H, W] with accept_3d_fmap; [B, dim] always.
+        indices: int64 as ``forward`` returns them, -1 for none: codes to compute a cross-entropy to.
         mask: bool [B, N], True where x counts, or lens: [B]; for sequences only.
-        freeze_codebook, ema_update: override the module's. sample_codebook_temp has no effect on nearest codes.
+        topk: return the k best codes of each vector, and move no codes. Needs heads=1.
+        sample_codebook_temp, freeze_codebook, ema_update: override the module's.
+        codebook_transform_fn: from codes [H, K, D] to codes of each vector [H, B, N, K, D] (B * heads for B if heads
+            share a codebook); such codes take N x K x D memory.
         ema_update_weight: [K] or [H, K], or a function of (sums, counts) that returns it: how far each code moves.
         accum_ema_update: keep this batch's statistics for the next update instead of moving the averages.
 
         Returns (quantized with shape and dtype of x, indices int64 [B, ...] with a last dimension of heads if several,
-        loss: one number), and a LossBreakdown if asked for. Masked positions: quantized 0 (or x, without
-        return_zeros_for_masked_padding), index -1, no part in loss and codebook. Under torch.vmap, and under
-        torch.func.grad with dead-code replacement, freeze the codebook: torch cannot mutate buffers there.
-        Raises ValueError for shapes that do not fit and for arguments this version does not serve.
+        loss: one number), and a LossBreakdown if asked for. With topk: quantized [B, N, k, dim] (channels second:
+        [B, dim, ..., k]), indices and loss [B, ..., k]. With indices: (quantized, cross-entropy).
+        Masked positions: quantized 0 (or x, without return_zeros_for_masked_padding), index -1, no part in loss and
+        codebook. Under torch.vmap, and under torch.func.grad with dead-code replacement, freeze the codebook: torch
+        cannot mutate buffers there.
+        Raises ValueError for shapes that do not fit.
         """
-        for name, value in (("indices", indices), ("topk", topk), ("codebook_transform_fn", codebook_transform_fn)):
-            if value is not None:
-                raise ValueError(_unsupported(name, _UNSUPPORTED_CALLS[name]))
-        self._check_input(x)
-        channels_second = self._channels_second and x.dim() > 2
+        tokens = self._layout.tokens(x)
+        mask = self._layout.token_mask(tokens, mask, lens)
+        topk = None if topk is None else self._check_topk(int(topk))
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        moves = self.training and not frozen
-        tokens = x.movedim(1, -1) if channels_second else x
-        mask = self._resolve_mask(tokens, mask, lens)
+        pulled = self.learnable_codebook and not frozen
+        routed = self.training and self.route_gradients_to_input and x.requires_grad
+        update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
+        update = update if self.training and not frozen else None
+        asked = (topk, indices, codebook_transform_fn) != (None, None, None)
 
         with torch.autocast(x.device.type, enabled=False):
             # padding may hold anything, NaN too: read zeros there
-            rows = self._rows(tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0))
-            keep = None if mask is None else self._per_row(mask)
+            kept = tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0)
+            rows = self._rows(kept)
+            keep = None if mask is None else self._layout.row_mask(mask)
             if self._codebook.needs_kmeans:
                 self._codebook.init_kmeans_(rows.detach(), keep)
-            routed = self.training and self.route_gradients_to_input and x.requires_grad
-            pulled = self.learnable_codebook and not frozen
-            embed = self._codebook.embed
-            codes, row_indices, commitment = vq_commit(
-                rows,
-                embed.detach() if routed and not pulled else embed,
-                row_weight=keep,
-                codebook_grad=pulled,
-                gradient=self._gradient if routed else None,
-            )
-            if moves:
-                self._codebook.update(
-                    rows.detach(),
-                    row_indices,
-                    keep=keep,
-                    ema_update=ema_update,
-                    weight=ema_update_weight,
-                    accumulate=accum_ema_update,
+            if asked or not self._runs_fused(masked=mask is not None):
+                call = Call(
+                    update=update,
+                    pulled=pulled,
+                    routed=routed,
+                    temperature=self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp,
+                    positions=self._layout.positions(tokens),
+                    groups=self._layout.rows_by_position(tokens),
+                    committed=self._rows_as_given(kept) if self._compares_lengths(masked=mask is not None) else rows,
+                    topk=topk,
+                    transform=codebook_transform_fn,
+                    targets=None if indices is None else self._targets(indices, tokens),
                 )
-            loss, breakdown = self._losses(x, commitment, row_indices, keep)
+                step = composed_step(self, rows, keep, call)
+            else:
+                step = self._fused_step(rows, keep, update, pulled=pulled, routed=routed)
+            codes = step.codes
+            if self.training and self.sync_update_v > 0:
+                codes = codes + self.sync_update_v * (codes - codes.detach())
+            if indices is not None and self.strict_upstream:
+                return self._layout.upstream_rows(codes, tokens).to(x.dtype), step.target
+            loss, breakdown = self._losses(x, tokens, step, keep)
 
-        quantized = self._from_rows(codes, tokens)
-        out_indices = self._indices_from_rows(row_indices, tokens)
+        quantized = self._project_out(self._layout.from_rows(codes, tokens)).to(x.dtype)
+        out_indices = self._layout.indices_from_rows(step.indices, tokens)
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
-            quantized = torch.where(mask.unsqueeze(-1), quantized, padding)
-            out_indices = out_indices.masked_fill(~(mask.unsqueeze(-1) if self.heads > 1 else mask), -1)
-        if channels_second:
-            quantized = quantized.movedim(-1, 1)
+            shown = mask.unsqueeze(-1) if self.heads > 1 or topk is not None else mask
+            out_indices = out_indices.masked_fill(~shown, -1)
+            shown, padding = (mask, padding) if topk is None else (shown, padding.unsqueeze(-2))
+            quantized = torch.where(shown.unsqueeze(-1), quantized, padding)
+        quantized = self._layout.like_input(quantized, x)
+        if indices is not None:
+            return quantized, step.target
         if return_loss_breakdown:
             return quantized, out_indices, loss, breakdown
         return quantized, out_indices, loss
+
+    def _runs_fused(self, *, masked: bool) -> bool:
+        """Whether the fused step serves the module's options: nearest codes, mean squared loss, rotation or STE."""
+        drawn = self.training and (self.stochastic_sample_codes or self.straight_through)
+        other_losses = self.commitment_use_cross_entropy_loss or self.has_codebook_diversity_loss
+        other_codes = self._codebook.compares_other_codes or self.in_place_codebook_optimizer is not None
+        return not (
+            drawn
+            or (other_losses and self.training)
+            or other_codes
+            or self.directional_reparam
+            or self._compares_lengths(masked=masked)
+        )
+
+    def _fused_step(
+        self, rows: Tensor, keep: Tensor | None, update: dict[str, Any] | None, *, pulled: bool, routed: bool
+    ) -> Step:
+        """Lookup, loss, statistics and the gradient's way past the lookup, for what nearly everyone runs."""
+        embed = self._codebook.embed
+        codes, indices, commitment = vq_commit(
+            rows,
+            embed.detach() if routed and not pulled else embed,
+            row_weight=keep,
+            codebook_grad=pulled,
+            gradient=self._gradient if routed else None,
+        )
+        if update is not None:
+            self._codebook.update(rows.detach(), indices, keep=keep, **update)
+        return Step(codes, indices, commitment)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Codes of ``indices`` as ``forward`` returns them; 0 at -1.
@@ -299,14 +348,14 @@ class FastVQ(nn.Module):
         codes = self._codes(indices)
         if self.separate_codebook_per_head:
             codes = codes.flatten(-2)
-        return codes.movedim(-1, 1) if self._channels_second else codes
+        return codes.movedim(-1, 1) if self._layout.channels_second else codes
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returns in eval mode as quantized for ``indices`` that it returned."""
         codes = self._codes(indices).flatten(-2) if self.heads > 1 else self._codes(indices)
         known = (indices[..., 0] if self.heads > 1 else indices) >= 0
         output = torch.where(known.unsqueeze(-1), self.project_out(codes), 0)
-        return output.movedim(-1, 1) if self._channels_second and output.dim() > 2 else output
+        return output.movedim(-1, 1) if self._layout.channels_second and output.dim() > 2 else output
 
     def update_indices(
         self,
@@ -318,15 +367,13 @@ class FastVQ(nn.Module):
         ema_update: bool | None = None,
     ) -> None:
         """Move the codebook as ``forward`` in training does, by ``x`` and ``indices`` that are known."""
-        self._check_input(x)
-        tokens = x.movedim(1, -1) if self._channels_second and x.dim() > 2 else x
-        mask = self._resolve_mask(tokens, mask, None)
+        tokens = self._layout.tokens(x)
+        mask = self._layout.token_mask(tokens, mask, None)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows = self._rows(tokens)
             self._codebook.update(
-                rows,
-                self._indices_to_rows(indices),
-                keep=None if mask is None else self._per_row(mask),
+                self._rows(tokens),
+                self._layout.indices_to_rows(indices),
+                keep=None if mask is None else self._layout.row_mask(mask),
                 ema_update=ema_update,
                 weight=ema_update_weight,
                 accumulate=accum_ema_update,
@@ -336,10 +383,20 @@ class FastVQ(nn.Module):
 
     def expire_codes_(self, x: Tensor) -> None:
         """In training, replace dead codes by rows of ``x`` [..., codebook_dim * heads], already projected."""
-        self._codebook.expire_codes_(self._split_heads(x))
+        self._codebook.expire_codes_(self._layout.rows(x))
 
+    @torch.no_grad()
     def update_in_place_optimizer(self) -> None:
-        """Nothing to do: there is no optimizer inside. Residual quantizers call this on every layer."""
+        """Let ``in_place_codebook_optimizer`` take its step, by gradients that are the mean over synced ranks."""
+        if self.in_place_codebook_optimizer is None:
+            return
+        self._codebook.average_grads()
+        self.in_place_codebook_optimizer.step()
+        self.in_place_codebook_optimizer.zero_grad()
+
+    def stats(self) -> CodebookHealth:
+        """Usage, perplexity and dead codes in the last training pass; waits for the device."""
+        return self._codebook.health.stats()
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, codebook_size={self.codebook_size}, heads={self.heads}"
@@ -348,93 +405,66 @@ class FastVQ(nn.Module):
     def _gradient(self) -> Gradient:
         return "rotation" if self.rotation_trick else "straight_through"
 
-    @property
-    def _channels_second(self) -> bool:
-        return not self.channel_last or self.accept_image_fmap or self.accept_3d_fmap
-
-    def _check_input(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            raise ValueError(f"x must be of a floating dtype, got {x.dtype}")
-        if self.accept_image_fmap:
-            form, fits = f"[B, {self.dim}, H, W]", x.dim() == 4
-        elif self.accept_3d_fmap:
-            form, fits = f"[B, {self.dim}, D, H, W]", x.dim() == 5
-        elif not self.channel_last:
-            form, fits = f"[B, {self.dim}, N] or [B, {self.dim}]", x.dim() in (2, 3)
-        else:
-            form, fits = f"[B, ..., {self.dim}]", x.dim() >= 2
-        if not fits or x.shape[1 if self._channels_second else -1] != self.dim:
-            raise ValueError(f"x must be {form}, got {tuple(x.shape)}")
-
-    def _resolve_mask(self, tokens: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
-        if mask is None and lens is None:
-            return None
-        if mask is not None and lens is not None:
-            raise ValueError("mask and lens exclude each other")
-        if self.accept_image_fmap or self.accept_3d_fmap or tokens.dim() < 3:
-            raise ValueError(f"mask and lens are for sequences of vectors, got x with tokens {tuple(tokens.shape)}")
-        if lens is not None:
-            if lens.shape != tokens.shape[:1]:
-                raise ValueError(f"lens must be [{tokens.shape[0]}], got {tuple(lens.shape)}")
-            mask = torch.arange(tokens.shape[1], device=lens.device) < lens.unsqueeze(-1)
-        if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
-            raise ValueError(f"mask must be bool {tuple(tokens.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
-        return mask[(..., *(None,) * (tokens.dim() - 3))].expand(tokens.shape[:-1])
+    def _check_topk(self, topk: int) -> int:
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
+        if self.heads > 1:
+            raise ValueError(f"topk needs heads=1, got {self.heads}")
+        if self.training and self.commitment_use_cross_entropy_loss:
+            raise ValueError("topk in training needs commitment_use_cross_entropy_loss=False")
+        if self.training and self.in_place_codebook_optimizer is not None:
+            raise ValueError("topk in training needs in_place_codebook_optimizer=None")
+        return min(topk, self.codebook_size)
 
     def _rows(self, tokens: Tensor) -> Tensor:
         """Tokens [..., dim] to rows [H, N, D] as they are compared with the codes, float32 or float64."""
         if self.has_projections:
             tokens = self.project_in(tokens.to(self.project_out.weight.dtype))
-        rows = self._split_heads(tokens)
-        return self._codebook.transform_input(rows if rows.dtype == torch.float64 else rows.float())
+        return self._codebook.transform_input(self._rows_as_given(tokens))
 
-    def _split_heads(self, tokens: Tensor) -> Tensor:
-        """[..., heads * D] to [heads, N, D], or [1, N * heads, D] if heads share a codebook."""
-        if self.separate_codebook_per_head:
-            return tokens.reshape(-1, self.heads, tokens.shape[-1] // self.heads).transpose(0, 1)
-        return tokens.reshape(1, -1, tokens.shape[-1] // self.heads)
+    def _rows_as_given(self, tokens: Tensor) -> Tensor:
+        rows = self._layout.rows(tokens)
+        return rows if rows.dtype == torch.float64 else rows.float()
 
-    def _per_row(self, mask: Tensor) -> Tensor:
-        """Mask of tokens to mask of rows, [N]."""
-        return mask.flatten() if self.separate_codebook_per_head else mask.flatten().repeat_interleave(self.heads)
+    def _compares_lengths(self, *, masked: bool) -> bool:
+        """Whether the commitment loss takes rows of their own length though the codes have length 1."""
+        return self.strict_upstream and masked and self.use_cosine_sim and self.heads == 1 and not self.has_projections
 
-    def _from_rows(self, codes: Tensor, tokens: Tensor) -> Tensor:
-        if self.separate_codebook_per_head:
-            codes = codes.transpose(0, 1)
-        codes = codes.reshape(*tokens.shape[:-1], codes.shape[-1] * self.heads)
-        if self.has_projections:
-            codes = self.project_out(codes.to(self.project_out.weight.dtype))
-        return codes.to(tokens.dtype)
+    def _project_out(self, codes: Tensor) -> Tensor:
+        return self.project_out(codes.to(self.project_out.weight.dtype)) if self.has_projections else codes
 
-    def _indices_from_rows(self, indices: Tensor, tokens: Tensor) -> Tensor:
-        if self.heads == 1:
-            return indices.reshape(tokens.shape[:-1])
-        indices = indices.transpose(0, 1) if self.separate_codebook_per_head else indices
-        return indices.reshape(*tokens.shape[:-1], self.heads)
-
-    def _indices_to_rows(self, indices: Tensor) -> Tensor:
-        if self.separate_codebook_per_head:
-            return indices.reshape(-1, self.heads).transpose(0, 1)
-        return indices.reshape(1, -1)
+    def _targets(self, indices: Tensor, tokens: Tensor) -> Tensor:
+        expected = (*tokens.shape[:-1], self.heads) if self.heads > 1 else tokens.shape[:-1]
+        if indices.dtype != torch.int64 or indices.numel() != tokens.shape[:-1].numel() * self.heads:
+            raise ValueError(f"indices must be int64 {tuple(expected)}, got {indices.dtype} {tuple(indices.shape)}")
+        return self._layout.indices_to_rows(indices)
 
     def _codes(self, indices: Tensor) -> Tensor:
         """Codes [..., D], with several heads [..., heads, D]; 0 at -1."""
-        embed, known = self._codebook.embed, indices.clamp_min(0)
+        embed = self._codebook.embed if self.strict_upstream else self._codebook.codes_now()
+        known = indices.clamp_min(0)
         if self.separate_codebook_per_head:
             codes = embed[torch.arange(self.heads, device=indices.device), known]
         else:
             codes = embed[0][known]
         return torch.where((indices >= 0).unsqueeze(-1), codes, 0).to(self._module_dtype.dtype)
 
-    def _losses(
-        self, x: Tensor, commitment: Tensor, row_indices: Tensor, keep: Tensor | None
-    ) -> tuple[Tensor, LossBreakdown]:
+    def _losses(self, x: Tensor, tokens: Tensor, step: Step, keep: Tensor | None) -> tuple[Tensor, LossBreakdown]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         off = torch.zeros((), dtype=dtype, device=x.device)
-        commitment = commitment.to(dtype) if self.training and self.has_commitment_loss else off
+        per_token = step.commitment.dim() > 0  # of a top-k, which has its loss in eval too
+        commitment, weight = off, self.commitment_weight if self.has_commitment_loss or self.training else 1.0
+        if per_token and (not self.training or self.has_commitment_loss):
+            commitment = self._layout.indices_from_rows(step.commitment, tokens).to(dtype)
+        elif self.training and self.has_commitment_loss:
+            commitment = step.commitment.to(dtype)
+        diversity = off if step.diversity is None else step.diversity.to(dtype)
+        in_place = off if step.in_place is None else step.in_place.to(dtype)
         orthogonality = off
         if self.training and self.has_codebook_orthogonal_loss:
-            used = row_indices if keep is None else row_indices.masked_fill(~keep, -1)
+            used = step.indices.flatten(1)
+            if keep is not None:
+                used = used.masked_fill(~keep.repeat_interleave(step.indices.shape[1:].numel() // keep.numel()), -1)
             orthogonality = orthogonality_loss(
                 self._codebook.embed,
                 used=used if self.orthogonal_reg_active_codes_only else None,
@@ -442,17 +472,6 @@ class FastVQ(nn.Module):
             ).to(dtype)
         if self.training and not self.has_commitment_loss:
             off = off + x.reshape(-1)[:0].sum().to(dtype)  # 0, but part of the graph: callers may add to it in place
-        loss = off + commitment * self.commitment_weight + orthogonality * self.orthogonal_reg_weight
-        off = off.detach()
-        return loss, LossBreakdown(commitment, off, orthogonality, off)
-
-
-def _unsupported(name: str, instead: str) -> str:
-    return f"{name} is not supported by FastVQ in this version: {instead}, or {_ELSEWHERE}"
-
-
-def _refuse_unsupported(options: dict[str, Any]) -> None:
-    for name, (off, instead) in _UNSUPPORTED_OPTIONS.items():
-        value = options[name]
-        if value is not off and value != off:
-            raise ValueError(_unsupported(f"{name}={value!r}", instead))
+        loss = off + commitment * weight
+        loss = loss + diversity * self.codebook_diversity_loss_weight + orthogonality * self.orthogonal_reg_weight
+        return loss, LossBreakdown(commitment, diversity, orthogonality, in_place)

@@ -1,0 +1,98 @@
+"""A codebook that is carried along with the mean and variance of its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarec_fast.vq.codebook import Codebook
+from metarec_fast.vq.sampling import sum_over_ranks
+
+_LEAST_VARIANCE = 1e-5
+_CODES, _BATCH = ("codebook_mean", "codebook_variance"), ("batch_mean", "batch_variance")
+
+
+class AffineCodebook(Codebook):
+    """Codes scaled and shifted from their own mean and variance to the input's, each per dimension.
+
+    Keeps moving averages [H, 1, D] of both: of the codes in training, of the input at every call, as VectorQuantize
+    does. ``batch_mean`` and ``batch_variance`` exist from the first call on. Source: arXiv 2305.08842, section 4.1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        batch_decay: float = 0.99,
+        codebook_decay: float = 0.9,
+        sync_affine_param: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, codebook_size, **options)
+        self.affine_param_batch_decay, self.affine_param_codebook_decay = batch_decay, codebook_decay
+        self.sync_affine_param = sync_affine_param
+        for name in _BATCH:
+            self.register_buffer(name, None)
+        for name in _CODES:
+            self.register_buffer(f"{name}_needs_init", torch.tensor(True))
+            self.register_buffer(name, torch.zeros(self.num_codebooks, 1, dim))
+
+    @property
+    def compares_other_codes(self) -> bool:
+        return True
+
+    def codes_for(self, rows: Tensor, keep: Tensor | None) -> Tensor:
+        self._follow_codes()
+        self._follow_batch(rows.detach().float(), keep)
+        return self._carry(super().codes_for(rows, keep))
+
+    def codes_now(self) -> Tensor:
+        return super().codes_now() if self.batch_mean is None else self._carry(super().codes_now())
+
+    def rows_to_average(self, rows: Tensor) -> Tensor:
+        if self.batch_mean is None:
+            return rows
+        return (rows - self.batch_mean) / self._scale() + self.codebook_mean
+
+    def _carry(self, codes: Tensor) -> Tensor:
+        # copies: the averages move in place before a gradient asks for them
+        return (codes - self.codebook_mean.clone()) * self._scale() + self.batch_mean
+
+    def _scale(self) -> Tensor:
+        batch, codes = (v.clamp_min(_LEAST_VARIANCE).sqrt() for v in (self.batch_variance, self.codebook_variance))
+        return batch / codes
+
+    @torch.no_grad()
+    def _follow_codes(self) -> None:
+        embed = self.embed.detach()
+        for name, now in zip(
+            _CODES, (embed.mean(1, keepdim=True), embed.var(1, keepdim=True, correction=0)), strict=True
+        ):
+            average, first = getattr(self, name), getattr(self, f"{name}_needs_init")
+            # before the first training step the averages hold nothing yet
+            moved = now.lerp(average, self.affine_param_codebook_decay) if self.training else average
+            average.copy_(torch.where(first, now, moved))
+            if self.training:
+                first.fill_(False)
+
+    @torch.no_grad()
+    def _follow_batch(self, rows: Tensor, keep: Tensor | None) -> None:
+        sync = self.sync_affine_param and self._syncs
+        valid = self.valid_rows(rows, keep).unsqueeze(-1)
+        rows = torch.where(valid, rows, 0)
+        number = sum_over_ranks(valid.sum(1, keepdim=True).to(rows.dtype), sync=sync).clamp_min(1)
+        mean = sum_over_ranks(rows.sum(1, keepdim=True), sync=sync) / number
+        spread = torch.where(valid, rows - mean, 0).square().sum(1, keepdim=True)
+        variance = sum_over_ranks(spread, sync=sync) / number
+        for name, now in zip(_BATCH, (mean, variance), strict=True):
+            average = getattr(self, name)
+            setattr(self, name, now if average is None else now.lerp(average, self.affine_param_batch_decay))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in _BATCH:
+            stored = state_dict.get(prefix + name)
+            setattr(self, name, None if stored is None else torch.empty_like(stored, device=self.embed.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)

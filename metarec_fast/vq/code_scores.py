@@ -1,0 +1,370 @@
+"""What needs a row's score with every code (sampling, top-k, cross-entropy, diversity), a few rows at a time.
+
+The score of a row with a code is minus their distance, or their inner product for cosine similarity. No N x K tensor
+exists: each function walks over chunks of rows, and its gradient computes the chunks again from rows and codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarec_fast.ops._register import define, traced_transform
+
+CHUNK_ELEMENTS = 1 << 20  # scores held at a time
+_LEAST_SQUARED_DISTANCE = 1e-8
+_LEAST_PROBABILITY = 1e-5  # below it the logarithm in an entropy is held constant
+_SPARE_CANDIDATES = 8  # codes beyond k that a top-k settles in exact differences
+
+
+class CodeScores:
+    """Scores of rows [H, N, D] with codes [H, K, D] that all rows of a head share.
+
+    ``TokenCodes`` has the same methods for codes that differ from row to row.
+    """
+
+    def __init__(self, rows: Tensor, codes: Tensor, *, cosine: bool) -> None:
+        self.rows, self.codes, self.cosine = rows, codes.to(rows.dtype), cosine
+
+    def gather(self, indices: Tensor, *, detach: bool = False) -> Tensor:
+        """Codes [H, N, D] at indices [H, N], or [H, N, k, D] at [H, N, k]."""
+        H, _, D = self.codes.shape
+        codes = self.codes.detach() if detach else self.codes
+        return codes.gather(1, indices.reshape(H, -1, 1).expand(-1, -1, D)).view(*indices.shape, D)
+
+    def sample(self, temperature: float) -> Tensor:
+        """Indices [H, N] drawn with probability softmax(scores / temperature)."""
+        return _sample(self.rows.detach(), self.codes.detach(), 1, float(temperature), self.cosine).squeeze(-1)
+
+    def topk(self, k: int, temperature: float | None = None) -> Tensor:
+        """Indices [H, N, k], best first; with a temperature, k draws without replacement."""
+        rows, codes = self.rows.detach(), self.codes.detach()
+        if temperature is not None:
+            return _sample(rows, codes, k, float(temperature), self.cosine)
+        return _topk(rows, codes, k, self.cosine)
+
+    def cross_entropy(self, targets: Tensor) -> Tensor:
+        """-log softmax(scores) [H, N] at targets [H, N]; 0 where the target is -1."""
+        if traced_transform():
+            return _cross_entropy.__wrapped__(self.rows, self.codes, targets, self.cosine)
+        return _CrossEntropy.apply(self.rows, self.codes, targets, self.cosine)
+
+    def entropy(self, temperature: float, groups: Tensor, keep: Tensor | None) -> Tensor:
+        """Entropy [P] of each position's mean distribution softmax(temperature * scores).
+
+        groups: int64 [P, R], the rows of each position; the mean is over them and over heads. keep: bool [N].
+        """
+        rows = self.rows[:, groups]
+        weight = torch.ones(groups.shape, dtype=rows.dtype, device=rows.device)
+        weight = weight if keep is None else keep[groups].to(rows.dtype)
+        if traced_transform():
+            return _entropy.__wrapped__(rows, self.codes, weight, float(temperature), self.cosine)
+        return _Entropy.apply(rows, self.codes, weight, float(temperature), self.cosine)
+
+    def straight_through(self, indices: Tensor, temperature: float) -> Tensor:
+        """Codes at ``indices``, with the gradient of the mean code under softmax(scores / temperature) besides."""
+        if traced_transform():
+            return self.gather(indices) + _soft_code(self.rows, self.codes, float(temperature), self.cosine)
+        return self.gather(indices) + _SoftCode.apply(self.rows, self.codes, float(temperature), self.cosine)
+
+
+# -- scores and their gradient, one chunk
+
+
+def _scores(rows: Tensor, codes: Tensor, cosine: bool) -> Tensor:
+    """[H, n, D] and [H, K, D] -> [H, n, K]."""
+    if cosine:
+        return rows @ codes.mT
+    return -_squared_distances(rows, codes).clamp_min(_LEAST_SQUARED_DISTANCE).sqrt()
+
+
+def _squared_distances(rows: Tensor, codes: Tensor) -> Tensor:
+    centre = codes.detach().mean(1, keepdim=True)  # a common offset would only cost digits
+    rows, codes = rows - centre, codes - centre
+    square = rows.square().sum(-1).unsqueeze(-1) + codes.square().sum(-1).unsqueeze(-2)
+    return square - 2 * (rows @ codes.mT)
+
+
+def _pull_back(grad: Tensor, scores: Tensor, rows: Tensor, codes: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """Gradients to rows [H, n, D] and codes [H, K, D] of ``grad`` [H, n, K] to the scores."""
+    if cosine:
+        return grad @ codes, grad.mT @ rows
+    # d(-|x - c|)/dx = (c - x) / |x - c|; where the distance is clamped there is no gradient
+    pull = torch.where(scores < -(_LEAST_SQUARED_DISTANCE**0.5), grad / -scores, 0)
+    to_rows = pull @ codes - rows * pull.sum(-1).unsqueeze(-1)
+    return to_rows, pull.mT @ rows - codes * pull.sum(-2).unsqueeze(-1)
+
+
+def _chunks(rows: Tensor, codes: Tensor) -> Iterator[slice]:
+    H, N, _ = rows.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, H * codes.shape[1]))
+    return (slice(start, start + step) for start in range(0, max(1, N), step))
+
+
+def _as_operator(schema: str, fake: Callable) -> Callable:
+    """The function as one operator to a tracer, so that the number of chunks is not part of the trace."""
+
+    def register(function: Callable) -> Callable:
+        operator = define(schema, cpu=function, cuda=function, fake=fake)
+
+        @wraps(function)  # what it wraps is differentiable, the operator is not
+        def call(*args: Any) -> Any:
+            return (operator if torch.compiler.is_compiling() else function)(*args)
+
+        return call
+
+    return register
+
+
+# -- indices
+
+
+@_as_operator(
+    "vq_sample_codes(Tensor rows, Tensor codes, SymInt k, float temperature, bool cosine) -> Tensor",
+    lambda rows, codes, k, temperature, cosine: rows.new_empty((*rows.shape[:2], k), dtype=torch.int64),
+)
+def _sample(rows: Tensor, codes: Tensor, k: int, temperature: float, cosine: bool) -> Tensor:
+    # Gumbel's trick. Head by head, so that noise is drawn in the order of an [H, N, K] tensor.
+    found = []
+    for head_rows, head_codes in zip(rows.unbind(0), codes.unbind(0), strict=True):
+        of_head = []
+        for part in _chunks(head_rows[None], head_codes[None]):
+            scores = _scores(head_rows[None, part], head_codes[None], cosine)[0]
+            noisy = (scores / temperature + gumbel_noise(scores)).nan_to_num(nan=-torch.inf)
+            of_head.append(noisy.topk(k, -1).indices if k > 1 else noisy.argmax(-1, keepdim=True))
+        found.append(torch.cat(of_head))
+    return torch.stack(found)
+
+
+@_as_operator(
+    "vq_topk_codes(Tensor rows, Tensor codes, SymInt k, bool cosine) -> Tensor",
+    lambda rows, codes, k, cosine: rows.new_empty((*rows.shape[:2], k), dtype=torch.int64),
+)
+def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
+    """By float64 distance, ties to the lower index."""
+    candidates = min(codes.shape[1], k + _SPARE_CANDIDATES)
+    codes = codes.double()
+    found = []
+    for part in _chunks(rows, codes):
+        chunk = rows[:, part].double()
+        scores = (chunk @ codes.mT if cosine else -_squared_distances(chunk, codes)).nan_to_num(nan=-torch.inf)
+        nearest = scores.topk(candidates, -1).indices.sort(-1).values
+        H, n, _ = nearest.shape
+        near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(H, n, candidates, -1)
+        chunk = chunk.unsqueeze(-2)
+        distance = -(chunk * near).sum(-1) if cosine else (chunk - near).square().sum(-1)
+        found.append(nearest.gather(-1, distance.sort(dim=-1, stable=True).indices[..., :k]))
+    return torch.cat(found, 1)
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    uniform = torch.zeros_like(like).uniform_(0, 1)
+    return -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
+
+
+# -- cross-entropy
+
+
+@_as_operator(
+    "vq_code_cross_entropy(Tensor rows, Tensor codes, Tensor targets, bool cosine) -> Tensor",
+    lambda rows, codes, targets, cosine: rows.new_empty(rows.shape[:2]),
+)
+def _cross_entropy(rows: Tensor, codes: Tensor, targets: Tensor, cosine: bool) -> Tensor:
+    return torch.cat(
+        [score_cross_entropy(_scores(rows[:, part], codes, cosine), targets[:, part]) for part in _chunks(rows, codes)],
+        1,
+    )
+
+
+def score_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(scores [..., K]) at targets [...]; 0 where the target is -1."""
+    at_target = scores.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(targets >= 0, scores.logsumexp(-1) - at_target, 0)
+
+
+@_as_operator(
+    "vq_code_cross_entropy_grad(Tensor rows, Tensor codes, Tensor targets, Tensor grad, bool cosine) "
+    "-> (Tensor, Tensor)",
+    lambda rows, codes, targets, grad, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+)
+def _cross_entropy_grad(
+    rows: Tensor, codes: Tensor, targets: Tensor, grad: Tensor, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    grad = torch.where(targets >= 0, grad, 0).unsqueeze(-1)
+    to_rows, to_codes = [], torch.zeros_like(codes)
+    for part in _chunks(rows, codes):
+        scores = _scores(rows[:, part], codes, cosine)
+        hit = targets[:, part, None] == torch.arange(codes.shape[1], device=codes.device)
+        to_scores = grad[:, part] * (scores.softmax(-1) - hit.to(scores.dtype))
+        of_rows, of_codes = _pull_back(to_scores, scores, rows[:, part], codes, cosine)
+        to_rows.append(of_rows)
+        to_codes = to_codes + of_codes
+    return torch.cat(to_rows, 1), to_codes
+
+
+class _CrossEntropy(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, codes: Tensor, targets: Tensor, cosine: bool) -> Tensor:
+        return _cross_entropy(rows, codes, targets, cosine)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        rows, codes, targets, ctx.cosine = inputs
+        ctx.save_for_backward(rows, codes, targets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, codes, targets = ctx.saved_tensors
+        return *_cross_entropy_grad(rows, codes, targets, grad, ctx.cosine), None, None
+
+
+# -- entropy of the mean distribution
+
+
+def _position_chunks(rows: Tensor, codes: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Positions of rows [H, P, R, D], and for each stretch of them the rows that fit into one chunk."""
+    H, P, R, _ = rows.shape
+    per_row = max(1, H * codes.shape[1])
+    positions = max(1, CHUNK_ELEMENTS // (per_row * max(1, R)))
+    step = max(1, CHUNK_ELEMENTS // (per_row * positions))
+    inner = [slice(start, start + step) for start in range(0, max(1, R), step)]
+    return ((slice(start, start + positions), inner) for start in range(0, max(1, P), positions))
+
+
+def _soft_assignment(rows: Tensor, codes: Tensor, temperature: float, cosine: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Flattened rows [H, p * r, D], their scores, and softmax(temperature * scores) as [H, p, r, K]."""
+    flat = rows.flatten(1, 2)
+    scores = _scores(flat, codes, cosine)
+    return flat, scores, (scores * temperature).softmax(-1).unflatten(1, rows.shape[1:3])
+
+
+def _mean_assignment(
+    rows: Tensor, codes: Tensor, weight: Tensor, temperature: float, cosine: bool, inner: list[slice]
+) -> tuple[Tensor, Tensor]:
+    """Mean distribution [p, K] of rows [H, p, R, D], and the number of rows [p, 1] that it is the mean of."""
+    number = (rows.shape[0] * weight.sum(-1, keepdim=True)).clamp_min(1)
+    total = rows.new_zeros(rows.shape[1], codes.shape[1])
+    for part in inner:
+        share = _soft_assignment(rows[:, :, part], codes, temperature, cosine)[2]
+        total = total + (share * weight[:, part, None]).sum((0, 2))
+    return total / number, number
+
+
+@_as_operator(
+    "vq_assignment_entropy(Tensor rows, Tensor codes, Tensor weight, float temperature, bool cosine) -> Tensor",
+    lambda rows, codes, weight, temperature, cosine: rows.new_empty(rows.shape[1]),
+)
+def _entropy(rows: Tensor, codes: Tensor, weight: Tensor, temperature: float, cosine: bool) -> Tensor:
+    return torch.cat(
+        [
+            entropy(_mean_assignment(rows[:, part], codes, weight[part], temperature, cosine, inner)[0])
+            for part, inner in _position_chunks(rows, codes)
+        ]
+    )
+
+
+def entropy(probability: Tensor) -> Tensor:
+    """Entropy over the last dimension in nats."""
+    return -(probability * probability.clamp_min(_LEAST_PROBABILITY).log()).sum(-1)
+
+
+@_as_operator(
+    "vq_assignment_entropy_grad(Tensor rows, Tensor codes, Tensor weight, Tensor grad, float temperature, "
+    "bool cosine) -> (Tensor, Tensor)",
+    lambda rows, codes, weight, grad, temperature, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+)
+def _entropy_grad(
+    rows: Tensor, codes: Tensor, weight: Tensor, grad: Tensor, temperature: float, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    to_rows, to_codes = [], torch.zeros_like(codes)
+    for part, inner in _position_chunks(rows, codes):
+        mean, number = _mean_assignment(rows[:, part], codes, weight[part], temperature, cosine, inner)
+        slope = -(mean.clamp_min(_LEAST_PROBABILITY).log() + (mean >= _LEAST_PROBABILITY))
+        to_share = (grad[part, None] * slope / number).unsqueeze(-2)
+        of_part = []
+        for rows_in in inner:
+            block = rows[:, part, rows_in]
+            flat, scores, share = _soft_assignment(block, codes, temperature, cosine)
+            weighted = to_share * weight[part, rows_in, None]
+            to_scores = temperature * share * (weighted - (share * weighted).sum(-1, keepdim=True))
+            of_rows, of_codes = _pull_back(to_scores.flatten(1, 2), scores, flat, codes, cosine)
+            of_part.append(of_rows.view(block.shape))
+            to_codes = to_codes + of_codes
+        to_rows.append(torch.cat(of_part, 2))
+    return torch.cat(to_rows, 1), to_codes
+
+
+class _Entropy(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, codes: Tensor, weight: Tensor, temperature: float, cosine: bool) -> Tensor:
+        return _entropy(rows, codes, weight, temperature, cosine)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        rows, codes, weight, ctx.temperature, ctx.cosine = inputs
+        ctx.save_for_backward(rows, codes, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, codes, weight = ctx.saved_tensors
+        return *_entropy_grad(rows, codes, weight, grad, ctx.temperature, ctx.cosine), None, None, None
+
+
+# -- the gradient of the mean code under the softmax of the scores
+
+
+def _soft_code(rows: Tensor, codes: Tensor, temperature: float, cosine: bool) -> Tensor:
+    """Zero in value, [H, N, D]; the mean code's gradient with regard to its probabilities."""
+    soft = []
+    for part in _chunks(rows, codes):
+        share = (_scores(rows[:, part], codes, cosine) / temperature).softmax(-1)
+        soft.append((share - share.detach()) @ codes)
+    return torch.cat(soft, 1)
+
+
+@_as_operator(
+    "vq_soft_code_grad(Tensor rows, Tensor codes, Tensor grad, float temperature, bool cosine) -> (Tensor, Tensor)",
+    lambda rows, codes, grad, temperature, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+)
+def _soft_code_grad(
+    rows: Tensor, codes: Tensor, grad: Tensor, temperature: float, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    to_rows, to_codes = [], torch.zeros_like(codes)
+    for part in _chunks(rows, codes):
+        scores = _scores(rows[:, part], codes, cosine)
+        share = (scores / temperature).softmax(-1)
+        to_share = grad[:, part] @ codes.mT
+        to_scores = share * (to_share - (share * to_share).sum(-1, keepdim=True)) / temperature
+        of_rows, of_codes = _pull_back(to_scores, scores, rows[:, part], codes, cosine)
+        to_rows.append(of_rows)
+        to_codes = to_codes + of_codes
+        if torch.is_grad_enabled():
+            to_codes = to_codes + (share - share.detach()).mT @ grad[:, part]  # 0, but not its derivative
+    return torch.cat(to_rows, 1), to_codes
+
+
+class _SoftCode(torch.autograd.Function):
+    """`_soft_code` without its chunks in memory."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, codes: Tensor, temperature: float, cosine: bool) -> Tensor:
+        return torch.zeros_like(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        rows, codes, ctx.temperature, ctx.cosine = inputs
+        ctx.save_for_backward(rows, codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_soft_code_grad(*ctx.saved_tensors, grad, ctx.temperature, ctx.cosine), None, None

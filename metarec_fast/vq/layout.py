@@ -1,0 +1,115 @@
+"""Where the vectors are in an input: channels, images, masks, heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Between an input, its tokens [B, ..., dim], and the rows [H, N, D] that are compared with the codes.
+
+    H is ``heads`` if each has its own codebook. Otherwise it is 1, and the heads of a token are rows side by side.
+    """
+
+    dim: int
+    heads: int
+    separate: bool
+    channel_last: bool
+    image: bool
+    volume: bool
+
+    @property
+    def channels_second(self) -> bool:
+        return not self.channel_last or self.image or self.volume
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The input with its channels last. Raises ValueError if it does not fit."""
+        if not x.is_floating_point():
+            raise ValueError(f"x must be of a floating dtype, got {x.dtype}")
+        if self.image:
+            form, fits = f"[B, {self.dim}, H, W]", x.dim() == 4
+        elif self.volume:
+            form, fits = f"[B, {self.dim}, D, H, W]", x.dim() == 5
+        elif not self.channel_last:
+            form, fits = f"[B, {self.dim}, N] or [B, {self.dim}]", x.dim() in (2, 3)
+        else:
+            form, fits = f"[B, ..., {self.dim}]", x.dim() >= 2
+        if not fits or x.shape[1 if self.channels_second else -1] != self.dim:
+            raise ValueError(f"x must be {form}, got {tuple(x.shape)}")
+        return x.movedim(1, -1) if self.channels_second and x.dim() > 2 else x
+
+    def like_input(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """Tokens, channels last, back to the form of ``x``; further dimensions before the channels come last."""
+        return tokens.movedim(-1, 1) if self.channels_second and x.dim() > 2 else tokens
+
+    def token_mask(self, tokens: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
+        """bool [B, ...], True where a token counts; None if all do. Raises ValueError for what does not fit."""
+        if mask is None and lens is None:
+            return None
+        if mask is not None and lens is not None:
+            raise ValueError("mask and lens exclude each other")
+        if self.image or self.volume or tokens.dim() < 3:
+            raise ValueError(f"mask and lens are for sequences of vectors, got x with tokens {tuple(tokens.shape)}")
+        if lens is not None:
+            if lens.shape != tokens.shape[:1]:
+                raise ValueError(f"lens must be [{tokens.shape[0]}], got {tuple(lens.shape)}")
+            mask = torch.arange(tokens.shape[1], device=lens.device) < lens.unsqueeze(-1)
+        if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
+            raise ValueError(f"mask must be bool {tuple(tokens.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+        return mask[(..., *(None,) * (tokens.dim() - 3))].expand(tokens.shape[:-1])
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """[..., heads * D] to [H, N, D]."""
+        if self.separate:
+            return tokens.reshape(-1, self.heads, tokens.shape[-1] // self.heads).transpose(0, 1)
+        return tokens.reshape(1, -1, tokens.shape[-1] // self.heads)
+
+    def row_mask(self, mask: Tensor) -> Tensor:
+        """Mask of tokens to mask of rows, [N]."""
+        return mask.flatten() if self.separate else mask.flatten().repeat_interleave(self.heads)
+
+    def from_rows(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """[H, N, D] to [..., heads * D]; [1, N, k, D] to [..., k, D]."""
+        if rows.dim() == 4:
+            return rows.reshape(*tokens.shape[:-1], *rows.shape[2:])
+        if self.separate:
+            rows = rows.transpose(0, 1)
+        return rows.reshape(*tokens.shape[:-1], rows.shape[-1] * self.heads)
+
+    def indices_from_rows(self, indices: Tensor, tokens: Tensor) -> Tensor:
+        """[H, N] to [...], or [..., heads] if there are several; [1, N, k] to [..., k]."""
+        if self.heads == 1:
+            return indices.reshape(*tokens.shape[:-1], *indices.shape[2:])
+        indices = indices.transpose(0, 1) if self.separate else indices
+        return indices.reshape(*tokens.shape[:-1], self.heads)
+
+    def indices_to_rows(self, indices: Tensor) -> Tensor:
+        """[...] or [..., heads] to [H, N]."""
+        return indices.reshape(-1, self.heads).transpose(0, 1) if self.separate else indices.reshape(1, -1)
+
+    def positions(self, tokens: Tensor) -> int:
+        """Places of a token in the batch's items: the length of a sequence, the pixels of an image."""
+        if self.image or self.volume:
+            return tokens.shape[1:-1].numel()
+        return tokens.shape[-2] if tokens.dim() > 2 else 1
+
+    def rows_by_position(self, tokens: Tensor) -> Tensor:
+        """Which rows of a codebook stand at each position, int64 [P, N / P]."""
+        positions = self.positions(tokens)
+        heads = 1 if self.separate else self.heads
+        number = tokens.shape[:-1].numel() * heads
+        rows = torch.arange(number, device=tokens.device).view(number // max(1, positions * heads), positions, heads)
+        return rows.transpose(0, 1).flatten(1)
+
+    def upstream_rows(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """[H, N, D] as VectorQuantize has it: [B, P, D], or with several heads [H, B, P, D] or [1, B * h, P, D]."""
+        positions = self.positions(tokens)
+        if self.heads == 1:
+            return rows.reshape(-1, positions, rows.shape[-1])
+        if self.separate:
+            return rows.reshape(self.heads, -1, positions, rows.shape[-1])
+        return rows.reshape(-1, positions, self.heads, rows.shape[-1]).transpose(1, 2).flatten(0, 1).unsqueeze(0)

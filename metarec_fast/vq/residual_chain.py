@@ -1,0 +1,138 @@
+"""The levels of a residual quantizer in one loop over rows, with one gradient for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metarec_fast.ops import vq_commit
+from metarec_fast.ops.vq_backward import vq_backward
+from metarec_fast.ops.vq_commit import Gradient
+from metarec_fast.vq.codebook import COSINE_EPS, Codebook
+
+
+class Chain(NamedTuple):
+    """quantized: [1, N, D], the sum over levels. indices: int64 [L, N]. commitments: [L], before their weight.
+
+    inputs: what each level was given, [1, N, D] each, as it compares it; empty unless asked for.
+    """
+
+    quantized: Tensor
+    indices: Tensor
+    commitments: Tensor
+    inputs: list[Tensor]
+
+
+def residual_chain(
+    codebooks: Sequence[Codebook],
+    rows: Tensor,
+    keep: Tensor | None,
+    *,
+    gradient: Gradient | None,
+    update: bool,
+    keep_inputs: bool = False,
+) -> Chain:
+    """Quantize rows [1, N, D] by the first codebook, what it leaves by the next, and so on.
+
+    keep: bool [N], rows that count; the others must be finite. gradient: how that of ``quantized`` goes to the rows,
+    None: not at all. update: move the codebooks. keep_inputs: return what the levels were given.
+    Between levels only the residual lives: backward finds it again from rows, indices and codes, so that memory does
+    not grow by N x D with each level.
+    """
+    needs_grad = torch.is_grad_enabled() and rows.requires_grad
+    cosine = codebooks[0].use_cosine_sim
+    residual, total, codes = rows.detach(), None, None
+    indices, commitments, tables, inputs = [], [], [], []
+    for level, codebook in enumerate(codebooks):
+        if codes is not None:
+            # in place where the memory is ours alone
+            residual = residual - codes if total is None or keep_inputs else residual.sub_(codes)
+            total = codes if total is None else total.add_(codes)
+        compared = codebook.transform_input(residual)
+        if codebook.needs_kmeans:
+            codebook.init_kmeans_(compared, keep)
+        with torch.no_grad():
+            codes, chosen, commitment = vq_commit(compared, codebook.embed, row_weight=keep)
+        if needs_grad:
+            stays = level and codebook is codebooks[level - 1] and not codebook.has_dead_code_replacement
+            tables.append(tables[-1] if stays else codebook.embed.detach()[0].clone())
+        if update:
+            codebook.update(compared, chosen, keep=keep)
+        indices.append(chosen[0])
+        commitments.append(commitment)
+        if keep_inputs:
+            inputs.append(compared)
+    indices, commitments = torch.stack(indices), torch.stack(commitments)
+    if needs_grad:
+        quantized, commitments = _ChainGradient.apply(
+            rows, total, codes, commitments, indices, keep, gradient, cosine, *tables
+        )
+    else:
+        quantized = codes if total is None else total + codes
+    return Chain(quantized, indices, commitments, inputs)
+
+
+class _ChainGradient(torch.autograd.Function):
+    """The last addition of the chain in value; the gradient of all levels, twice differentiable."""
+
+    @staticmethod
+    def forward(
+        rows: Tensor,
+        total: Tensor | None,
+        codes: Tensor,
+        commitments: Tensor,
+        indices: Tensor,
+        keep: Tensor | None,
+        gradient: Gradient | None,
+        cosine: bool,
+        *tables: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return codes.clone() if total is None else total + codes, commitments.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        rows, _, _, _, indices, keep, ctx.gradient, ctx.cosine, *tables = inputs
+        ctx.set_materialize_grads(False)
+        if ctx.gradient is None:
+            ctx.mark_non_differentiable(output[0])
+        ctx.save_for_backward(rows, indices, keep, *tables)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_commitments: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, indices, keep, *tables = ctx.saved_tensors
+        nothing = (None,) * (7 + len(tables))
+        grad = None if ctx.gradient is None else grad
+        if grad is None and grad_commitments is None:
+            return None, *nothing
+        share, out, residual = _share(rows, keep), None, rows
+        for level, table in enumerate(tables):
+            compared = F.normalize(residual, dim=-1, eps=COSINE_EPS) if ctx.cosine else residual
+            codes = F.embedding(indices[level : level + 1], table).to(rows.dtype)
+            grad_error = None if grad_commitments is None else share * grad_commitments[level].to(rows.dtype)
+            step = vq_backward(grad, grad_error, compared, codes, rotation=ctx.gradient == "rotation")
+            if ctx.cosine:
+                step = _through_normalize(step, residual, compared)
+            if level < 2 or torch.is_grad_enabled():  # not ours yet, or to be differentiated again
+                out, residual = step if out is None else out + step, residual - codes
+            else:
+                out, residual = out.add_(step), residual.sub_(codes)
+        return out, *nothing
+
+
+def _share(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """What the squared error of each row counts in a commitment, [1, N]."""
+    _, N, D = rows.shape
+    if keep is None:
+        return rows.new_full((1, N), 1 / max(1, N * D))
+    return (keep / (keep.sum() * D).clamp_min(1)).to(rows.dtype).unsqueeze(0)
+
+
+def _through_normalize(grad: Tensor, x: Tensor, unit: Tensor) -> Tensor:
+    """The gradient to x of its direction ``unit``, x over its length or over the least length."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    along = torch.where(length > COSINE_EPS, (grad * unit).sum(-1, keepdim=True), 0)
+    return (grad - unit * along) / length.clamp_min(COSINE_EPS)

@@ -1,0 +1,78 @@
+"""Codes that differ from row to row, made by a function of the codebook: their scores in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metarec_fast.vq.code_scores import entropy, gumbel_noise, score_cross_entropy
+
+_PAIRWISE_EPS = 1e-6  # added to each difference, as torch.nn.functional.pairwise_distance does
+
+
+class TokenCodes:
+    """What ``CodeScores`` does, for codes [H, N, K, D] that the caller already holds."""
+
+    def __init__(self, rows: Tensor, codes: Tensor, *, cosine: bool) -> None:
+        self.codes = F.normalize(codes, dim=-1, eps=1e-6) if cosine else codes
+        if cosine:
+            self.scores = (rows.unsqueeze(-2) * self.codes).sum(-1)
+        else:
+            self.scores = -torch.linalg.vector_norm(rows.unsqueeze(-2) - self.codes + _PAIRWISE_EPS, dim=-1)
+
+    def gather(self, indices: Tensor, *, detach: bool = False) -> Tensor:
+        codes, at = self.codes.detach() if detach else self.codes, indices
+        if indices.dim() == 2:
+            at = indices.unsqueeze(-1)
+        found = codes.gather(2, at.unsqueeze(-1).expand(*at.shape, codes.shape[-1]))
+        return found if indices.dim() == 3 else found.squeeze(2)
+
+    def nearest(self) -> Tensor:
+        return self.scores.detach().argmax(-1)
+
+    def sample(self, temperature: float) -> Tensor:
+        scores = self.scores.detach()
+        return (scores / temperature + gumbel_noise(scores)).argmax(-1)
+
+    def topk(self, k: int, temperature: float | None = None) -> Tensor:
+        scores = self.scores.detach()
+        if temperature is not None:
+            scores = scores / temperature + gumbel_noise(scores)
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+    def cross_entropy(self, targets: Tensor) -> Tensor:
+        return score_cross_entropy(self.scores, targets)
+
+    def entropy(self, temperature: float, groups: Tensor, keep: Tensor | None) -> Tensor:
+        share = (self.scores * temperature).softmax(-1)[:, groups]
+        weight = torch.ones_like(share[0, ..., 0]) if keep is None else keep[groups].to(share.dtype)
+        number = (share.shape[0] * weight.sum(-1, keepdim=True)).clamp_min(1)
+        return entropy((share * weight.unsqueeze(-1)).sum((0, 2)) / number)
+
+    def straight_through(self, indices: Tensor, temperature: float) -> Tensor:
+        share = (self.scores / temperature).softmax(-1)
+        return self.gather(indices) + ((share - share.detach()).unsqueeze(-1) * self.codes).sum(-2)
+
+
+def transformed_codes(
+    transform: Callable[[Tensor], Tensor], codes: Tensor, *, rows: int, positions: int, heads_in_batch: int
+) -> Tensor:
+    """``transform`` of codes [H, K, D], for each row: [H, rows, K, D].
+
+    The function returns [H, B, N, K, D], with B the batch, times the heads if they share a codebook, and N
+    the positions of an item.
+    Raises ValueError for another shape.
+    """
+    H, K, D = codes.shape
+    made = transform(codes)
+    if made.dim() != 5 or made.shape[0] != H or made.shape[1] * made.shape[2] != rows or made.shape[3:] != (K, D):
+        raise ValueError(
+            f"codebook_transform_fn must return [{H}, B, N, {K}, {D}] with B * N = {rows}, got {tuple(made.shape)}"
+        )
+    if heads_in_batch > 1:
+        # the heads of a token lie side by side in the rows
+        made = made.reshape(H, -1, heads_in_batch, positions, K, D).transpose(2, 3)
+    return made.reshape(H, rows, K, D)
