@@ -451,7 +451,7 @@ def test_inside_residual_vq(name, monkeypatch):
         results = []
         for module, leaf in zip(built, inputs, strict=True):
             torch.manual_seed(seed)
-            results.append(module(leaf, **{name: seed for name in call}))
+            results.append(module(leaf, **dict.fromkeys(call, seed)))
         expected, actual = results
         assert torch.equal(actual[1], expected[1])
         torch.testing.assert_close((actual[0], actual[2]), (expected[0], expected[2]), **CLOSE)

@@ -90,6 +90,25 @@ def test_dead_code_replacement_compiles_whole():
     assert torch.equal(is_row, replaced)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True, "codebook_dim": 4, "orthogonal_reg_weight": 1.0}])
+def test_kmeans_start_compiles_whole(options):
+    eager = FastVQ(8, 20, kmeans_init=True, **options)
+    module = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for seed in range(3):
+        x = torch.randn(3, 30, 8)
+        results = []
+        for run in (eager, compiled):
+            torch.manual_seed(seed)
+            results.append(run(x))
+        torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(state(module), state(eager))
+    assert module._codebook.initted and counter.frame_count == 2  # the first step, and all others
+    with pytest.raises(RuntimeError, match="the first batch must have a finite row that is kept, got none"):
+        torch.compile(FastVQ(8, 20, kmeans_init=True), fullgraph=True, backend="aot_eager")(x * torch.nan)
+
+
 # what people train, and the extras that compile; a mask is as long as its batch and would be one more input
 DYNAMIC = ("separate_heads_projection", "cosine_straight_through", "learnable", "stochastic", "topk", "cross_entropy",
            "diversity", "gumbel_straight_through")  # fmt: skip
@@ -141,7 +160,7 @@ def _fake_modules(options):
 
 
 def test_statistics_are_read_on_demand_only():
-    with FakeTensorMode(), pytest.raises(Exception, match="item|local_scalar|data-dependent|tolist"):
+    with FakeTensorMode(), pytest.raises(Exception, match=r"item|local_scalar|data-dependent|tolist"):
         FastVQ(8, 20).stats()
 
 
@@ -228,9 +247,9 @@ def test_double_backward(name):
 
 def test_what_torch_cannot_transform_says_so():
     vq, x = FastVQ(8, 20), torch.randn(2, 3, 9, 8)
-    with pytest.raises(RuntimeError, match="under torch.vmap .* freeze_codebook=True"):
+    with pytest.raises(RuntimeError, match=r"under torch.vmap .* freeze_codebook=True"):
         torch.vmap(lambda x: vq(x)[2])(x)
-    with pytest.raises(RuntimeError, match="under torch.vmap .* freeze_codebook=True"):
+    with pytest.raises(RuntimeError, match=r"under torch.vmap .* freeze_codebook=True"):
         torch.vmap(grad(lambda x: vq(x)[2]))(x)
     drawing = FastVQ(8, 20, stochastic_sample_codes=True, freeze_codebook=True)
     with pytest.raises(RuntimeError, match="random"):
