@@ -53,14 +53,14 @@ class CodeScores:
             return _cross_entropy.__wrapped__(self.rows, self.codes, targets, self.cosine)
         return _CrossEntropy.apply(self.rows, self.codes, targets, self.cosine)
 
-    def entropy(self, temperature: float, groups: Tensor, keep: Tensor | None) -> Tensor:
+    def entropy(self, temperature: float, by_position: Callable[[Tensor], Tensor], keep: Tensor | None) -> Tensor:
         """Entropy [P] of each position's mean distribution softmax(temperature * scores).
 
-        groups: int64 [P, R], the rows of each position; the mean is over them and over heads. keep: bool [N].
+        by_position: from rows [H, N, ...] to [H, P, R, ...], the rows of each position; the mean is over them and
+        over heads. keep: bool [P, R], None for all.
         """
-        rows = self.rows[:, groups]
-        weight = torch.ones(groups.shape, dtype=rows.dtype, device=rows.device)
-        weight = weight if keep is None else keep[groups].to(rows.dtype)
+        rows = by_position(self.rows)
+        weight = rows.new_ones(rows.shape[1:3]) if keep is None else keep.to(rows.dtype)
         if traced_transform():
             return _entropy.__wrapped__(rows, self.codes, weight, float(temperature), self.cosine)
         return _Entropy.apply(rows, self.codes, weight, float(temperature), self.cosine)

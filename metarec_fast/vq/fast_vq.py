@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -219,6 +220,11 @@ class FastVQ(nn.Module):
         with torch.no_grad():
             self.codebook.copy_(codes)
 
+    @property
+    def cosine_codes_have_lengths(self) -> bool:
+        """Whether someone else's optimizer moves codes off the unit sphere, where VectorQuantize compares products."""
+        return self.use_cosine_sim and self.has_codebook_orthogonal_loss
+
     def forward(
         self,
         x: Tensor,
@@ -263,7 +269,7 @@ class FastVQ(nn.Module):
         routed = self.training and self.route_gradients_to_input and x.requires_grad
         update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
         update = update if self.training and not frozen else None
-        asked = (topk, indices, codebook_transform_fn) != (None, None, None)
+        asked = topk is not None or indices is not None or codebook_transform_fn is not None
 
         with torch.autocast(x.device.type, enabled=False):
             # padding may hold anything, NaN too: read zeros there
@@ -272,14 +278,14 @@ class FastVQ(nn.Module):
             keep = None if mask is None else self._layout.row_mask(mask)
             if self._codebook.needs_kmeans:
                 self._codebook.init_kmeans_(rows.detach(), keep)
-            if asked or not self._runs_fused(masked=mask is not None):
+            if asked or not self._runs_fused(masked=mask is not None, routed=routed):
                 call = Call(
                     update=update,
                     pulled=pulled,
                     routed=routed,
                     temperature=self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp,
                     positions=self._layout.positions(tokens),
-                    groups=self._layout.rows_by_position(tokens),
+                    by_position=partial(self._layout.by_position, tokens=tokens),
                     committed=self._rows_as_given(kept) if self._compares_lengths(masked=mask is not None) else rows,
                     topk=topk,
                     transform=codebook_transform_fn,
@@ -310,16 +316,16 @@ class FastVQ(nn.Module):
             return quantized, out_indices, loss, breakdown
         return quantized, out_indices, loss
 
-    def _runs_fused(self, *, masked: bool) -> bool:
+    def _runs_fused(self, *, masked: bool, routed: bool) -> bool:
         """Whether the fused step serves the module's options: nearest codes, mean squared loss, rotation or STE."""
-        drawn = self.training and (self.stochastic_sample_codes or self.straight_through)
-        other_losses = self.commitment_use_cross_entropy_loss or self.has_codebook_diversity_loss
-        other_codes = self._codebook.compares_other_codes or self.in_place_codebook_optimizer is not None
+        soft = self.stochastic_sample_codes or (self.straight_through and not routed)
+        other_loss = self.commitment_use_cross_entropy_loss or self.has_codebook_diversity_loss
         return not (
-            drawn
-            or (other_losses and self.training)
-            or other_codes
+            (self.training and (soft or other_loss))
             or self.directional_reparam
+            or self.in_place_codebook_optimizer is not None
+            or self._codebook.compares_other_codes
+            or self.cosine_codes_have_lengths
             or self._compares_lengths(masked=masked)
         )
 

@@ -37,7 +37,7 @@ def chunked(name, rows, codes, cosine, aim):
         return scores.cross_entropy(aim)
     if name == "straight_through":
         return scores.straight_through(aim.clamp_min(0), 0.7)
-    return scores.entropy(2.0, GROUPS, KEEP if name == "entropy_kept" else None)
+    return scores.entropy(2.0, lambda t: t.unflatten(1, (6, 5)), KEEP[GROUPS] if name == "entropy_kept" else None)
 
 
 def plain(name, rows, codes, cosine, aim):
