@@ -154,7 +154,9 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
         scores = (chunk @ codes.mT if cosine else -_squared_distances(chunk, codes)).nan_to_num(nan=-torch.inf)
         nearest = scores.topk(candidates, -1).indices.sort(-1).values
         H, n, _ = nearest.shape
-        near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(H, n, candidates, -1)
+        near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(
+            H, n, candidates, codes.shape[-1]
+        )
         chunk = chunk.unsqueeze(-2)
         distance = -(chunk * near).sum(-1) if cosine else (chunk - near).square().sum(-1)
         found.append(nearest.gather(-1, distance.sort(dim=-1, stable=True).indices[..., :k]))

@@ -462,12 +462,12 @@ class FastVQ(nn.Module):
         in_place = off if step.in_place is None else step.in_place.to(dtype)
         orthogonality = off
         if self.training and self.has_codebook_orthogonal_loss:
-            used = step.indices.flatten(1)
+            used = step.indices
             if keep is not None:
-                used = used.masked_fill(~keep.repeat_interleave(step.indices.shape[1:].numel() // keep.numel()), -1)
+                used = used.masked_fill(~(keep if used.dim() == 2 else keep.unsqueeze(-1)), -1)
             orthogonality = orthogonality_loss(
                 self._codebook.embed,
-                used=used if self.orthogonal_reg_active_codes_only else None,
+                used=used.flatten(1) if self.orthogonal_reg_active_codes_only else None,
                 max_codes=self.orthogonal_reg_max_codes,
             ).to(dtype)
         if self.training:

@@ -229,6 +229,36 @@ def test_statistics_stay_float32_when_the_module_is_cast(dtype):
     assert vq.get_codes_from_indices(indices).dtype == vq.get_output_from_indices(indices).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stochastic_sample_codes": True},
+        {"commitment_use_cross_entropy_loss": True},
+        {"codebook_diversity_loss_weight": 1.0},
+        {"straight_through": True, "rotation_trick": False, "route_gradients_to_input": False},
+        {"affine_param": True},
+        {"directional_reparam": True, "threshold_ema_dead_code": 1.0},
+        {"vq_bridge": torch.nn.Linear(8, 8)},
+        {"in_place_codebook_optimizer": torch.optim.SGD, **LEARNABLE},
+        {"sync_update_v": 0.5, **LEARNABLE},
+        {"call": {"topk": 2}},
+        {"call": {"indices": torch.zeros(2, 3, dtype=torch.int64)}},
+        {"call": {"codebook_transform_fn": lambda codes: codes[:, None, None].expand(-1, 2, 3, -1, -1)}},
+    ],
+)
+def test_types_of_results(options, dtype):
+    options = dict(options)
+    call = options.pop("call", {})
+    vq, x = FastVQ(8, 20, **options), torch.randn(2, 3, 8, dtype=dtype, requires_grad=True)
+    quantized, *_, loss = vq(x, **call)
+    assert quantized.dtype == dtype
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (quantized.sum() + loss.sum()).backward()
+    assert x.grad.dtype == dtype and x.grad.isfinite().all()
+    assert vq._codebook.embed.dtype == vq._codebook.embed_avg.dtype == torch.float32
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{}, {"threshold_ema_dead_code": 2.0}, {"kmeans_init": True}])
 def test_bad_rows_never_reach_the_codebook(options, bad):

@@ -132,7 +132,7 @@ CASES = {
     "frozen": {"freeze_codebook": True},
     "manual_ema": {"manual_ema_update": True},
     "orthogonal": {"orthogonal_reg_weight": 0.5},
-    "orthogonal_cosine": {"orthogonal_reg_weight": 20.0, "use_cosine_sim": True},
+    "orthogonal_cosine": {"orthogonal_reg_weight": 1000.0, "use_cosine_sim": True},
     "orthogonal_in_place_optimizer": {"orthogonal_reg_weight": 0.5, "in_place_codebook_optimizer": SGD},
     "orthogonal_heads": {"orthogonal_reg_weight": 0.5, "heads": 2, "separate_codebook_per_head": True},
     "orthogonal_active": {"orthogonal_reg_weight": 0.5, "orthogonal_reg_active_codes_only": True},
