@@ -105,11 +105,19 @@ def _chunks(rows: Tensor, codes: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, max(1, N), step))
 
 
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
 def _as_operator(schema: str, fake: Callable) -> Callable:
     """The function as one operator to a tracer, so that the number of chunks is not part of the trace."""
 
     def register(function: Callable) -> Callable:
-        operator = define(schema, cpu=function, cuda=function, fake=fake)
+        def run(*args: Any) -> Any:
+            out = function(*args)  # laid out as `fake` says, whatever the layout of the input
+            return out.contiguous() if isinstance(out, Tensor) else tuple(t.contiguous() for t in out)
+
+        operator = define(schema, cpu=run, cuda=run, fake=fake)
 
         @wraps(function)  # what it wraps is differentiable, the operator is not
         def call(*args: Any) -> Any:
@@ -191,7 +199,7 @@ def score_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 @_as_operator(
     "vq_code_cross_entropy_grad(Tensor rows, Tensor codes, Tensor targets, Tensor grad, bool cosine) "
     "-> (Tensor, Tensor)",
-    lambda rows, codes, targets, grad, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+    lambda rows, codes, targets, grad, cosine: _like(rows, codes),
 )
 def _cross_entropy_grad(
     rows: Tensor, codes: Tensor, targets: Tensor, grad: Tensor, cosine: bool
@@ -279,7 +287,7 @@ def entropy(probability: Tensor) -> Tensor:
 @_as_operator(
     "vq_assignment_entropy_grad(Tensor rows, Tensor codes, Tensor weight, Tensor grad, float temperature, "
     "bool cosine) -> (Tensor, Tensor)",
-    lambda rows, codes, weight, grad, temperature, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+    lambda rows, codes, weight, grad, temperature, cosine: _like(rows, codes),
 )
 def _entropy_grad(
     rows: Tensor, codes: Tensor, weight: Tensor, grad: Tensor, temperature: float, cosine: bool
@@ -334,7 +342,7 @@ def _soft_code(rows: Tensor, codes: Tensor, temperature: float, cosine: bool) ->
 
 @_as_operator(
     "vq_soft_code_grad(Tensor rows, Tensor codes, Tensor grad, float temperature, bool cosine) -> (Tensor, Tensor)",
-    lambda rows, codes, grad, temperature, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+    lambda rows, codes, grad, temperature, cosine: _like(rows, codes),
 )
 def _soft_code_grad(
     rows: Tensor, codes: Tensor, grad: Tensor, temperature: float, cosine: bool

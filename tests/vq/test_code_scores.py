@@ -175,8 +175,8 @@ def test_no_tensor_of_rows_times_codes(options, call, monkeypatch):
 
 
 def operator_calls():
-    rows, codes = (t.detach().float() for t in tensors())
-    positions, weight = rows.unflatten(1, (6, 5)), torch.ones(6, 5)
+    rows, codes = (t.detach().float().mT.contiguous().mT for t in tensors())  # strided: outputs are not
+    positions, weight = rows.unflatten(1, (5, 6)).transpose(1, 2), torch.ones(6, 5)
     aim, health = targets(), (torch.zeros(HEADS, CODES), torch.zeros(HEADS, CODES, dtype=torch.bool))
     return {
         "vq_topk_codes": (rows, codes, 3, False),
