@@ -278,7 +278,7 @@ class FastVQ(nn.Module):
             keep = None if mask is None else self._layout.row_mask(mask)
             if self._codebook.needs_kmeans:
                 self._codebook.init_kmeans_(rows.detach(), keep)
-            if asked or not self._runs_fused(masked=mask is not None, routed=routed):
+            if asked or not self._runs_fused(masked=mask is not None, routed=routed, moves=update is not None):
                 call = Call(
                     update=update,
                     pulled=pulled,
@@ -305,10 +305,10 @@ class FastVQ(nn.Module):
         out_indices = self._layout.indices_from_rows(step.indices, tokens)
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
-            shown = mask.unsqueeze(-1) if self.heads > 1 or topk is not None else mask
-            out_indices = out_indices.masked_fill(~shown, -1)
-            shown, padding = (mask, padding) if topk is None else (shown, padding.unsqueeze(-2))
-            quantized = torch.where(shown.unsqueeze(-1), quantized, padding)
+            if topk is not None:
+                mask, padding = mask.unsqueeze(-1), padding.unsqueeze(-2)
+            quantized = torch.where(mask.unsqueeze(-1), quantized, padding)
+            out_indices = out_indices.masked_fill(~(mask.unsqueeze(-1) if self.heads > 1 else mask), -1)
         quantized = self._layout.like_input(quantized, x)
         if indices is not None:
             return quantized, step.target
@@ -316,14 +316,14 @@ class FastVQ(nn.Module):
             return quantized, out_indices, loss, breakdown
         return quantized, out_indices, loss
 
-    def _runs_fused(self, *, masked: bool, routed: bool) -> bool:
+    def _runs_fused(self, *, masked: bool, routed: bool, moves: bool) -> bool:
         """Whether the fused step serves the module's options: nearest codes, mean squared loss, rotation or STE."""
         soft = self.stochastic_sample_codes or (self.straight_through and not routed)
         other_loss = self.commitment_use_cross_entropy_loss or self.has_codebook_diversity_loss
         return not (
             (self.training and (soft or other_loss))
-            or self.directional_reparam
-            or self.in_place_codebook_optimizer is not None
+            or (routed and self.directional_reparam)
+            or (moves and self.in_place_codebook_optimizer is not None)
             or self._codebook.compares_other_codes
             or self.cosine_codes_have_lengths
             or self._compares_lengths(masked=masked)
