@@ -116,7 +116,10 @@ def bounded_lookup_(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor)
     if x.device.type == "cpu" and dtype == torch.float32:
         indices, work = _cpu(bounds, ids.contiguous(), x_HND, codebook_HKD)
     else:
-        indices, work = nearest_codeword(x_HND, codebook_HKD).indices, LookupWork(H * N * K, 0, H * N)
+        indices, work = (
+            nearest_codeword(x_HND, codebook_HKD, with_margin=False).indices,
+            LookupWork(H * N * K, 0, H * N),
+        )
     return indices if x.dim() == 3 else indices[0], work
 
 
@@ -126,7 +129,7 @@ def _cpu(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[T
     finite, followed = _follow_codes(bounds, codebook, sizes)
     if bounds.pause or not finite:
         bounds.pause = max(bounds.pause - 1, 0)
-        return nearest_codeword(x, codebook).indices, LookupWork(followed + H * N * K, 0, H * N)
+        return nearest_codeword(x, codebook, with_margin=False).indices, LookupWork(followed + H * N * K, 0, H * N)
     indices = empty((H, N), dtype=torch.int64, device=x.device)
     distances, proven, searched, failed = _C.bounded_lookup(
         bounds.addresses(),
@@ -145,6 +148,6 @@ def _cpu(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[T
     undecided_HN = indices < 0
     for head in undecided_HN.any(1).nonzero()[:, 0].tolist():
         which = undecided_HN[head].nonzero()[:, 0]
-        indices[head, which] = nearest_codeword(x[head, which], codebook[head]).indices
+        indices[head, which] = nearest_codeword(x[head, which], codebook[head], with_margin=False).indices
         distances, searched = distances + len(which) * K, searched + len(which)
     return indices, LookupWork(followed + distances, proven, searched)

@@ -53,14 +53,14 @@ class CodeScores:
             return _cross_entropy.__wrapped__(self.rows, self.codes, targets, self.cosine)
         return _CrossEntropy.apply(self.rows, self.codes, targets, self.cosine)
 
-    def entropy(self, temperature: float, groups: Tensor, keep: Tensor | None) -> Tensor:
+    def entropy(self, temperature: float, by_position: Callable[[Tensor], Tensor], keep: Tensor | None) -> Tensor:
         """Entropy [P] of each position's mean distribution softmax(temperature * scores).
 
-        groups: int64 [P, R], the rows of each position; the mean is over them and over heads. keep: bool [N].
+        by_position: from rows [H, N, ...] to [H, P, R, ...], the rows of each position; the mean is over them and
+        over heads. keep: bool [P, R], None for all.
         """
-        rows = self.rows[:, groups]
-        weight = torch.ones(groups.shape, dtype=rows.dtype, device=rows.device)
-        weight = weight if keep is None else keep[groups].to(rows.dtype)
+        rows = by_position(self.rows)
+        weight = rows.new_ones(rows.shape[1:3]) if keep is None else keep.to(rows.dtype)
         if traced_transform():
             return _entropy.__wrapped__(rows, self.codes, weight, float(temperature), self.cosine)
         return _Entropy.apply(rows, self.codes, weight, float(temperature), self.cosine)
@@ -105,11 +105,19 @@ def _chunks(rows: Tensor, codes: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, max(1, N), step))
 
 
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
 def _as_operator(schema: str, fake: Callable) -> Callable:
     """The function as one operator to a tracer, so that the number of chunks is not part of the trace."""
 
     def register(function: Callable) -> Callable:
-        operator = define(schema, cpu=function, cuda=function, fake=fake)
+        def run(*args: Any) -> Any:
+            out = function(*args)  # laid out as `fake` says, whatever the layout of the input
+            return out.contiguous() if isinstance(out, Tensor) else tuple(t.contiguous() for t in out)
+
+        operator = define(schema, cpu=run, cuda=run, fake=fake)
 
         @wraps(function)  # what it wraps is differentiable, the operator is not
         def call(*args: Any) -> Any:
@@ -154,7 +162,9 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
         scores = (chunk @ codes.mT if cosine else -_squared_distances(chunk, codes)).nan_to_num(nan=-torch.inf)
         nearest = scores.topk(candidates, -1).indices.sort(-1).values
         H, n, _ = nearest.shape
-        near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(H, n, candidates, -1)
+        near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(
+            H, n, candidates, codes.shape[-1]
+        )
         chunk = chunk.unsqueeze(-2)
         distance = -(chunk * near).sum(-1) if cosine else (chunk - near).square().sum(-1)
         found.append(nearest.gather(-1, distance.sort(dim=-1, stable=True).indices[..., :k]))
@@ -189,7 +199,7 @@ def score_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 @_as_operator(
     "vq_code_cross_entropy_grad(Tensor rows, Tensor codes, Tensor targets, Tensor grad, bool cosine) "
     "-> (Tensor, Tensor)",
-    lambda rows, codes, targets, grad, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+    lambda rows, codes, targets, grad, cosine: _like(rows, codes),
 )
 def _cross_entropy_grad(
     rows: Tensor, codes: Tensor, targets: Tensor, grad: Tensor, cosine: bool
@@ -277,7 +287,7 @@ def entropy(probability: Tensor) -> Tensor:
 @_as_operator(
     "vq_assignment_entropy_grad(Tensor rows, Tensor codes, Tensor weight, Tensor grad, float temperature, "
     "bool cosine) -> (Tensor, Tensor)",
-    lambda rows, codes, weight, grad, temperature, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+    lambda rows, codes, weight, grad, temperature, cosine: _like(rows, codes),
 )
 def _entropy_grad(
     rows: Tensor, codes: Tensor, weight: Tensor, grad: Tensor, temperature: float, cosine: bool
@@ -332,7 +342,7 @@ def _soft_code(rows: Tensor, codes: Tensor, temperature: float, cosine: bool) ->
 
 @_as_operator(
     "vq_soft_code_grad(Tensor rows, Tensor codes, Tensor grad, float temperature, bool cosine) -> (Tensor, Tensor)",
-    lambda rows, codes, grad, temperature, cosine: (torch.empty_like(rows), torch.empty_like(codes)),
+    lambda rows, codes, grad, temperature, cosine: _like(rows, codes),
 )
 def _soft_code_grad(
     rows: Tensor, codes: Tensor, grad: Tensor, temperature: float, cosine: bool

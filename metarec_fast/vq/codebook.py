@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metarec_fast.ops import nearest_codeword, vq_ema_update_, vq_statistics
+from metarec_fast.ops import vq_ema_update_
 from metarec_fast.vq.health import Health
+from metarec_fast.vq.kmeans import start_by_kmeans_, statistics, traced_start_by_kmeans_
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
 
 COSINE_EPS = 1e-6
@@ -72,7 +72,7 @@ class Codebook(nn.Module):
         else:
             self.register_buffer("embed", embed)
         self.vq_bridge = bridge
-        self.health = Health(num_codebooks)
+        self.health = Health(num_codebooks, codebook_size)
         self.needs_kmeans = kmeans_init  # `initted` for the host: no forward reads the device to learn it
 
     def transform_input(self, x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Codebook(nn.Module):
         if not ema_update and not self.has_dead_code_replacement:
             self.health.record(_counts(indices, self.codebook_size), self.dead_codes())
             return
-        counts, sums = self._statistics(self.rows_to_average(rows), indices, sync=self._syncs)
+        counts, sums = statistics(self.rows_to_average(rows), indices, self.codebook_size, sync=self._syncs)
         if callable(weight):
             weight = weight(sums, counts)
         if weight is not None:
@@ -139,8 +139,8 @@ class Codebook(nn.Module):
             return
         counts, sums = _take_grad(self.cluster_size, counts), _take_grad(self.embed_avg, sums)
         if self.holds_unused:
-            held = (counts == 0) & (self.cluster_size < _HELD_BELOW * self.eps)
-            weight = (torch.ones_like(counts) if weight is None else weight).masked_fill(held, 0)
+            moves = (counts > 0) | (self.cluster_size >= _HELD_BELOW * self.eps)
+            weight = moves if weight is None else weight * moves
         moves_codes = ema_update and not self.manual_ema_update
         vq_ema_update_(
             self.cluster_size,
@@ -190,25 +190,15 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def init_kmeans_(self, rows: Tensor, keep: Tensor | None = None) -> None:
         """Start the codes at the k-means centres of ``rows`` [H, N, D]; waits for a batch that has valid rows."""
+        state = (self.embed.detach(), self.embed_avg, self.cluster_size)
         rows, valid = rows.float(), self.valid_rows(rows, keep)
         sync = self._syncs and self.sync_kmeans
-        num_rows = int(sum_over_ranks(valid.sum(-1).amin(), sync=sync))
-        if num_rows == 0:
+        if torch.compiler.is_compiling():
+            traced_start_by_kmeans_(*state, rows, valid, self.kmeans_iters, self.eps, self.use_cosine_sim, sync)
+        elif not start_by_kmeans_(
+            *state, rows, valid, iterations=self.kmeans_iters, eps=self.eps, cosine=self.use_cosine_sim, sync=sync
+        ):
             return
-        if num_rows < self.codebook_size:
-            warnings.warn(
-                f"k-means starts {self.codebook_size} codes from {num_rows} rows: some codes start equal", stacklevel=3
-            )
-        rows = torch.where(valid.unsqueeze(-1), rows, 0)
-        means, _ = draw_rows(rows, valid, torch.ones_like(self.cluster_size, dtype=torch.bool), sync=sync)
-        for _ in range(self.kmeans_iters):
-            indices = nearest_codeword(rows, means, with_margin=False).indices
-            counts, sums = self._statistics(rows, indices.masked_fill(~valid, -1), sync=sync)
-            centres = self.transform_input(sums / counts.clamp_min(1).unsqueeze(-1))
-            means = torch.where((counts > 0).unsqueeze(-1), centres, means)
-        self.cluster_size.copy_(counts)
-        self.embed_avg.copy_(means * counts.unsqueeze(-1))
-        self.update_ema()
         self.initted.fill_(True)
         self.needs_kmeans = False
 
@@ -230,13 +220,6 @@ class Codebook(nn.Module):
     @property
     def _syncs(self) -> bool:
         return self.sync is not False and world_size() > 1
-
-    def _statistics(self, rows: Tensor, indices: Tensor, *, sync: bool) -> tuple[Tensor, Tensor]:
-        counts, sums = vq_statistics(rows.float(), indices, self.codebook_size)
-        if sync:
-            packed = sum_over_ranks(torch.cat((sums, counts.unsqueeze(-1)), -1), sync=True)
-            sums, counts = packed[..., :-1].contiguous(), packed[..., -1].contiguous()
-        return counts, sums
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         def keep_float32(t: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class Call:
     """What one call of FastVQ asks for.
 
     update: keywords of ``Codebook.update``, None to leave the codebook alone. pulled: the loss moves the codes.
-    routed: the gradient of the output goes to the rows. positions, groups: of the layout. committed: rows as the
-    commitment loss sees them. targets: int64 [H, N], indices to compute a cross-entropy to.
+    routed: the gradient of the output goes to the rows. positions, by_position: of the layout. committed: rows as
+    the commitment loss sees them. targets: int64 [H, N], indices to compute a cross-entropy to.
     """
 
     update: dict[str, Any] | None
@@ -33,7 +33,7 @@ class Call:
     routed: bool
     temperature: float
     positions: int
-    groups: Tensor
+    by_position: Callable[[Tensor], Tensor]
     committed: Tensor
     topk: int | None = None
     transform: Callable[[Tensor], Tensor] | None = None
@@ -101,8 +101,10 @@ def _choose(vq: FastVQ, rows: Tensor, scores: CodeScores | TokenCodes, call: Cal
         indices = scores.topk(call.topk, call.temperature if drawn else None)
     elif drawn:
         indices = scores.sample(call.temperature)
+    elif call.transform is None and vq.cosine_codes_have_lengths:
+        indices = scores.topk(1).squeeze(-1)  # the largest inner product need not be with the nearest code
     elif call.transform is None:
-        indices = nearest_codeword(rows, scores.codes).indices
+        indices = nearest_codeword(rows, scores.codes, with_margin=False).indices
     else:
         indices = scores.nearest()
     if warm and vq.straight_through and call.topk is None and not call.routed:
@@ -144,7 +146,8 @@ def _mean_cross_entropy(scores: CodeScores | TokenCodes, targets: Tensor, keep: 
 
 def _diversity(vq: FastVQ, scores: CodeScores | TokenCodes, keep: Tensor | None, call: Call) -> Tensor:
     """Minus the mean entropy, over positions, of how soft assignments spread over the codes."""
-    entropy = scores.entropy(vq.codebook_diversity_temperature, call.groups, keep)
-    if keep is None:
+    weight = None if keep is None else call.by_position(keep.unsqueeze(0)).squeeze(0)
+    entropy = scores.entropy(vq.codebook_diversity_temperature, call.by_position, weight)
+    if weight is None:
         return -entropy.sum() / max(1, entropy.numel())
-    return -entropy.sum() / keep[call.groups].any(-1).sum().clamp_min(1)
+    return -entropy.sum() / weight.any(-1).sum().clamp_min(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -219,6 +220,11 @@ class FastVQ(nn.Module):
         with torch.no_grad():
             self.codebook.copy_(codes)
 
+    @property
+    def cosine_codes_have_lengths(self) -> bool:
+        """Whether someone else's optimizer moves codes off the unit sphere, where VectorQuantize compares products."""
+        return self.use_cosine_sim and self.has_codebook_orthogonal_loss
+
     def forward(
         self,
         x: Tensor,
@@ -263,7 +269,7 @@ class FastVQ(nn.Module):
         routed = self.training and self.route_gradients_to_input and x.requires_grad
         update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
         update = update if self.training and not frozen else None
-        asked = (topk, indices, codebook_transform_fn) != (None, None, None)
+        asked = topk is not None or indices is not None or codebook_transform_fn is not None
 
         with torch.autocast(x.device.type, enabled=False):
             # padding may hold anything, NaN too: read zeros there
@@ -272,14 +278,14 @@ class FastVQ(nn.Module):
             keep = None if mask is None else self._layout.row_mask(mask)
             if self._codebook.needs_kmeans:
                 self._codebook.init_kmeans_(rows.detach(), keep)
-            if asked or not self._runs_fused(masked=mask is not None):
+            if asked or not self._runs_fused(masked=mask is not None, routed=routed, moves=update is not None):
                 call = Call(
                     update=update,
                     pulled=pulled,
                     routed=routed,
                     temperature=self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp,
                     positions=self._layout.positions(tokens),
-                    groups=self._layout.rows_by_position(tokens),
+                    by_position=partial(self._layout.by_position, tokens=tokens),
                     committed=self._rows_as_given(kept) if self._compares_lengths(masked=mask is not None) else rows,
                     topk=topk,
                     transform=codebook_transform_fn,
@@ -299,10 +305,10 @@ class FastVQ(nn.Module):
         out_indices = self._layout.indices_from_rows(step.indices, tokens)
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
-            shown = mask.unsqueeze(-1) if self.heads > 1 or topk is not None else mask
-            out_indices = out_indices.masked_fill(~shown, -1)
-            shown, padding = (mask, padding) if topk is None else (shown, padding.unsqueeze(-2))
-            quantized = torch.where(shown.unsqueeze(-1), quantized, padding)
+            if topk is not None:
+                mask, padding = mask.unsqueeze(-1), padding.unsqueeze(-2)
+            quantized = torch.where(mask.unsqueeze(-1), quantized, padding)
+            out_indices = out_indices.masked_fill(~(mask.unsqueeze(-1) if self.heads > 1 else mask), -1)
         quantized = self._layout.like_input(quantized, x)
         if indices is not None:
             return quantized, step.target
@@ -310,16 +316,16 @@ class FastVQ(nn.Module):
             return quantized, out_indices, loss, breakdown
         return quantized, out_indices, loss
 
-    def _runs_fused(self, *, masked: bool) -> bool:
+    def _runs_fused(self, *, masked: bool, routed: bool, moves: bool) -> bool:
         """Whether the fused step serves the module's options: nearest codes, mean squared loss, rotation or STE."""
-        drawn = self.training and (self.stochastic_sample_codes or self.straight_through)
-        other_losses = self.commitment_use_cross_entropy_loss or self.has_codebook_diversity_loss
-        other_codes = self._codebook.compares_other_codes or self.in_place_codebook_optimizer is not None
+        soft = self.stochastic_sample_codes or (self.straight_through and not routed)
+        other_loss = self.commitment_use_cross_entropy_loss or self.has_codebook_diversity_loss
         return not (
-            drawn
-            or (other_losses and self.training)
-            or other_codes
-            or self.directional_reparam
+            (self.training and (soft or other_loss))
+            or (routed and self.directional_reparam)
+            or (moves and self.in_place_codebook_optimizer is not None)
+            or self._codebook.compares_other_codes
+            or self.cosine_codes_have_lengths
             or self._compares_lengths(masked=masked)
         )
 
@@ -462,12 +468,12 @@ class FastVQ(nn.Module):
         in_place = off if step.in_place is None else step.in_place.to(dtype)
         orthogonality = off
         if self.training and self.has_codebook_orthogonal_loss:
-            used = step.indices.flatten(1)
+            used = step.indices
             if keep is not None:
-                used = used.masked_fill(~keep.repeat_interleave(step.indices.shape[1:].numel() // keep.numel()), -1)
+                used = used.masked_fill(~(keep if used.dim() == 2 else keep.unsqueeze(-1)), -1)
             orthogonality = orthogonality_loss(
                 self._codebook.embed,
-                used=used if self.orthogonal_reg_active_codes_only else None,
+                used=used.flatten(1) if self.orthogonal_reg_active_codes_only else None,
                 max_codes=self.orthogonal_reg_max_codes,
             ).to(dtype)
         if self.training and not self.has_commitment_loss:

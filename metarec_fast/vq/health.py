@@ -22,17 +22,14 @@ class CodebookHealth(NamedTuple):
     dead_codes: float
 
 
-def _run(usage: Tensor, perplexity: Tensor, dead_codes: Tensor, counts: Tensor, dead: Tensor) -> None:
-    share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
-    usage.copy_((counts > 0).sum(-1) / counts.shape[-1])
-    perplexity.copy_(torch.special.entr(share).sum(-1).exp())
-    dead_codes.copy_(dead.sum(-1))
+def _run(counts: Tensor, dead: Tensor, new_counts: Tensor, new_dead: Tensor) -> None:
+    counts.copy_(new_counts)
+    dead.copy_(new_dead)
 
 
 # an operator: transforms of torch.func let it write to buffers, as they do for the averages
 _record_ = define(
-    "vq_record_health_(Tensor(a!) usage, Tensor(b!) perplexity, Tensor(c!) dead_codes, Tensor counts, Tensor dead) "
-    "-> ()",
+    "vq_record_health_(Tensor(a!) counts, Tensor(b!) dead, Tensor new_counts, Tensor new_dead) -> ()",
     cpu=_run,
     cuda=_run,
     fake=lambda *args: None,
@@ -40,21 +37,36 @@ _record_ = define(
 
 
 class Health(nn.Module):
-    """Buffers that no checkpoint holds, [H] each; written on the device that computes, read by the host on demand."""
+    """What the last training pass found, in buffers that no checkpoint holds; summed up on demand.
 
-    def __init__(self, num_codebooks: int) -> None:
+    counts: float32 [H, K], how often each code was chosen. dead: bool [H, K], codes out of use.
+    ``usage``, ``perplexity`` and ``dead_codes`` are tensors [H], computed without waiting for the device.
+    """
+
+    def __init__(self, num_codebooks: int, codebook_size: int) -> None:
         super().__init__()
-        for name in CodebookHealth._fields:
-            self.register_buffer(name, torch.zeros(num_codebooks), persistent=False)
+        self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size), persistent=False)
+        self.register_buffer("dead", torch.zeros(num_codebooks, codebook_size, dtype=torch.bool), persistent=False)
 
     def record(self, counts: Tensor, dead: Tensor) -> None:
-        """Take in one pass. counts: [H, K], how often each code was chosen. dead: bool [H, K].
+        """Take in one pass. This is the one place for what else it finds out, such as margins and rechecked rows."""
+        _record_(self.counts, self.dead, counts, dead)
 
-        This is the one place for what else a pass finds out, such as margins and rechecked rows.
-        """
-        _record_(self.usage, self.perplexity, self.dead_codes, counts, dead)
+    @property
+    def usage(self) -> Tensor:
+        return (self.counts > 0).float().mean(-1)
+
+    @property
+    def perplexity(self) -> Tensor:
+        share = self.counts / self.counts.sum(-1, keepdim=True).clamp_min(1)
+        return torch.special.entr(share).sum(-1).exp()
+
+    @property
+    def dead_codes(self) -> Tensor:
+        return self.dead.sum(-1)
 
     def stats(self) -> CodebookHealth:
-        """The buffers as floats; waits for the device."""
-        values = torch.stack([getattr(self, name).mean() for name in CodebookHealth._fields])
-        return CodebookHealth(*values.tolist())
+        """The sums as floats; waits for the device."""
+        return CodebookHealth(
+            *torch.stack([getattr(self, name).float().mean() for name in CodebookHealth._fields]).tolist()
+        )

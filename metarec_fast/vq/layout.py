@@ -97,13 +97,12 @@ class Layout:
             return tokens.shape[1:-1].numel()
         return tokens.shape[-2] if tokens.dim() > 2 else 1
 
-    def rows_by_position(self, tokens: Tensor) -> Tensor:
-        """Which rows of a codebook stand at each position, int64 [P, N / P]."""
-        positions = self.positions(tokens)
+    def by_position(self, rows: Tensor, *, tokens: Tensor) -> Tensor:
+        """[H, N, ...], or [1, N, ...], to [H, P, N / P, ...]: the rows at each position of the batch's items."""
         heads = 1 if self.separate else self.heads
-        number = tokens.shape[:-1].numel() * heads
-        rows = torch.arange(number, device=tokens.device).view(number // max(1, positions * heads), positions, heads)
-        return rows.transpose(0, 1).flatten(1)
+        items = tokens.shape[0] if self.image or self.volume or tokens.dim() == 2 else tokens.shape[:-2].numel()
+        rows = rows.reshape(rows.shape[0], items, self.positions(tokens), heads, *rows.shape[2:])
+        return rows.transpose(1, 2).flatten(2, 3)
 
     def upstream_rows(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """[H, N, D] as VectorQuantize has it: [B, P, D], or with several heads [H, B, P, D] or [1, B * h, P, D]."""

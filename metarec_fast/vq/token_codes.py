@@ -46,9 +46,9 @@ class TokenCodes:
     def cross_entropy(self, targets: Tensor) -> Tensor:
         return score_cross_entropy(self.scores, targets)
 
-    def entropy(self, temperature: float, groups: Tensor, keep: Tensor | None) -> Tensor:
-        share = (self.scores * temperature).softmax(-1)[:, groups]
-        weight = torch.ones_like(share[0, ..., 0]) if keep is None else keep[groups].to(share.dtype)
+    def entropy(self, temperature: float, by_position: Callable[[Tensor], Tensor], keep: Tensor | None) -> Tensor:
+        share = by_position((self.scores * temperature).softmax(-1))
+        weight = share.new_ones(share.shape[1:3]) if keep is None else keep.to(share.dtype)
         number = (share.shape[0] * weight.sum(-1, keepdim=True)).clamp_min(1)
         return entropy((share * weight.unsqueeze(-1)).sum((0, 2)) / number)
 

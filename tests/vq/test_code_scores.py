@@ -37,7 +37,7 @@ def chunked(name, rows, codes, cosine, aim):
         return scores.cross_entropy(aim)
     if name == "straight_through":
         return scores.straight_through(aim.clamp_min(0), 0.7)
-    return scores.entropy(2.0, GROUPS, KEEP if name == "entropy_kept" else None)
+    return scores.entropy(2.0, lambda t: t.unflatten(1, (6, 5)), KEEP[GROUPS] if name == "entropy_kept" else None)
 
 
 def plain(name, rows, codes, cosine, aim):
@@ -172,3 +172,55 @@ def test_no_tensor_of_rows_times_codes(options, call, monkeypatch):
         (quantized.sum() + loss.sum()).backward()
     # candidates of a top-k are k + 8 rows of codes
     assert largest.elements <= max(10_000, (2 + 8) * N * D) < N * K / 10
+
+
+def operator_calls():
+    rows, codes = (t.detach().float().mT.contiguous().mT for t in tensors())  # strided: outputs are not
+    positions, weight = rows.unflatten(1, (5, 6)).transpose(1, 2), torch.ones(6, 5)
+    aim, health = targets(), (torch.zeros(HEADS, CODES), torch.zeros(HEADS, CODES, dtype=torch.bool))
+    return {
+        "vq_topk_codes": (rows, codes, 3, False),
+        "vq_code_cross_entropy": (rows, codes, aim, True),
+        "vq_code_cross_entropy_grad": (rows, codes, aim, torch.randn(HEADS, ROWS), False),
+        "vq_assignment_entropy": (positions, codes, weight, 2.0, False),
+        "vq_assignment_entropy_grad": (positions, codes, weight, torch.randn(6), 2.0, True),
+        "vq_soft_code_grad": (rows, codes, torch.randn_like(rows), 0.5, False),
+        "vq_record_health_": (*health, torch.rand(HEADS, CODES), torch.rand(HEADS, CODES) > 0.5),
+        # their outcome is random
+        "vq_sample_codes": (rows, codes, 2, 0.5, False),
+        "vq_start_by_kmeans_": (
+            codes,
+            codes.clone(),
+            torch.ones(HEADS, CODES),
+            rows,
+            torch.ones(HEADS, ROWS, dtype=torch.bool),
+            *(3, 1e-5, False, False),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name):
+    random = name in ("vq_sample_codes", "vq_start_by_kmeans_")
+    checks = ("test_schema", "test_faketensor", *(() if random else ("test_aot_dispatch_dynamic",)))
+    operator = getattr(torch.ops.metarec_fast, name).default
+    torch.library.opcheck(operator, operator_calls()[name], test_utils=checks)
+
+
+@pytest.mark.parametrize("rows,codes", [(0, 5), (1, 1), (3, 1)])
+def test_few_rows_and_codes(rows, codes):
+    for options, call in (
+        ({"stochastic_sample_codes": True}, {}),
+        ({"commitment_use_cross_entropy_loss": True}, {}),
+        ({"codebook_diversity_loss_weight": 1.0}, {}),
+        ({"straight_through": True, "rotation_trick": False, "route_gradients_to_input": False}, {}),
+        ({"affine_param": True}, {}),
+        ({}, {"topk": 2}),
+        ({}, {"indices": torch.zeros(1, rows, dtype=torch.int64)}),
+        ({"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True}, {"topk": 2}),
+    ):
+        vq, x = FastVQ(4, codes, **options), torch.randn(1, rows, 4, requires_grad=True)
+        quantized, *_, loss = vq(x, **call)
+        (quantized.sum() + loss.sum()).backward()
+        assert quantized.shape[:2] == (1, rows) and loss.isfinite().all() and x.grad.isfinite().all()
+        assert all(v.isfinite().all() for v in vq.state_dict().values())

@@ -1,5 +1,6 @@
 """Two ranks on one machine: every rank must hold the same codebook, and the one that all rows together give."""
 
+import functools
 import warnings
 
 import pytest
@@ -15,6 +16,13 @@ CASES = {
     "cosine_heads": {"use_cosine_sim": True, "heads": 2, "separate_codebook_per_head": True},
     "dead_codes": {"threshold_ema_dead_code": 3.0},
     "kmeans": {"kmeans_init": True, "kmeans_iters": 5},
+    "affine": {"affine_param": True, "sync_affine_param": True},
+    "in_place_optimizer": {
+        "in_place_codebook_optimizer": functools.partial(torch.optim.SGD, lr=0.5),
+        "learnable_codebook": True,
+        "ema_update": False,
+    },
+    "stochastic": {"stochastic_sample_codes": True},
 }
 RANKS = 2
 
@@ -62,7 +70,7 @@ def test_ranks_agree_though_built_before_the_process_group(states, name):
     torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["average", "cosine_heads"])
+@pytest.mark.parametrize("name", ["average", "cosine_heads", "affine"])
 def test_two_ranks_are_one_with_all_rows(states, name):
     torch.manual_seed(0)
     alone = FastVQ(8, 20, **CASES[name])

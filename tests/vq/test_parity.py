@@ -74,6 +74,11 @@ def draw(fast, shape, transform=None):
         with torch.no_grad():
             rows = fast._rows(fast._layout.tokens(x))
             codes = copy.deepcopy(fast._codebook).codes_for(rows, None)
+            if fast.cosine_codes_have_lengths:
+                best = (rows @ codes.mT).topk(2).values
+                if (best[..., 0] - best[..., 1]).min() > 1e-4:
+                    return x
+                continue
             if nearest_codeword(rows, codes).margin.min() > 1e-4:
                 return x
     raise AssertionError("no batch without near ties")
@@ -127,6 +132,8 @@ CASES = {
     "frozen": {"freeze_codebook": True},
     "manual_ema": {"manual_ema_update": True},
     "orthogonal": {"orthogonal_reg_weight": 0.5},
+    "orthogonal_cosine": {"orthogonal_reg_weight": 1000.0, "use_cosine_sim": True},
+    "orthogonal_in_place_optimizer": {"orthogonal_reg_weight": 0.5, "in_place_codebook_optimizer": SGD},
     "orthogonal_heads": {"orthogonal_reg_weight": 0.5, "heads": 2, "separate_codebook_per_head": True},
     "orthogonal_active": {"orthogonal_reg_weight": 0.5, "orthogonal_reg_active_codes_only": True},
     "mask": {"call": {"mask": MASK}},

@@ -1,0 +1,87 @@
+"""The k-means start of a codebook."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metarec_fast.ops import nearest_codeword, vq_ema_update_, vq_statistics
+from metarec_fast.ops._register import define
+from metarec_fast.vq.sampling import draw_rows, sum_over_ranks
+
+
+def start_by_kmeans_(
+    embed: Tensor,
+    embed_avg: Tensor,
+    cluster_size: Tensor,
+    rows: Tensor,
+    valid: Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    cosine: bool,
+    sync: bool,
+) -> bool:
+    """Set codes and averages to the centres that Lloyd's algorithm finds from random rows.
+
+    embed, embed_avg: [H, K, D], and cluster_size: [H, K], written in place. rows: [H, N, D]. valid: bool [H, N].
+    sync: over the rows of all ranks. Waits for the device. Returns False, and does nothing, if a codebook has no row.
+    """
+    K = embed.shape[1]
+    num_rows = int(sum_over_ranks(valid.sum(-1).amin(), sync=sync))
+    if num_rows == 0:
+        return False
+    if num_rows < K:
+        warnings.warn(f"k-means starts {K} codes from {num_rows} rows: some codes start equal", stacklevel=4)
+    rows = torch.where(valid.unsqueeze(-1), rows, 0)
+    means, _ = draw_rows(rows, valid, torch.ones_like(cluster_size, dtype=torch.bool), sync=sync)
+    for _ in range(iterations):
+        indices = nearest_codeword(rows, means, with_margin=False).indices.masked_fill(~valid, -1)
+        counts, sums = statistics(rows, indices, K, sync=sync)
+        centres = sums / counts.clamp_min(1).unsqueeze(-1)
+        if cosine:
+            centres = F.normalize(centres, dim=-1, eps=1e-6)
+        means = torch.where((counts > 0).unsqueeze(-1), centres, means)
+    # decay 0: the averages become these statistics, and the codes follow from them as in any step
+    sums = means * counts.unsqueeze(-1)
+    vq_ema_update_(cluster_size, embed_avg, embed, counts, sums, decay=0.0, eps=eps, normalize=cosine)
+    return True
+
+
+def statistics(rows: Tensor, indices: Tensor, codebook_size: int, *, sync: bool) -> tuple[Tensor, Tensor]:
+    """Counts [H, K] and sums [H, K, D] of rows [H, N, D] by code, in float32; over all ranks in one reduction."""
+    counts, sums = vq_statistics(rows.float(), indices, codebook_size)
+    if sync:
+        packed = sum_over_ranks(torch.cat((sums, counts.unsqueeze(-1)), -1), sync=True)
+        sums, counts = packed[..., :-1].contiguous(), packed[..., -1].contiguous()
+    return counts, sums
+
+
+def _run(
+    embed: Tensor,
+    embed_avg: Tensor,
+    cluster_size: Tensor,
+    rows: Tensor,
+    valid: Tensor,
+    iterations: int,
+    eps: float,
+    cosine: bool,
+    sync: bool,
+) -> None:
+    if not start_by_kmeans_(
+        embed, embed_avg, cluster_size, rows, valid, iterations=iterations, eps=eps, cosine=cosine, sync=sync
+    ):
+        raise RuntimeError("under torch.compile the first batch must have a finite row that is kept, got none")
+
+
+# For a trace, which cannot wait for a first batch that has rows.
+traced_start_by_kmeans_ = define(
+    "vq_start_by_kmeans_(Tensor(a!) embed, Tensor(b!) embed_avg, Tensor(c!) cluster_size, Tensor rows, Tensor valid, "
+    "int iterations, float eps, bool cosine, bool sync) -> ()",
+    cpu=_run,
+    cuda=_run,
+    fake=lambda *args: None,
+)
