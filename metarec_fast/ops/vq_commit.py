@@ -32,14 +32,14 @@ class VQCommit(NamedTuple):
 
 
 class Health(NamedTuple):
-    """What a lookup tells by the way. margin: float32 [ceil(N / 64)] or [H, ceil(N / 64)], second least minus least
-    squared distance of every 64th row. rechecked: int64 [1], rows that took more than the first pass to decide."""
+    """What a lookup tells by the way. margin: float32 [] or [H], second least minus least squared distance, the mean over
+    every 64th row. rechecked: int64 [], rows that took more than the first pass to decide."""
 
     margin: Tensor
     rechecked: Tensor
 
 
-_MARGIN_EVERY = 64  # the runner-up costs about as much as the search
+_MARGIN_EVERY = 64  # a search for the runner-up costs about as much again
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # quantized, indices, row_error, margin, rechecked
 
 
@@ -55,7 +55,11 @@ def _composed(
 def _in_float64(x: Tensor, codebook: Tensor, nearest: Callable) -> _Outputs:
     outputs = _composed(x, codebook, lambda *rows: nearest(*rows)[0])
     margin = nearest(x[:, ::_MARGIN_EVERY].contiguous(), codebook)[1]
-    return *outputs, margin, torch.full((1,), x.shape[0] * x.shape[1], device=x.device)
+    return *outputs, _mean(margin), torch.full((), x.shape[0] * x.shape[1], device=x.device)
+
+
+def _mean(margin: Tensor) -> Tensor:
+    return margin.sum(-1) / max(1, margin.shape[-1])
 
 
 def _cpu(x: Tensor, codebook: Tensor) -> _Outputs:
@@ -67,7 +71,7 @@ def _cpu(x: Tensor, codebook: Tensor) -> _Outputs:
     indices = empty((H, N), dtype=torch.int64, device=x.device)
     row_error = empty((H, N), dtype=x.dtype, device=x.device)
     margin = empty((H, -(-N // _MARGIN_EVERY)), dtype=x.dtype, device=x.device)
-    rechecked = empty((1,), dtype=torch.int64, device=x.device)
+    rechecked = empty((), dtype=torch.int64, device=x.device)
     _C.vq_commit(
         x.data_ptr(),
         codebook.data_ptr(),
@@ -82,7 +86,7 @@ def _cpu(x: Tensor, codebook: Tensor) -> _Outputs:
         codes=codebook.shape[1],
         dim=D,
     )
-    return quantized, indices, row_error, margin, rechecked
+    return quantized, indices, row_error, _mean(margin), rechecked
 
 
 def _cuda(x: Tensor, codebook: Tensor) -> _Outputs:
@@ -91,14 +95,13 @@ def _cuda(x: Tensor, codebook: Tensor) -> _Outputs:
     from metarec_fast.kernels.vq_commit import vq_commit
 
     *outputs, margin, undecided = vq_commit(x.contiguous(), codebook.contiguous())
-    return *outputs, margin[:, ::_MARGIN_EVERY].contiguous(), undecided.long()
+    return *outputs, _mean(margin[:, ::_MARGIN_EVERY]), undecided[0].long()
 
 
 def _fake(x: Tensor, codebook: Tensor) -> _Outputs:
     H, N, D = x.shape
-    margin = x.new_empty((H, (N + _MARGIN_EVERY - 1) // _MARGIN_EVERY), dtype=torch.float32)
-    indices, rechecked = x.new_empty((H, N), dtype=torch.int64), x.new_empty((1,), dtype=torch.int64)
-    return x.new_empty((H, N, D)), indices, x.new_empty((H, N)), margin, rechecked
+    indices, rechecked = (x.new_empty(shape, dtype=torch.int64) for shape in ((H, N), ()))
+    return x.new_empty((H, N, D)), indices, x.new_empty((H, N)), x.new_empty((H,), dtype=torch.float32), rechecked
 
 
 def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor) -> tuple[tuple, tuple]:

@@ -10,9 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metarec_fast.ops import vq_commit
+from metarec_fast.ops._register import define
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.ops.vq_commit import Gradient
 from metarec_fast.vq.codebook import COSINE_EPS, Codebook
+
+# A compiler moves what only backward needs into backward, where the codes have moved on. It leaves alone what the
+# lookup needs and an operator unknown to it gave.
+_snapshot = define(
+    "vq_snapshot(Tensor codes) -> Tensor",
+    cpu=torch.clone,
+    cuda=torch.clone,
+    fake=lambda codes: codes.new_empty(codes.shape),
+)
 
 
 class Chain(NamedTuple):
@@ -46,7 +56,8 @@ def residual_chain(
     needs_grad = torch.is_grad_enabled() and rows.requires_grad
     cosine = codebooks[0].use_cosine_sim
     residual, total, codes = rows.detach(), None, None
-    indices, commitments, tables, inputs = [], [], [], []
+    indices, commitments, inputs = [], [], []
+    tables, table_of_level = [], []  # codes as each level found them; levels may share a table
     for level, codebook in enumerate(codebooks):
         if codes is not None:
             # in place where the memory is ours alone
@@ -55,11 +66,15 @@ def residual_chain(
         compared = codebook.transform_input(residual)
         if codebook.needs_kmeans:
             codebook.init_kmeans_(compared, keep)
-        with torch.no_grad():
-            codes, chosen, commitment = vq_commit(compared, codebook.embed, row_weight=keep)
+        embed = codebook.embed.detach()
         if needs_grad:
             stays = level and codebook is codebooks[level - 1] and not codebook.has_dead_code_replacement
-            tables.append(tables[-1] if stays else codebook.embed.detach()[0].clone())
+            if not stays:
+                tables.append(_snapshot(embed))
+            table_of_level.append(len(tables) - 1)
+            embed = tables[-1]
+        with torch.no_grad():
+            codes, chosen, commitment = vq_commit(compared, embed, row_weight=keep)
         if update:
             codebook.update(compared, chosen, keep=keep)
         indices.append(chosen[0])
@@ -69,7 +84,7 @@ def residual_chain(
     indices, commitments = torch.stack(indices), torch.stack(commitments)
     if needs_grad:
         quantized, commitments = _ChainGradient.apply(
-            rows, total, codes, commitments, indices, keep, gradient, cosine, *tables
+            rows, total, codes, commitments, indices, keep, gradient, cosine, tuple(table_of_level), *tables
         )
     else:
         quantized = codes if total is None else total + codes
@@ -89,13 +104,14 @@ class _ChainGradient(torch.autograd.Function):
         keep: Tensor | None,
         gradient: Gradient | None,
         cosine: bool,
+        table_of_level: tuple[int, ...],
         *tables: Tensor,
     ) -> tuple[Tensor, Tensor]:
         return codes.clone() if total is None else total + codes, commitments.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        rows, _, _, _, indices, keep, ctx.gradient, ctx.cosine, *tables = inputs
+        rows, _, _, _, indices, keep, ctx.gradient, ctx.cosine, ctx.table_of_level, *tables = inputs
         ctx.set_materialize_grads(False)
         if ctx.gradient is None:
             ctx.mark_non_differentiable(output[0])
@@ -104,14 +120,14 @@ class _ChainGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_commitments: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, indices, keep, *tables = ctx.saved_tensors
-        nothing = (None,) * (7 + len(tables))
+        nothing = (None,) * (8 + len(tables))
         grad = None if ctx.gradient is None else grad
         if grad is None and grad_commitments is None:
             return None, *nothing
         share, out, residual = _share(rows, keep), None, rows
-        for level, table in enumerate(tables):
+        for level, table in enumerate(ctx.table_of_level):
             compared = F.normalize(residual, dim=-1, eps=COSINE_EPS) if ctx.cosine else residual
-            codes = F.embedding(indices[level : level + 1], table).to(rows.dtype)
+            codes = F.embedding(indices[level : level + 1], tables[table][0]).to(rows.dtype)
             grad_error = None if grad_commitments is None else share * grad_commitments[level].to(rows.dtype)
             step = vq_backward(grad, grad_error, compared, codes, rotation=ctx.gradient == "rotation")
             if ctx.cosine:

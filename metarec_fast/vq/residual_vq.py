@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -261,7 +262,10 @@ class FastResidualVQ(nn.Module):
         if self.quant_grad_frac > 0 or self.mlps is not None or traced_transform():
             return False
         return all(
-            layer._runs_fused(masked=masked) and not layer.learnable_codebook and not layer.has_codebook_orthogonal_loss
+            layer._runs_fused(masked=masked, routed=False, moves=True)
+            and not layer.directional_reparam
+            and not layer.learnable_codebook
+            and not layer.has_codebook_orthogonal_loss
             for layer in self.layers
         )
 
@@ -381,7 +385,7 @@ class FastResidualVQ(nn.Module):
 
     def _levels_kept(self, seed: int | None, device: torch.device) -> int:
         seed = draw_dropout_seed(device) if seed is None else seed
-        last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
+        last = _last_level(operator.index(seed), self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return min(self.num_quantizers, math.ceil((last + 1) / multiple) * multiple)
 
@@ -462,6 +466,11 @@ class FastGroupedResidualVQ(nn.Module):
         """What ``forward`` returns in eval mode as quantized for ``indices`` that it returned."""
         parts = [rvq.get_output_from_indices(part) for rvq, part in zip(self.rvqs, indices, strict=True)]
         return torch.cat(parts, self.split_dim)
+
+
+@torch.compiler.assume_constant_result  # a graph holds for a number of levels, and is guarded by the seed
+def _last_level(seed: int, first: int, levels: int) -> int:
+    return random.Random(seed).randrange(first, levels)
 
 
 def draw_dropout_seed(device: torch.device) -> int:

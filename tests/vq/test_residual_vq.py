@@ -354,12 +354,14 @@ def test_groups_of_images_and_errors():
     [{}, {"use_cosine_sim": True, "codebook_dim": 4, "threshold_ema_dead_code": 1}, {"shared_codebook": True}],
 )
 def test_whole_graph_in_training_and_eval(options):
+    torch._dynamo.reset()
     module = build(quantize_dropout=True, **options)
     eager = copy.deepcopy(module)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")  # which recomputes in backward
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for training in (True, False):
         module.train(training), eager.train(training)
+        frames = 0
         for rows in (20, 31, 47):
             x, g, results = torch.randn(2, rows, 8), torch.randn(2, rows, 8), []
             for run in (eager, compiled):
@@ -373,7 +375,8 @@ def test_whole_graph_in_training_and_eval(options):
             if not options.get("threshold_ema_dead_code"):  # a compiled draw takes its numbers elsewhere
                 torch.testing.assert_close(dict(module.state_dict()), dict(eager.state_dict()), rtol=1e-4, atol=1e-5)
             eager.load_state_dict(module.state_dict())
-    assert counter.frame_count <= 2
+            frames = counter.frame_count if rows == 20 else frames
+            assert counter.frame_count == frames, f"compiled again for {rows} rows"
 
 
 def test_exported():
