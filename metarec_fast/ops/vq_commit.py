@@ -32,8 +32,11 @@ class VQCommit(NamedTuple):
 
 
 class Health(NamedTuple):
-    """What a lookup tells by the way. margin: float32 [] or [H], second least minus least squared distance, the mean over
-    every 64th row. rechecked: int64 [], rows that took more than the first pass to decide."""
+    """What a lookup tells by the way.
+
+    margin: float32 [] or [H], second least minus least squared distance, the mean over every 64th row.
+    rechecked: int64 [], rows that took more than the first pass to decide.
+    """
 
     margin: Tensor
     rechecked: Tensor

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarec_fast.ops import vq_commit
-from metarec_fast.ops.vq_commit import Gradient
+from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.affine_codebook import AffineCodebook
 from metarec_fast.vq.arguments import check_arguments
 from metarec_fast.vq.codebook import Codebook, EmaWeight
@@ -334,7 +333,7 @@ class FastVQ(nn.Module):
     ) -> Step:
         """Lookup, loss, statistics and the gradient's way past the lookup, for what nearly everyone runs."""
         embed = self._codebook.embed
-        codes, indices, commitment = vq_commit(
+        (codes, indices, commitment), health = vq_commit_with_health(
             rows,
             embed.detach() if routed and not pulled else embed,
             row_weight=keep,
@@ -343,6 +342,8 @@ class FastVQ(nn.Module):
         )
         if update is not None:
             self._codebook.update(rows.detach(), indices, keep=keep, **update)
+            if health is not None:
+                self._codebook.health.record_lookup(health, indices.numel())
         return Step(codes, indices, commitment)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metarec_fast.ops._register import define
+from metarec_fast.ops.vq_commit import Health as LookupHealth
 
 
 class CodebookHealth(NamedTuple):
@@ -15,21 +16,26 @@ class CodebookHealth(NamedTuple):
 
     usage: share of the codes that a row chose. perplexity: exp of the entropy of the choices, K if all are chosen
     alike. dead_codes: number of codes that have fallen out of use, by their ``cluster_size``.
+    margin: how much farther the second nearest code is, in squared distance, the mean over every 64th row. recheck_rate:
+    share of rows that took more than the first pass over the codes to decide; near ties cost time. Both are of the
+    fused step alone (docs/fast_vq.md); NaN before one.
     """
 
     usage: float
     perplexity: float
     dead_codes: float
+    margin: float
+    recheck_rate: float
 
 
-def _run(counts: Tensor, dead: Tensor, new_counts: Tensor, new_dead: Tensor) -> None:
-    counts.copy_(new_counts)
-    dead.copy_(new_dead)
+def _run(first: Tensor, second: Tensor, new_first: Tensor, new_second: Tensor) -> None:
+    first.copy_(new_first)
+    second.copy_(new_second)
 
 
 # an operator: transforms of torch.func let it write to buffers, as they do for the averages
 _record_ = define(
-    "vq_record_health_(Tensor(a!) counts, Tensor(b!) dead, Tensor new_counts, Tensor new_dead) -> ()",
+    "vq_record_health_(Tensor(a!) first, Tensor(b!) second, Tensor new_first, Tensor new_second) -> ()",
     cpu=_run,
     cuda=_run,
     fake=lambda *args: None,
@@ -39,7 +45,8 @@ _record_ = define(
 class Health(nn.Module):
     """What the last training pass found, in buffers that no checkpoint holds; summed up on demand.
 
-    counts: float32 [H, K], how often each code was chosen. dead: bool [H, K], codes out of use.
+    counts: float32 [H, K], how often each code was chosen. dead: bool [H, K], codes out of use. margin: float32 [H] and
+    recheck_rate: float32 [], see CodebookHealth.
     ``usage``, ``perplexity`` and ``dead_codes`` are tensors [H], computed without waiting for the device.
     """
 
@@ -48,9 +55,16 @@ class Health(nn.Module):
         self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size), persistent=False)
         self.register_buffer("dead", torch.zeros(num_codebooks, codebook_size, dtype=torch.bool), persistent=False)
 
+        for name, shape in (("margin", (num_codebooks,)), ("recheck_rate", ())):
+            self.register_buffer(name, torch.full(shape, torch.nan), persistent=False)
+
     def record(self, counts: Tensor, dead: Tensor) -> None:
-        """Take in one pass. This is the one place for what else it finds out, such as margins and rechecked rows."""
+        """Take in the statistics of one pass."""
         _record_(self.counts, self.dead, counts, dead)
+
+    def record_lookup(self, lookup: LookupHealth, rows: int) -> None:
+        """Take in what the lookup of ``rows`` rows, over all codebooks, told by the way."""
+        _record_(self.margin, self.recheck_rate, lookup.margin, lookup.rechecked / max(1, rows))
 
     @property
     def usage(self) -> Tensor:
