@@ -464,12 +464,24 @@ def test_stats_count_what_a_pass_chose():
     x = torch.tensor([[[0.0, 3.0], [1.0, 3.0], [0.0, 3.0], [1.0, 3.0]]])
     vq(x)
     # head 0 chose codes 0 and 1 alike, head 1 code 3 alone; unchosen codes fell from 1 to 0.5
-    assert vq.stats() == (pytest.approx(3 / 8), pytest.approx(1.5), pytest.approx(2.5))
+    # row 0 lies at 0 and 3 of the codes 0..3, on a code with the next one 1 away
+    assert vq.stats() == pytest.approx((3 / 8, 1.5, 2.5, 1.0, 0.0))
     assert vq._codebook.health.perplexity.tolist() == pytest.approx([2.0, 1.0])
     before = vq.stats()
     vq.eval()(x + 1), vq.train()(x + 1, freeze_codebook=True)
     assert vq.stats() == before  # of training passes alone
     assert not any("health" in name for name in vq.state_dict())
+
+
+def test_stats_count_rows_that_near_ties_make_slow():
+    vq = FastVQ(32, 50)
+    codes = torch.ones(50, 32)
+    codes[torch.arange(1, 50), torch.arange(1, 50) % 32] = -1
+    vq.codebook = codes
+    vq(torch.zeros(2, 50, 32))  # as far from every code
+    assert vq.stats().recheck_rate == 1 and vq.stats().margin == 0
+    vq(10 * torch.randn(2, 500, 32))
+    assert vq.stats().recheck_rate < 0.5 and vq.stats().margin > 0
 
 
 @pytest.mark.parametrize("options", [{}, LEARNABLE, {"call": {"accum_ema_update": True}}, {"manual_ema_update": True}])
