@@ -455,6 +455,18 @@ def test_ema_weight_zero_accumulation_and_manual_updates_work_together():
     torch.testing.assert_close(state(vq), state(plain))
 
 
+def test_cosine_codes_off_the_unit_sphere_are_compared_by_inner_product():
+    vq = FastVQ(8, 200, use_cosine_sim=True, orthogonal_reg_weight=1.0).eval()
+    with torch.no_grad():
+        vq._codebook.embed *= 0.8 + 0.4 * torch.rand(1, 200, 1)
+    x = torch.randn(3, 300, 8)
+    products = torch.nn.functional.normalize(x, dim=-1, eps=1e-6).double() @ vq.codebook.double().mT
+    indices = vq(x)[1]
+    assert not torch.equal(indices, torch.cdist(x / x.norm(dim=-1, keepdim=True), vq.codebook).argmin(-1))
+    chosen = products.gather(-1, indices.unsqueeze(-1)).squeeze(-1)
+    assert (products.amax(-1) - chosen).max() < 1e-7
+
+
 # -- health
 
 
