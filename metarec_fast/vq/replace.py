@@ -24,7 +24,8 @@ def replace_vector_quantize(model: nn.Module, **overrides: Any) -> nn.Module:
     torch.distributed is running, unless sync_codebook=False is given.
 
     Returns ``model``, or the FastVQ if the model is itself a VectorQuantize.
-    Raises ValueError if there is no VectorQuantize inside.
+    Raises ValueError if there is no VectorQuantize inside, or if it is in a vector_quantize_pytorch.Sequential, which
+    knows no other classes.
 
     >>> rvq = replace_vector_quantize(ResidualVQ(dim=64, num_quantizers=8, codebook_size=1024))
     """
@@ -32,6 +33,12 @@ def replace_vector_quantize(model: nn.Module, **overrides: Any) -> nn.Module:
     found = [] if package is None else [m for m in model.modules() if type(m) is package.VectorQuantize]
     if not found:
         raise ValueError(f"model holds no vector_quantize_pytorch.VectorQuantize, got {type(model).__name__}")
+    sequential = getattr(sys.modules.get("vector_quantize_pytorch.utils"), "Sequential", ())
+    if any(isinstance(m, sequential) and any(layer in found for layer in m.fns) for m in model.modules()):
+        raise ValueError(
+            "model holds a VectorQuantize in a vector_quantize_pytorch.Sequential, which tells quantizers by their "
+            "class: put the parts into a module of your own"
+        )
     codebooks: dict[nn.Module, nn.Module] = {}
     fast = {layer: _converted(layer, codebooks, overrides) for layer in found}
     for parent in list(model.modules()):

@@ -126,12 +126,16 @@ class _ChainGradient(torch.autograd.Function):
             return None, *nothing
         share, out, residual = _share(rows, keep), None, rows
         for level, table in enumerate(ctx.table_of_level):
-            compared = F.normalize(residual, dim=-1, eps=COSINE_EPS) if ctx.cosine else residual
+            compared = residual
+            if ctx.cosine:
+                length = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
+                compared = residual / length.clamp_min(COSINE_EPS)
             codes = F.embedding(indices[level : level + 1], tables[table][0]).to(rows.dtype)
             grad_error = None if grad_commitments is None else share * grad_commitments[level].to(rows.dtype)
             step = vq_backward(grad, grad_error, compared, codes, rotation=ctx.gradient == "rotation")
             if ctx.cosine:
-                step = _through_normalize(step, residual, compared)
+                along = torch.where(length > COSINE_EPS, (step * compared).sum(-1, keepdim=True), 0)
+                step = torch.addcmul(step, compared, along, value=-1) / length.clamp_min(COSINE_EPS)
             if level < 2 or torch.is_grad_enabled():  # not ours yet, or to be differentiated again
                 out, residual = step if out is None else out + step, residual - codes
             else:
@@ -145,10 +149,3 @@ def _share(rows: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return rows.new_full((1, N), 1 / max(1, N * D))
     return (keep / (keep.sum() * D).clamp_min(1)).to(rows.dtype).unsqueeze(0)
-
-
-def _through_normalize(grad: Tensor, x: Tensor, unit: Tensor) -> Tensor:
-    """The gradient to x of its direction ``unit``, x over its length or over the least length."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    along = torch.where(length > COSINE_EPS, (grad * unit).sum(-1, keepdim=True), 0)
-    return (grad - unit * along) / length.clamp_min(COSINE_EPS)

@@ -468,9 +468,13 @@ class FastGroupedResidualVQ(nn.Module):
         return torch.cat(parts, self.split_dim)
 
 
-@torch.compiler.assume_constant_result  # a graph holds for a number of levels, and is guarded by the seed
 def _last_level(seed: int, first: int, levels: int) -> int:
     return random.Random(seed).randrange(first, levels)
+
+
+# A graph holds for one number of levels and is guarded by the seed. This is all that
+# torch.compiler.assume_constant_result does, which would import torch._dynamo for everyone.
+_last_level._dynamo_marked_constant = True
 
 
 def draw_dropout_seed(device: torch.device) -> int:
