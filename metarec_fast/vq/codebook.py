@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metarec_fast.ops import vq_ema_update_
+from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.vq.health import Health
 from metarec_fast.vq.kmeans import start_by_kmeans_, statistics, traced_start_by_kmeans_
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
@@ -112,6 +113,7 @@ class Codebook(nn.Module):
         ema_update: bool | None = None,
         weight: EmaWeight = None,
         accumulate: bool = False,
+        lookup: LookupHealth | None = None,
     ) -> None:
         """Move the averages by one batch, then the codes, then replace dead codes.
 
@@ -119,8 +121,11 @@ class Codebook(nn.Module):
         Rows that are not finite are skipped. Raises RuntimeError under torch.vmap. ema_update: overrides the module's.
         weight: [K] or [H, K], or a function of (sums, counts) that returns it; scales how far each code moves.
         accumulate: only add the batch to the ``grad`` of the averages; the next update takes it in.
+        lookup: what finding ``indices`` told by the way, for ``health``.
         """
         _check_not_batched(rows)
+        if lookup is not None:
+            self.health.record_lookup(lookup, indices.numel())
         ema_update = self.ema_update if ema_update is None else ema_update
         if keep is not None:
             indices = indices.masked_fill(~keep, -1)

@@ -341,9 +341,7 @@ class FastVQ(nn.Module):
             gradient=self._gradient if routed else None,
         )
         if update is not None:
-            self._codebook.update(rows.detach(), indices, keep=keep, **update)
-            if health is not None:
-                self._codebook.health.record_lookup(health, indices.numel())
+            self._codebook.update(rows.detach(), indices, keep=keep, lookup=health, **update)
         return Step(codes, indices, commitment)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:

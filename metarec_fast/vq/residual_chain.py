@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metarec_fast.ops import vq_commit
 from metarec_fast.ops._register import define
 from metarec_fast.ops.vq_backward import vq_backward
-from metarec_fast.ops.vq_commit import Gradient
+from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.codebook import COSINE_EPS, Codebook
 
 # A compiler moves what only backward needs into backward, where the codes have moved on. It leaves alone what the
@@ -74,9 +73,9 @@ def residual_chain(
             table_of_level.append(len(tables) - 1)
             embed = tables[-1]
         with torch.no_grad():
-            codes, chosen, commitment = vq_commit(compared, embed, row_weight=keep)
+            (codes, chosen, commitment), health = vq_commit_with_health(compared, embed, row_weight=keep)
         if update:
-            codebook.update(compared, chosen, keep=keep)
+            codebook.update(compared, chosen, keep=keep, lookup=health)
         indices.append(chosen[0])
         commitments.append(commitment)
         if keep_inputs:

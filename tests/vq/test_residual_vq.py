@@ -98,7 +98,8 @@ def test_one_loop_is_the_layers_in_turn(name, masked, monkeypatch):
             ((quantized * g).sum() + losses.sum()).backward()
             results.append((quantized, indices, losses, leaf.grad, dict(module.state_dict())))
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(*(module.layers[-1].stats() for module in (fused, composed)))
+        # margin and recheck rate are of the rows looked up, masked ones among them, which differ
+        torch.testing.assert_close(*(module.layers[-1].stats()[:3] for module in (fused, composed)))
 
 
 @pytest.mark.parametrize("options", [{}, {"rotation_trick": False}, {"use_cosine_sim": True}])
