@@ -79,7 +79,7 @@ def test_compiles_whole(name, training):
             results.append((quantized, indices, loss, leaf.grad))
         torch.testing.assert_close(results[1], results[0])
     torch.testing.assert_close(state(module), state(eager))
-    assert module.stats() == eager.stats()
+    assert module.stats() == pytest.approx(eager.stats(), nan_ok=True)
     kept = [m._codebook.embed_avg.grad for m in (module, eager)]  # of accumulation
     torch.testing.assert_close(kept[0], kept[1])
 
