@@ -216,7 +216,7 @@ def test_func_grad_over_parameters_moves_the_codebook_too(options):
     (quantized.square().sum() + commitment).backward()
     torch.testing.assert_close(grads, {k: p.grad for k, p in reference.named_parameters()})
     torch.testing.assert_close(state(vq), state(reference))
-    torch.testing.assert_close(vq.stats(), reference.stats())
+    assert vq.stats() == pytest.approx(reference.stats(), nan_ok=True)
 
 
 FROZEN = {
