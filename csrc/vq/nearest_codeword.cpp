@@ -45,6 +45,7 @@ constexpr float kUnit = 0x1p-24f;
 constexpr float kIntegers = 127;     // an approximation in integers is at most this
 constexpr float kSmallest = 0x1p-60f;  // below this largest element, integers are left to float32
 constexpr int64_t kPossible = 8;      // codes that a screen leaves to float64
+constexpr int64_t kFew = 32, kWaiting = 8;  // candidates of a row, rows that are decided together
 
 // Rows of a block: packed rows stay in L1 while one panel after the other passes over them; longer rows stay in L2,
 // and more of them share each panel.
@@ -344,6 +345,29 @@ inline double accurate_distance(const float* x, const float* code, int64_t dim) 
     return total;
 }
 
+#if defined(METAREC_ISA_avx512)
+// Squared distances of x [8] from eight neighbouring codes [8, 8]: two codes fill a vector.
+inline void distances_of_eight(const float* x, const float* codes, float* out) {
+    const __m512 value = _mm512_broadcast_f32x8(_mm256_loadu_ps(x));
+    __m512 square[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const __m512 error = value - _mm512_loadu_ps(codes + 16 * j);
+        square[j] = error * error;
+    }
+    // sums of pairs, then of fours side by side in each quarter, then of eights; even and odd codes lie apart
+    const __m512 left =
+        _mm512_shuffle_ps(square[0], square[1], 0x88) + _mm512_shuffle_ps(square[0], square[1], 0xDD);
+    const __m512 right =
+        _mm512_shuffle_ps(square[2], square[3], 0x88) + _mm512_shuffle_ps(square[2], square[3], 0xDD);
+    __m512 fours = _mm512_shuffle_ps(left, right, 0x88) + _mm512_shuffle_ps(left, right, 0xDD);
+    fours += _mm512_shuffle_f32x4(fours, fours, 0xB1);
+    const __m128 even = _mm512_castps512_ps128(fours), odd = _mm512_extractf32x4_ps(fours, 2);
+    _mm_storeu_ps(out, _mm_unpacklo_ps(even, odd));
+    _mm_storeu_ps(out + 4, _mm_unpackhi_ps(even, odd));
+}
+#endif
+
 // The least of `count` distances, padded with infinities to a whole vector.
 inline float least_of(const float* distance, int64_t count) {
     vfloat least = broadcast(kInfinity);
@@ -358,6 +382,15 @@ inline void measure_candidates(const Search& search, int64_t h, int64_t row, con
     const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
     const float* original = search.codebook.original + h * search.codebook.codes * dim;
     for (int64_t i = 0; i < count; i += 4) {
+#if defined(METAREC_ISA_avx512)
+        // ascending, unless members of a clump follow
+        if (dim == 8 && search.codebook.clumps.most == 0) {
+            for (; i + 8 <= count && candidates[i + 7] - candidates[i] == 7; i += 8) {
+                distances_of_eight(x, original + candidates[i] * 8, distance + i);
+            }
+            if (i >= count) break;
+        }
+#endif
         const float* code[4];
         for (int64_t j = 0; j < 4; ++j) code[j] = original + candidates[i + j < count ? i + j : i] * dim;
         distances(x, code, dim, distance + i);
@@ -375,14 +408,13 @@ inline void sort(int32_t* codes, int64_t count) {
     }
 }
 
-// Decide one row by the distances of `count` codes, among which the nearest is (and the second
+// Decide one row by its measured distances of `count` codes, among which the nearest is (and the second
 // nearest, if the margin is wanted). A screen leaves it, and returns false, if float64 would have to compare many.
 bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count) {
     const Codebook& codebook = search.codebook;
     const int64_t dim = codebook.dim;
     const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
     const float* original = codebook.original + h * codebook.codes * dim;
-    measure_candidates(search, h, row, candidates, distance, count);
     const float relative = 3 * static_cast<float>(dim + 8) * kUnit, absolute = static_cast<float>(dim) * 0x1p-122f;
     const float least = least_of(distance, count), reach = least + (relative * least + absolute);
     int64_t possible = 0, best = 0;
@@ -480,9 +512,9 @@ inline uint64_t groups_above(const float* maxima, const float* error, int64_t pa
     return bits;
 }
 
-// Codes of the groups that may reach the threshold. Returns how many, or -1 if that is more than the search's limit.
+// Codes of the groups that may reach the threshold. Returns how many, or -1 if that is more than the limit.
 inline int64_t collect(const Search& search, int64_t h, float threshold, const float* maxima, const float* error,
-                       int64_t panels, int32_t* candidates) {
+                       int64_t panels, int64_t limit, int32_t* candidates) {
     constexpr int64_t kAtOnce = 64 / kFloats;  // panels whose groups fill a word
     const Codebook& codebook = search.codebook;
     const int64_t group = codebook.group, slots = codebook.slots[h];
@@ -494,7 +526,7 @@ inline int64_t collect(const Search& search, int64_t h, float threshold, const f
         for (; bits != 0; bits &= bits - 1) {
             const int64_t first = (p * kFloats + __builtin_ctzll(bits)) * group;
             if (first >= slots) continue;
-            if (count + group > search.limit) return -1;
+            if (count + group > limit) return -1;
             // as many as the largest group has: what is too much is not counted
             std::memcpy(candidates + count, code + first, kMaxGroup * sizeof *code);
             count += first + group <= slots ? group : slots - first;
@@ -622,20 +654,48 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
     }
     for (int64_t j = 0; j < codebook.clumps.most; ++j) w.clump_tile[j] = -1;
     int64_t left = 0;
+    auto settle = [&](int64_t row, int32_t* candidates, float* distance, int64_t count) {
+        if (count >= 0 && decide(search, h, row, candidates, distance, count)) return;
+        leave(*search.unsettled, h, search.rows.rows, row);
+        ++left;
+    };
+    // rows with few candidates wait for each other, so that the latency of one decision hides behind the next
+    struct {
+        int64_t row, count;
+        int32_t candidates[kFew + kMaxGroup];
+        float distance[kFew + 4 + kFloats];
+    } waiting[kWaiting];
+    int64_t waits = 0;
+    auto flush = [&] {
+        for (int64_t j = 0; j < waits; ++j) {
+            settle(waiting[j].row, waiting[j].candidates, waiting[j].distance, waiting[j].count);
+        }
+        waits = 0;
+    };
     for (int64_t i = 0; i < end - begin; ++i) {
         const int64_t row = row_of(begin + i);
         if (!(w.norm[i] < kInfinity) && !finite(x_of(row), dim)) {
             emit(search, h, row, 0, codebook.codes == 1 ? kInfinity : 0, __builtin_nanf(""));
             continue;
         }
-        int64_t count = collect(search, h, w.threshold[i], w.maxima + i * stride, w.error + i * errors, panels,
-                                w.candidates);
-        if (!kInteger && codebook.clumps.most > 0) count = open_clumps(search, h, row, i, w, count);
-        if (count < 0 || !decide(search, h, row, w.candidates, w.distance, count)) {
-            leave(*search.unsettled, h, search.rows.rows, row);
-            ++left;
+        const float* maxima = w.maxima + i * stride;
+        const float* error = w.error + i * errors;
+        if (codebook.clumps.most == 0) {
+            auto& few = waiting[waits];
+            few.row = row;
+            few.count = collect(search, h, w.threshold[i], maxima, error, panels, kFew, few.candidates);
+            if (few.count >= 0) {
+                measure_candidates(search, h, row, few.candidates, few.distance, few.count);
+                if (++waits == kWaiting) flush();
+                continue;
+            }
         }
+        int64_t count = collect(search, h, w.threshold[i], maxima, error, panels, search.limit, w.candidates);
+        if (!kInteger && codebook.clumps.most > 0) count = open_clumps(search, h, row, i, w, count);
+        if (count >= 0) measure_candidates(search, h, row, w.candidates, w.distance, count);
+        settle(row, w.candidates, w.distance, count);
     }
+    flush();
     return left;
 }
 
@@ -744,7 +804,7 @@ void pack_clump(const Codebook& codebook, int64_t h, int64_t j) {
 
 int64_t codebook_lanes() { return kFloats; }
 
-bool screens(int64_t dim) { return kScreens && dim > 8 && dim <= 32768; }
+bool screens(int64_t dim) { return kScreens && dim >= 8 && dim <= 32768; }
 
 void measure_codes(const Codebook& codebook, float* squares) {
     const int64_t dim = codebook.dim, width = kFloats * codebook.group;
