@@ -67,7 +67,8 @@ inline void rotate_back(const float* grad, const float* x, const float* quantize
     sum_lanes(ww, w_square);
     sum_lanes(wg, along);
     for (int j = 0; j < kAtOnce && j < rows; ++j) {
-        const float least = kEps * kEps, along_w = -2 * scale[j] * along[j] / (w_square[j] > least ? w_square[j] : least);
+        const float least = kEps * kEps,
+                    along_w = -2 * scale[j] * along[j] / (w_square[j] > least ? w_square[j] : least);
         const float along_u = 2 * scale[j] * along_code[j] * to_v[j];
         combine(out + j * dim, g[j], scale[j], r[j], (along_w + along_u) * to_u[j] + pull[j], q[j],
                 along_w * to_v[j] - pull[j], dim);

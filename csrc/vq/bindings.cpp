@@ -35,21 +35,22 @@ void search(const float* x, const float* codebook, const SearchOutput& out, int6
     }
     if (heads * rows == 0) return;
     const int threads = heads * rows * codes * dim < 1 << 15 ? 1 : max_threads();
-    auto run = [&](bool integers, const SearchRows& of, const Unsettled* unsettled) {
-        const PreparedCodebook prepared(codebook, heads, codes, dim, integers);
+    auto run = [&](int bits, const SearchRows& of, const Unsettled* unsettled) {
+        const PreparedCodebook prepared(codebook, heads, codes, dim, bits);
         const AlignedMemory scratch = allocate_aligned(threads * METAREC_DISPATCH(search_scratch)(prepared.view()));
         METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), of, threads, scratch.get(), out, unsettled);
     };
-    if (!METAREC_DISPATCH(screens)(dim)) {
-        run(false, {x, rows, nullptr, nullptr}, nullptr);
+    const int screen = METAREC_DISPATCH(screen_bits)(dim);
+    if (screen == 32) {
+        run(32, {x, rows, nullptr, nullptr}, nullptr);
         return;
     }
     const std::unique_ptr<int64_t[]> unsettled_rows(new int64_t[heads * rows]);
     std::vector<int64_t> unsettled_count(heads, 0);
     const Unsettled unsettled = {unsettled_rows.get(), unsettled_count.data()};
-    run(true, {x, rows, nullptr, nullptr}, &unsettled);
+    run(screen, {x, rows, nullptr, nullptr}, &unsettled);
     if (std::any_of(unsettled_count.begin(), unsettled_count.end(), [](int64_t count) { return count > 0; })) {
-        run(false, {x, rows, unsettled.rows, unsettled.count}, nullptr);
+        run(32, {x, rows, unsettled.rows, unsettled.count}, nullptr);
     }
 }
 

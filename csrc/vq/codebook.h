@@ -12,7 +12,7 @@ constexpr int64_t kMaxGroup = 8;
 // Vectors packed for the scan, in panels of lanes * group slots: slot s of a panel lies in lane s / group of vector
 // s % group, so that a group of neighbouring slots shares a lane.
 struct Panels {
-    uint32_t* words;  // [panels, group, count, lanes]: a word is one float32 of a vector, or four int8 plus 128
+    uint32_t* words;  // [panels, group, count, lanes]: a word is one float32 of a vector, two int16, or four int8 + 128
     float* start;     // [panels, group, lanes] what is added to products: -inf in padding
     float* scale;     // [panels] of the integers
 };
@@ -36,14 +36,14 @@ struct Clumps {
 // each in the order of their indices.
 struct Codebook {
     int64_t heads, codes, dim;
-    bool integers;              // whether panels hold int8 or float32
+    int bits;  // of the numbers in the panels of the scan: 8 and 16 are integers, 32 is float32
     int64_t group, lanes, panels, words;
-    const float* original;      // [H, codes, dim]
-    float* mean;                // [H, dim], subtracted from codes and rows
-    int32_t* code;              // [H, panels * lanes * group] index of the slot's code; kMaxGroup more may be read
-    uint8_t* duplicated;        // [H, codes] whether a later code equals this one
-    int64_t* slots;             // [H]
-    Panels scan;                // of [H, panels]; start is -||code - mean||^2 / 2
+    const float* original;  // [H, codes, dim]
+    float* mean;            // [H, dim], subtracted from codes and rows
+    int32_t* code;          // [H, panels * lanes * group] index of the slot's code; kMaxGroup more may be read
+    uint8_t* duplicated;    // [H, codes] whether a later code equals this one
+    int64_t* slots;         // [H]
+    Panels scan;            // of [H, panels]; start is -||code - mean||^2 / 2
     // The score of any slot of a panel errs by at most by_rounding * ||x - x'|| + by_norm * ||x|| + constant,
     // x being a row minus the mean and x' what stands for it in the scan (nearest_codeword.cpp).
     float *by_rounding, *by_norm, *constant;  // [H, panels], padded to whole vectors

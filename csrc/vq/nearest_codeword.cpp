@@ -1,11 +1,12 @@
 // Nearest codeword: scores with a proven error for all codes, then true distances for the few that can still win.
 //
 // With m the mean code, X = x - m and C = c - m, the code of least ||x - c||^2 has the largest score
-// s = X.C - ||C||^2 / 2. The scan computes scores S from approximations x' of X and c' of C, either float32 or 8-bit
-// integers times a scale, and keeps for each row the largest score of every group of codes. With R >= ||X||, ||x'||,
+// s = X.C - ||C||^2 / 2. The scan computes scores S from approximations x' of X and c' of C, float32 or integers of 8
+// or 16 bits times a scale, and keeps for each row the largest score of every group of codes. With R >= ||X||, ||x'||,
 // r >= ||X - x'||, and for the codes of a panel Q >= ||C||, ||c'||, q >= ||C - c'||, and u = 2^-24,
 //     |S - s| <= E = r Q + R q + k u (R Q + Q^2 / 2) + f (R + Q)^2 + underflow.
-// k: float32 arithmetic. A sum of dim products, fused or not, rounds partial sums of magnitude at most R Q + Q^2 / 2 dim
+// k: float32 arithmetic. A sum of dim products, fused or not, rounds partial sums of magnitude at most R Q + Q^2 / 2
+// dim
 //   times, and ||C||^2 / 2 is such a sum: k = 2 dim + 16 covers both, the roundings of X and C, and a product alone.
 //   Integer sums are exact; their conversion, scale and the sum with -||C||^2 / 2 leave k = dim + 16.
 // f = (dim + 4) 2^-53: the float64 sum that defines the index differs from the real distance by up to 2 f (R + Q)^2.
@@ -42,9 +43,12 @@ constexpr bool kScreens = false;
 #endif
 constexpr float kInfinity = __builtin_inff();
 constexpr float kUnit = 0x1p-24f;
-constexpr float kIntegers = 127;     // an approximation in integers is at most this
-constexpr float kSmallest = 0x1p-60f;  // below this largest element, integers are left to float32
-constexpr int64_t kPossible = 8;      // codes that a screen leaves to float64
+constexpr int64_t kNarrow = 12;   // up to so many elements are screened in 16 bits: they tell codes apart by little
+constexpr int64_t kWide = 32768;  // more are not screened: sums of products, 127 * 255 each, might overflow
+// The largest integer: kNarrow products of 16 bits are summed without overflow.
+constexpr float most_of(int bits) { return bits == 8 ? 127 : 8191; }
+constexpr float kSmallest = 0x1p-60f;       // below this largest element, integers are left to float32
+constexpr int64_t kPossible = 8;            // codes that a screen leaves to float64
 constexpr int64_t kFew = 32, kWaiting = 8;  // candidates of a row, rows that are decided together
 
 // Rows of a block: packed rows stay in L1 while one panel after the other passes over them; longer rows stay in L2,
@@ -129,12 +133,14 @@ inline float measure(const float* row, const float* mean, int64_t dim, float* sq
     return max_lane(largest);
 }
 
-// row - mean in integers of `scale`, four to a word, `step` words apart; flip = 0x80808080 adds 128 to each.
+// row - mean in integers of `scale`, packed into words that are `step` words apart; 8-bit codes get 128 added.
 // Returns the squared norm of what they leave out, and sets `total` to the integers' sum.
-inline float to_integers(const float* row, const float* mean, int64_t dim, float scale, uint32_t flip, uint32_t* out,
-                         int64_t step, int32_t* total) {
-    const float round = 12582912.0f;  // 1.5 * 2^23: the sum's lowest byte is the nearest integer
+inline float to_integers(const float* row, const float* mean, int64_t dim, int bits, float scale, bool code,
+                         uint32_t* out, int64_t step, int32_t* total) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: the sum's lowest bits are the nearest integer
     const float inverse = 1 / scale;
+    const uint32_t flip = code && bits == 8 ? 0x80808080u : 0;
+    const int64_t in_word = 32 / bits;
     vfloat square = {}, sum = {};
     for (int64_t d = 0; d < dim; d += kFloats) {
         const vfloat x = load_first(row + d, dim - d) - load_first(mean + d, dim - d);
@@ -143,40 +149,50 @@ inline float to_integers(const float* row, const float* mean, int64_t dim, float
         const vfloat error = x - integer * scale;
         square += error * error;
         sum += integer;
-        uint32_t words[kFloats / 4];
+        uint32_t words[kFloats / 2];
 #if defined(METAREC_ISA_avx512)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8((__m512i)shifted));
+        if (bits == 8) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8((__m512i)shifted));
+        } else {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi32_epi16((__m512i)shifted));
+        }
 #else
-        uint8_t bytes[kFloats];
-        for (int lane = 0; lane < kFloats; ++lane) bytes[lane] = static_cast<uint8_t>(((vint)shifted)[lane]);
-        std::memcpy(words, bytes, sizeof bytes);
+        for (int64_t w = 0; w < kFloats / in_word; ++w) {
+            words[w] = 0;
+            for (int64_t j = 0; j < in_word; ++j) {
+                const uint32_t low = static_cast<uint32_t>(((vint)shifted)[w * in_word + j]) & ((1u << bits) - 1);
+                words[w] |= low << (j * bits);
+            }
+        }
 #endif
-        for (int w = 0; w < kFloats / 4 && d + 4 * w < dim; ++w) out[(d / 4 + w) * step] = words[w] ^ flip;
+        for (int64_t w = 0; w < kFloats / in_word && d + in_word * w < dim; ++w) {
+            out[(d / in_word + w) * step] = words[w] ^ flip;
+        }
     }
     *total = static_cast<int32_t>(sum_lanes(sum));
     return sum_lanes(square);
 }
 
 // Rows of a tile as words [count, kRows]; rows beyond `rows` repeat the first.
-template <bool kInteger>
+template <int kBits>
 inline void pack_tile(const Search& search, int64_t h, const float* const* row, int64_t first, const Workspace& w) {
     const Codebook& codebook = search.codebook;
     const int64_t dim = codebook.dim;
     const float* mean = codebook.mean + h * dim;
     uint32_t* words = w.words + first * codebook.words;
-    if constexpr (kInteger) {
+    if constexpr (kBits < 32) {
         for (int r = 0; r < kRows; ++r) {
             float square;
             const float largest = measure(row[r], mean, dim, &square);
             // too small or too large: the row is left to float32
             const bool fits = largest >= kSmallest && square <= kMaxSquare;
-            const float scale = fits ? largest / kIntegers : 1;
+            const float scale = fits ? largest / most_of(kBits) : 1;
             int32_t total;
-            const float rest = to_integers(row[r], mean, dim, scale, 0, words + r, kRows, &total);
+            const float rest = to_integers(row[r], mean, dim, kBits, scale, false, words + r, kRows, &total);
             w.norm[first + r] = norm_bound(square, dim);
             w.rounding[first + r] = fits ? norm_bound(rest, dim) : kInfinity;
             w.factor[first + r] = scale;
-            w.offset[first + r] = -128 * total;
+            w.offset[first + r] = kBits == 8 ? -128 * total : 0;
         }
     } else {
         float square[kRows] = {};
@@ -196,17 +212,17 @@ inline void pack_tile(const Search& search, int64_t h, const float* const* row, 
 }
 
 // The largest score of each group of a panel, for a tile of rows: maxima [kRows, stride].
-template <bool kInteger>
+template <int kBits>
 [[gnu::always_inline]] inline void scan(const uint32_t* __restrict rows, [[maybe_unused]] const float* factor,
                                         [[maybe_unused]] const int32_t* offset, const uint32_t* __restrict words,
-                                        const float* start, [[maybe_unused]] float scale,
-                                        int64_t count, int64_t group, float* maxima, int64_t stride) {
+                                        const float* start, [[maybe_unused]] float scale, int64_t count, int64_t group,
+                                        float* maxima, int64_t stride) {
     const int64_t vector = count * kFloats;
     for (int64_t v = 0; v < group; v += kVectors, words += kVectors * vector, start += kVectors * kFloats) {
         vfloat score[kRows][kVectors];
         const uint32_t* row = rows;
         const uint32_t* code = words;
-        if constexpr (kInteger) {
+        if constexpr (kBits < 32) {
 #if defined(__AVX512VNNI__)
             vint sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -223,7 +239,9 @@ template <bool kInteger>
                     const __m512i value = _mm512_set1_epi32(static_cast<int>(row[r]));
 #pragma GCC unroll 4
                     for (int j = 0; j < kVectors; ++j) {
-                        sum[r][j] = (vint)_mm512_dpbusd_epi32((__m512i)sum[r][j], codes[j], value);
+                        const __m512i so_far = (__m512i)sum[r][j];
+                        sum[r][j] = (vint)(kBits == 8 ? _mm512_dpbusd_epi32(so_far, codes[j], value)
+                                                      : _mm512_dpwssd_epi32(so_far, codes[j], value));
                     }
                 }
             }
@@ -356,10 +374,8 @@ inline void distances_of_eight(const float* x, const float* codes, float* out) {
         square[j] = error * error;
     }
     // sums of pairs, then of fours side by side in each quarter, then of eights; even and odd codes lie apart
-    const __m512 left =
-        _mm512_shuffle_ps(square[0], square[1], 0x88) + _mm512_shuffle_ps(square[0], square[1], 0xDD);
-    const __m512 right =
-        _mm512_shuffle_ps(square[2], square[3], 0x88) + _mm512_shuffle_ps(square[2], square[3], 0xDD);
+    const __m512 left = _mm512_shuffle_ps(square[0], square[1], 0x88) + _mm512_shuffle_ps(square[0], square[1], 0xDD);
+    const __m512 right = _mm512_shuffle_ps(square[2], square[3], 0x88) + _mm512_shuffle_ps(square[2], square[3], 0xDD);
     __m512 fours = _mm512_shuffle_ps(left, right, 0x88) + _mm512_shuffle_ps(left, right, 0xDD);
     fours += _mm512_shuffle_f32x4(fours, fours, 0xB1);
     const __m128 even = _mm512_castps512_ps128(fours), odd = _mm512_extractf32x4_ps(fours, 2);
@@ -457,7 +473,8 @@ bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
         // float64 in any order tells apart all but ties
         double nearest = __builtin_inf(), following = __builtin_inf();
         for (int64_t i = 0; i < kept; ++i) {
-            const double d = accurate_distance(x, original + candidates[i] * dim, dim), loser = d < nearest ? nearest : d;
+            const double d = accurate_distance(x, original + candidates[i] * dim, dim),
+                         loser = d < nearest ? nearest : d;
             best = d < nearest ? i : best;
             nearest = d < nearest ? d : nearest;
             following = loser < following ? loser : following;
@@ -521,8 +538,8 @@ inline int64_t collect(const Search& search, int64_t h, float threshold, const f
     const int32_t* code = codebook.code + h * codebook.panels * kFloats * group;
     int64_t count = 0;
     for (int64_t p = 0; p < panels; p += kAtOnce) {
-        uint64_t bits = groups_above(maxima + p * kFloats, error + p, panels - p < kAtOnce ? panels - p : kAtOnce,
-                                     threshold);
+        uint64_t bits =
+            groups_above(maxima + p * kFloats, error + p, panels - p < kAtOnce ? panels - p : kAtOnce, threshold);
         for (; bits != 0; bits &= bits - 1) {
             const int64_t first = (p * kFloats + __builtin_ctzll(bits)) * group;
             if (first >= slots) continue;
@@ -574,12 +591,13 @@ int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, con
             w.clump_tile[w.opened[o]] = tile;
             for (int64_t p = 0; p < panels; ++p) {
                 const int64_t vector = (clumps.panel[j] + p) * kClumpGroup * kFloats;
-                scan<false>(w.words + tile * kRows * dim, nullptr, nullptr, clumps.panels.words + vector * dim,
-                            clumps.panels.start + vector, 1, dim, kClumpGroup, maxima + p * kFloats, clumps.groups);
+                scan<32>(w.words + tile * kRows * dim, nullptr, nullptr, clumps.panels.words + vector * dim,
+                         clumps.panels.start + vector, 1, dim, kClumpGroup, maxima + p * kFloats, clumps.groups);
             }
         }
         const float radius = clumps.radius[j], norm = w.norm[i], Q = codebook.reach[h];
-        const float unit = static_cast<float>(2 * dim + 16) * kUnit, definition = static_cast<float>(dim + 4) * 0x1p-53f;
+        const float unit = static_cast<float>(2 * dim + 16) * kUnit,
+                    definition = static_cast<float>(dim + 4) * 0x1p-53f;
         const float error = 1.001f * (unit * radius * (norm + Q + radius) + definition * (norm + Q) * (norm + Q)) +
                             static_cast<float>(dim + 2) * 0x1p-120f;
         float errors[64 / kFloats];
@@ -617,7 +635,7 @@ inline void leave(const Unsettled& unsettled, int64_t h, int64_t rows, int64_t r
 }
 
 // Rows begin..end of those to search in one head. Returns how many it left unsettled.
-template <bool kInteger>
+template <int kBits>
 int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end, const Workspace& w) {
     const Codebook& codebook = search.codebook;
     const int64_t dim = codebook.dim, group = codebook.group, stride = codebook.panels * kFloats;
@@ -629,16 +647,16 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
     for (int64_t first = begin; first < end; first += kRows) {
         const float* row[kRows];
         for (int r = 0; r < kRows; ++r) row[r] = x_of(row_of(first + r < end ? first + r : first));
-        pack_tile<kInteger>(search, h, row, first - begin, w);
+        pack_tile<kBits>(search, h, row, first - begin, w);
     }
     const int64_t tiles = (end - begin + kRows - 1) / kRows;
     for (int64_t p = 0; p < panels; ++p) {
         const int64_t panel = h * codebook.panels + p, vector = panel * group * kFloats;
         for (int64_t t = 0; t < tiles; ++t) {
-            scan<kInteger>(w.words + t * kRows * codebook.words, w.factor + t * kRows, w.offset + t * kRows,
-                           codebook.scan.words + vector * codebook.words, codebook.scan.start + vector,
-                           codebook.scan.scale[panel], codebook.words, group, w.maxima + t * kRows * stride + p * kFloats,
-                           stride);
+            scan<kBits>(w.words + t * kRows * codebook.words, w.factor + t * kRows, w.offset + t * kRows,
+                        codebook.scan.words + vector * codebook.words, codebook.scan.start + vector,
+                        codebook.scan.scale[panel], codebook.words, group, w.maxima + t * kRows * stride + p * kFloats,
+                        stride);
         }
     }
     const float definition = static_cast<float>(dim + 4) * 0x1p-53f;
@@ -650,7 +668,7 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
                                                 load(codebook.constant + h * errors + p) + definition * R * R);
         }
         w.threshold[i] = least_score(w.maxima + i * stride, w.error + i * errors, panels,
-                                    wants_margin(search.out, row_of(begin + i)));
+                                     wants_margin(search.out, row_of(begin + i)));
     }
     for (int64_t j = 0; j < codebook.clumps.most; ++j) w.clump_tile[j] = -1;
     int64_t left = 0;
@@ -691,7 +709,7 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
             }
         }
         int64_t count = collect(search, h, w.threshold[i], maxima, error, panels, search.limit, w.candidates);
-        if (!kInteger && codebook.clumps.most > 0) count = open_clumps(search, h, row, i, w, count);
+        if (kBits == 32 && codebook.clumps.most > 0) count = open_clumps(search, h, row, i, w, count);
         if (count >= 0) measure_candidates(search, h, row, w.candidates, w.distance, count);
         settle(row, w.candidates, w.distance, count);
     }
@@ -700,10 +718,10 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
 }
 
 // Packs one code minus `mean`, its first word at `word`. Returns a bound on what integers leave out of it.
-inline float pack_code(const float* row, const float* mean, int64_t dim, bool integers, float scale, uint32_t* word) {
-    if (integers) {
+inline float pack_code(const float* row, const float* mean, int64_t dim, int bits, float scale, uint32_t* word) {
+    if (bits < 32) {
         int32_t total;
-        return norm_bound(to_integers(row, mean, dim, scale, 0x80808080u, word, kFloats, &total), dim);
+        return norm_bound(to_integers(row, mean, dim, bits, scale, true, word, kFloats, &total), dim);
     }
     for (int64_t d = 0; d < dim; ++d) {
         const float value = row[d] - mean[d];
@@ -736,7 +754,8 @@ void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
         }
     }
     const bool fits = largest >= kSmallest;
-    const float scale = codebook.integers && fits ? largest / kIntegers : 1;
+    const bool integers = codebook.bits < 32;
+    const float scale = integers && fits ? largest / most_of(codebook.bits) : 1;
     for (int64_t s = 0; s < width; ++s) {
         const int64_t lane = s / group, v = s % group;
         uint32_t* word = codebook.scan.words + (panel * group + v) * codebook.words * kFloats + lane;
@@ -750,19 +769,20 @@ void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
         measure(row, mean, dim, &square);
         *start = -0.5f * square;
         const float norm = norm_bound(square, dim);
-        const float rounding = pack_code(row, mean, dim, codebook.integers, scale, word);
+        const float rounding = pack_code(row, mean, dim, codebook.bits, scale, word);
         Q = Q > norm ? Q : norm;
         q = q > rounding ? q : rounding;
     }
-    if (codebook.integers && !fits) q = kInfinity;  // too small for integers
+    if (integers && !fits) q = kInfinity;  // too small for integers
     Q += q;
-    const float unit = static_cast<float>(codebook.integers ? dim + 16 : 2 * dim + 16) * kUnit;
+    const float unit = static_cast<float>(integers ? dim + 16 : 2 * dim + 16) * kUnit;
     const float definition = static_cast<float>(dim + 4) * 0x1p-53f, slack = 1.001f;
     const int64_t at = h * padded_panels(codebook) + p;
     codebook.scan.scale[panel] = scale;
     codebook.by_rounding[at] = slack * Q;
     codebook.by_norm[at] = slack * (q + radius + unit * Q + 2 * definition * Q);
-    codebook.constant[at] = slack * (Q * radius + (0.5f * unit + definition) * Q * Q) + static_cast<float>(dim + 2) * 0x1p-120f;
+    codebook.constant[at] =
+        slack * (Q * radius + (0.5f * unit + definition) * Q * Q) + static_cast<float>(dim + 2) * 0x1p-120f;
 }
 
 // The members of a clump as differences from the first of them.
@@ -788,7 +808,7 @@ void pack_clump(const Codebook& codebook, int64_t h, int64_t j) {
         const float* row = original + member[i] * dim;
         float square;
         measure(row, first, dim, &square);
-        pack_code(row, first, dim, false, 1, word);
+        pack_code(row, first, dim, 32, 1, word);
         double along = 0;
         for (int64_t d = 0; d < dim; ++d) {
             along += (static_cast<double>(first[d]) - mean[d]) * (static_cast<double>(row[d]) - first[d]);
@@ -804,7 +824,10 @@ void pack_clump(const Codebook& codebook, int64_t h, int64_t j) {
 
 int64_t codebook_lanes() { return kFloats; }
 
-bool screens(int64_t dim) { return kScreens && dim >= 8 && dim <= 32768; }
+int screen_bits(int64_t dim) {
+    if (!kScreens || dim < 8 || dim > kWide) return 32;
+    return dim <= kNarrow ? 16 : 8;
+}
 
 void measure_codes(const Codebook& codebook, float* squares) {
     const int64_t dim = codebook.dim, width = kFloats * codebook.group;
@@ -871,7 +894,7 @@ void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int 
             const int64_t end = begin + block < count ? begin + block : count;
             if (begin >= end) continue;
             if (unsettled == nullptr) {
-                search_block<false>(search, h, begin, end, w);
+                search_block<32>(search, h, begin, end, w);
                 continue;
             }
             if constexpr (kScreens) {
@@ -885,7 +908,8 @@ void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int 
                     recheck(out, end - begin);
                     continue;
                 }
-                const int64_t more = search_block<true>(search, h, begin, end, w);
+                const int64_t more = codebook.bits == 8 ? search_block<8>(search, h, begin, end, w)
+                                                        : search_block<16>(search, h, begin, end, w);
                 recheck(out, more);
 #pragma omp atomic
                 left += more;

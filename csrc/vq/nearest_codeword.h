@@ -10,11 +10,11 @@ namespace metarec {
 // Arrays that a search fills, each [H, rows] or [H, rows, dim]; a null pointer is not wanted.
 struct SearchOutput {
     int64_t* indices;
-    float* margin;         // [H, ceil(rows / margin_every)] of the first of so many rows
+    float* margin;  // [H, ceil(rows / margin_every)] of the first of so many rows
     int64_t margin_every;
     float* quantized;
     float* row_error;
-    int64_t* rechecked;    // [1] is raised by the rows that the first scores and distances did not decide
+    int64_t* rechecked;  // [1] is raised by the rows that the first scores and distances did not decide
 };
 
 // Rows of x [H, rows, dim] to search: all, or those listed for each head.
@@ -34,11 +34,11 @@ struct Unsettled {
 }  // namespace metarec
 
 METAREC_KERNEL(int64_t codebook_lanes())
-// Whether vectors of dim elements are screened in 8-bit integers first.
-METAREC_KERNEL(bool screens(int64_t dim))
+// Bits of the integers in which vectors of dim elements are screened first; 32: float32 decides at once.
+METAREC_KERNEL(int screen_bits(int64_t dim))
 METAREC_KERNEL(void measure_codes(const Codebook& codebook, float* squares))  // ||code - mean||^2 of every slot's code
-METAREC_KERNEL(void pack_codebook(const Codebook& codebook))                   // fills scan, its bounds, and clumps
-METAREC_KERNEL(int64_t search_scratch(const Codebook& codebook))               // bytes that each thread needs
+METAREC_KERNEL(void pack_codebook(const Codebook& codebook))                  // fills scan, its bounds, and clumps
+METAREC_KERNEL(int64_t search_scratch(const Codebook& codebook))              // bytes that each thread needs
 // For each row the nearest code of its head; scratch holds threads * search_scratch() bytes. A codebook of integers
 // screens: rows with too many codes left are listed in unsettled instead of being decided.
 METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int threads, void* scratch,

@@ -141,16 +141,16 @@ void FreeAligned::operator()(void* memory) const { ::operator delete(memory, kAl
 
 AlignedMemory allocate_aligned(size_t bytes) { return AlignedMemory(::operator new(bytes, kAlignment)); }
 
-PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, bool integers) {
+PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int bits) {
     Codebook& v = view_;
     v = {};
     v.heads = heads;
     v.codes = codes;
     v.dim = dim;
-    v.integers = integers;
+    v.bits = bits;
     v.lanes = METAREC_DISPATCH(codebook_lanes)();
     v.group = group_size(codes, dim, v.lanes);
-    v.words = integers ? (dim + 3) / 4 : dim;
+    v.words = (dim * bits + 31) / 32;
     v.original = codebook;
     const int64_t width = v.lanes * v.group;
     v.panels = (codes + width - 1) / width;
@@ -164,7 +164,7 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
         v.by_rounding = arena.take<float>(heads * vectors);
         v.by_norm = arena.take<float>(heads * vectors);
         v.constant = arena.take<float>(heads * vectors);
-        v.clumps.of_code = integers ? nullptr : arena.take<int32_t>(heads * codes);
+        v.clumps.of_code = bits < 32 ? nullptr : arena.take<int32_t>(heads * codes);
     });
 
     const bool large = heads * codes * dim > 1 << 15;
@@ -180,10 +180,11 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
     }
     std::vector<float> squares(heads * codes, 0.0f);  // ||code - mean||^2 of the slots
     METAREC_DISPATCH(measure_codes)(v, squares.data());
-    if (!integers) find_clumps(squares);
+    if (bits == 32) find_clumps(squares);
     for (int64_t h = 0; h < heads; ++h) order_slots(h, squares.data() + h * codes);
 
-    lay_out(&scan_memory_, [&](Arena& arena) { take_panels(arena, heads * v.panels, v.group, v.lanes, v.words, &v.scan); });
+    lay_out(&scan_memory_,
+            [&](Arena& arena) { take_panels(arena, heads * v.panels, v.group, v.lanes, v.words, &v.scan); });
     METAREC_DISPATCH(pack_codebook)(v);
 }
 

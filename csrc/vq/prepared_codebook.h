@@ -16,8 +16,8 @@ AlignedMemory allocate_aligned(size_t bytes);
 
 class PreparedCodebook {
   public:
-    // integers: for the screen in 8-bit integers; else for the search in float32, which knows clumps.
-    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, bool integers);
+    // bits: 8 or 16 for the screen in integers, 32 for the search in float32, which knows clumps.
+    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int bits);
     const Codebook& view() const { return view_; }
 
   private:
