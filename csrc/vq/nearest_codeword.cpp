@@ -399,9 +399,12 @@ inline void measure_candidates(const Search& search, int64_t h, int64_t row, con
     const float* original = search.codebook.original + h * search.codebook.codes * dim;
     for (int64_t i = 0; i < count; i += 4) {
 #if defined(METAREC_ISA_avx512)
-        // ascending, unless members of a clump follow
-        if (dim == 8 && search.codebook.clumps.most == 0) {
-            for (; i + 8 <= count && candidates[i + 7] - candidates[i] == 7; i += 8) {
+        if (dim == 8) {
+            const __m256i eight = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+            for (; i + 8 <= count; i += 8) {
+                const __m256i run = _mm256_add_epi32(_mm256_set1_epi32(candidates[i]), eight);
+                const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(candidates + i));
+                if (_mm256_cmpeq_epi32_mask(codes, run) != 0xFF) break;
                 distances_of_eight(x, original + candidates[i] * 8, distance + i);
             }
             if (i >= count) break;

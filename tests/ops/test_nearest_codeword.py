@@ -84,6 +84,32 @@ def test_rows_so_far_away_that_float64_distances_tie():
     assert nearest_codeword(x, codebook).indices.item() == 0
 
 
+def test_codes_of_very_different_norms():
+    # those of large norm stand last in the search: candidates do not come in the order of their indices
+    for _ in range(300):
+        x = torch.randn(91, 8) * 10.0 ** torch.randint(-30, 30, (91, 1))
+        codebook = torch.randn(100, 8) * 10.0 ** torch.randint(-10, 10, (100, 1))
+        indices = reference.nearest_codeword(x, codebook)[0]
+        for with_margin in (True, False):
+            assert torch.equal(nearest_codeword(x, codebook, with_margin=with_margin).indices, indices)
+
+
+def clumped(N, K, D, spread):
+    centres = torch.randn(max(1, K // 30), D)
+    return torch.randn(N, D), centres[torch.randint(len(centres), (K,))] + spread * torch.randn(K, D)
+
+
+@pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("D", [3, 8, 24, 64])
+def test_clumps_of_nearly_equal_codes(spread, D):
+    for rows in (1000, 30):
+        check(*clumped(rows, 600, D, spread))
+    x, codebook = clumped(500, 600, D, spread)
+    check(codebook[torch.randint(600, (500,))] + spread * torch.randn(500, D), codebook)
+    codebook[:200] = spread * torch.randn(200, D)  # collapsed, as dead codes are
+    check(x, codebook)
+
+
 def test_score_that_overflows_half_way():
     # norms and final scores are below the largest float32, a partial sum of the nearest code's score is not
     a, b = 2.24e19 * torch.tensor([0.5, 0.866]), 2.24e19 * torch.tensor([0.866, 0.5])
