@@ -52,7 +52,7 @@ def as_near(x, codebook):
 def bench_against_addmm_argmin(compare, N, D, K, rounds):
     x, codebook = problem(N=N, D=D, K=K)
     compare(
-        lambda: nearest_codeword(x, codebook).indices,
+        lambda: nearest_codeword(x, codebook, with_margin=False).indices,
         lambda: by_argmin(x, codebook),
         subject="nearest_codeword",
         shape=f"{N}x{D}x{K}",
@@ -65,7 +65,7 @@ def bench_against_addmm_argmin(compare, N, D, K, rounds):
 def bench_heads_against_baddbmm_argmin(compare):
     x, codebook = problem(HEADS, N=ROWS, D=DIM, K=CODES)
     compare(
-        lambda: nearest_codeword(x, codebook).indices,
+        lambda: nearest_codeword(x, codebook, with_margin=False).indices,
         lambda: by_argmin(x, codebook),
         subject="nearest_codeword",
         shape=f"{HEADS}x{ROWS}x{DIM}x{CODES}",
@@ -90,7 +90,7 @@ def bench_against_faiss(compare, N, D, K, rounds):
     index = faiss.IndexFlatL2(D)
     index.add(codebook.numpy())
     compare(
-        lambda: nearest_codeword(x, codebook).indices,
+        lambda: nearest_codeword(x, codebook, with_margin=False).indices,
         lambda: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0]),
         subject="nearest_codeword",
         shape=f"{N}x{D}x{K}",
@@ -114,7 +114,7 @@ def bench_against_the_peak(compare, N, D, K, rounds):
         assert ours.shape == (N,) and theirs is None
 
     compare(
-        lambda: nearest_codeword(x, codebook).indices,
+        lambda: nearest_codeword(x, codebook, with_margin=False).indices,
         lambda: peak(N * D * K, threads),
         subject="nearest_codeword",
         shape=f"{N}x{D}x{K}",
