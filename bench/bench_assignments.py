@@ -40,7 +40,7 @@ def bench_against_a_full_search(compare, H, K, D, drift, rows_step, codes_step):
 
     compare(
         lambda: assignments.lookup(ids, *next(ours)),
-        lambda: nearest_codeword(*next(theirs)).indices,
+        lambda: nearest_codeword(*next(theirs), with_margin=False).indices,
         subject=f"CodebookAssignments, {drift} drift",
         shape=f"{H}x{ROWS}x{D}x{K}",
         against="nearest_codeword",
