@@ -352,7 +352,7 @@ def interpreted_operators() -> Operators:
 
     def commit(x: Tensor, codebook: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (x, codebook) if x.dim() == 3 else (x[None], codebook[None])
-        quantized, indices, row_error = commit_kernel(*heads)
+        quantized, indices, row_error, *_ = commit_kernel(*heads)
         loss = mean_row_error(row_error, weight, x.shape[-1])
         return (quantized, indices, loss) if x.dim() == 3 else (quantized[0], indices[0], loss)
 
