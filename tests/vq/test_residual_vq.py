@@ -450,3 +450,7 @@ def test_the_same_levels_are_dropped_from_the_same_seed():
 
 def test_layers_are_fast_vq():
     assert all(type(layer) is FastVQ for layer in build().layers)
+
+
+def test_opcheck_of_the_snapshot():
+    torch.library.opcheck(torch.ops.metarec_fast.vq_snapshot.default, (torch.randn(2, 5, 3),))
