@@ -10,7 +10,7 @@
 //   times, and ||C||^2 / 2 is such a sum: k = 2 dim + 16 covers both, the roundings of X and C, and a product alone.
 //   Integer sums are exact; their conversion, scale and the sum with -||C||^2 / 2 leave k = dim + 16.
 // f = (dim + 4) 2^-53: the float64 sum that defines the index differs from the real distance by up to 2 f (R + Q)^2.
-// A slot that stands for a clump of radius p adds R p + Q p: so far the score of a member can be from its.
+// A slot that stands for a clump of radius p adds R p + Q p: by so much can a member's score exceed its.
 // With L the largest S - E of all, a group whose largest S + E is below L cannot hold the nearest code. Members of a
 // clump are told apart the same way by the scores X.e - g of their differences e from the first, g = (first - m).e +
 // ||e||^2 / 2, whose error is k u (R p + Q p + p^2 / 2) + f (R + Q)^2.
@@ -47,7 +47,7 @@ constexpr int64_t kNarrow = 12;   // up to so many elements are screened in 16 b
 constexpr int64_t kWide = 32768;  // more are not screened: sums of products, 127 * 255 each, might overflow
 // The largest integer: kNarrow products of 16 bits are summed without overflow.
 constexpr float most_of(int bits) { return bits == 8 ? 127 : 8191; }
-constexpr float kSmallest = 0x1p-60f;       // below this largest element, integers are left to float32
+constexpr float kSmallest = 0x1p-56f;       // below this largest element, integers are left to float32
 constexpr int64_t kPossible = 8;            // codes that a screen leaves to float64
 constexpr int64_t kFew = 32, kWaiting = 8;  // candidates of a row, rows that are decided together
 
@@ -186,11 +186,18 @@ inline void pack_tile(const Search& search, int64_t h, const float* const* row, 
             const float largest = measure(row[r], mean, dim, &square);
             // too small or too large: the row is left to float32
             const bool fits = largest >= kSmallest && square <= kMaxSquare;
-            const float scale = fits ? largest / most_of(kBits) : 1;
+            w.norm[first + r] = norm_bound(square, dim);
+            if (!fits) {
+                for (int64_t j = 0; j < codebook.words; ++j) words[j * kRows + r] = 0;
+                w.rounding[first + r] = kInfinity;
+                w.factor[first + r] = 0;
+                w.offset[first + r] = 0;
+                continue;
+            }
+            const float scale = largest / most_of(kBits);
             int32_t total;
             const float rest = to_integers(row[r], mean, dim, kBits, scale, false, words + r, kRows, &total);
-            w.norm[first + r] = norm_bound(square, dim);
-            w.rounding[first + r] = fits ? norm_bound(rest, dim) : kInfinity;
+            w.rounding[first + r] = norm_bound(rest, dim);
             w.factor[first + r] = scale;
             w.offset[first + r] = kBits == 8 ? -128 * total : 0;
         }
@@ -405,7 +412,7 @@ inline void measure_candidates(const Search& search, int64_t h, int64_t row, con
                 const __m256i run = _mm256_add_epi32(_mm256_set1_epi32(candidates[i]), eight);
                 const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(candidates + i));
                 if (_mm256_cmpeq_epi32_mask(codes, run) != 0xFF) break;
-                distances_of_eight(x, original + candidates[i] * 8, distance + i);
+                distances_of_eight(x, original + candidates[i] * dim, distance + i);
             }
             if (i >= count) break;
         }
@@ -509,7 +516,7 @@ inline float least_score(const float* maxima, const float* error, int64_t panels
     vfloat best = broadcast(-kInfinity), second = best;
     for (int64_t p = 0; p < panels; ++p) {
         const vfloat score = load(maxima + p * kFloats) - broadcast(error[p]);
-        if (of_second) second = max(min(score, best), second);
+        if (of_second) second = max(min(best, score), second);  // NaN, from an overflow, raises neither
         best = max(score, best);
     }
     if (!of_second) return max_lane(best);
@@ -574,7 +581,8 @@ int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, con
         const int32_t clump = of_code[w.candidates[c]];
         if (clump < 0) {
             w.candidates[kept++] = w.candidates[c];
-        } else if (all || !(__builtin_sqrtf(w.distance[c]) > nearest + clumps.radius[h * clumps.most + clump])) {
+        } else if (all || !(w.distance[c] < kInfinity) ||
+                   !(__builtin_sqrtf(w.distance[c]) > nearest + clumps.radius[h * clumps.most + clump])) {
             w.opened[opened++] = clump;
         }
     }
@@ -782,7 +790,7 @@ void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
     const float definition = static_cast<float>(dim + 4) * 0x1p-53f, slack = 1.001f;
     const int64_t at = h * padded_panels(codebook) + p;
     codebook.scan.scale[panel] = scale;
-    codebook.by_rounding[at] = slack * Q;
+    codebook.by_rounding[at] = integers ? slack * Q : 0;  // float32 rows are not rounded, and infinity times 0 is NaN
     codebook.by_norm[at] = slack * (q + radius + unit * Q + 2 * definition * Q);
     codebook.constant[at] =
         slack * (Q * radius + (0.5f * unit + definition) * Q * Q) + static_cast<float>(dim + 2) * 0x1p-120f;

@@ -14,7 +14,9 @@ struct SearchOutput {
     int64_t margin_every;
     float* quantized;
     float* row_error;
-    int64_t* rechecked;  // [1] is raised by the rows that the first scores and distances did not decide
+    // [1] is raised by the rows that the first pass did not decide. Where it gives up, how many it had tried by then
+    // depends on the timing of threads; nothing else does.
+    int64_t* rechecked;
 };
 
 // Rows of x [H, rows, dim] to search: all, or those listed for each head.

@@ -203,7 +203,8 @@ void PreparedCodebook::find_clumps(const std::vector<float>& squares) {
         const int32_t* code = v.code + h * padded;
         const float* original = v.original + h * codes * dim;
         // the median: codes of any norm may be few
-        std::vector<float> sorted(squares.begin() + h * codes, squares.begin() + h * codes + slots);
+        std::vector<float> sorted(slots);
+        for (int64_t s = 0; s < slots; ++s) sorted[s] = squares[h * codes + code[s]];
         std::nth_element(sorted.begin(), sorted.begin() + slots / 2, sorted.end());
         const double typical = std::max(std::sqrt(static_cast<double>(sorted[slots / 2])), kLeastNorm);
         const float inverse = static_cast<float>(std::sqrt(static_cast<double>(dim)) / (typical * kCell));

@@ -110,6 +110,30 @@ def test_clumps_of_nearly_equal_codes(spread, D):
     check(x, codebook)
 
 
+def test_clump_whose_first_member_is_beyond_float32():
+    # the distance of the first overflows, that of a member 4e14 nearer is the least
+    reach = 1.8446743e19
+    x = torch.tensor([[reach - 1e14]])
+    clump = torch.cat((torch.tensor([-4e14]), 4e14 + 2e12 * torch.arange(1, 20)))
+    codebook = torch.cat((clump, -torch.linspace(6e18, 9e18, 43), torch.tensor([2 * reach - 2e14])))[:, None]
+    indices = reference.nearest_codeword(x, codebook)[0]
+    assert torch.equal(nearest_codeword(x, codebook, with_margin=False).indices, indices)
+    assert torch.equal(nearest_codeword(x, codebook).indices, indices)
+
+
+@pytest.mark.parametrize(("codes", "dim", "large"), [(66, 4, 1e19), (1024, 4, 1e19), (66, 16, 3e38), (66, 4, 9e17)])
+def test_margins_beside_codes_whose_scores_overflow(codes, dim, large):
+    x, codebook = torch.randn(48, dim), torch.randn(codes, dim)
+    codebook[1] = 0
+    codebook[1, 0] = large
+    if codes == 66:
+        codebook[0] = -codebook[1]
+    for rows in (x, 3 * x.abs()):
+        found, (indices, margin) = nearest_codeword(rows, codebook), reference.nearest_codeword(rows, codebook)
+        assert torch.equal(found.indices, indices)
+        torch.testing.assert_close(found.margin, margin, rtol=1e-5, atol=0)
+
+
 def test_score_that_overflows_half_way():
     # norms and final scores are below the largest float32, a partial sum of the nearest code's score is not
     a, b = 2.24e19 * torch.tensor([0.5, 0.866]), 2.24e19 * torch.tensor([0.866, 0.5])
