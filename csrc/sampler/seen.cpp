@@ -26,7 +26,7 @@ int64_t sort_row(const In* events, int64_t length, int64_t num_items, bool wide,
 void row_lengths(const Sequences& data, const int64_t* users, int64_t rows, int64_t* offsets) {
     offsets[0] = 0;
     for (int64_t b = 0; b < rows; ++b) {
-        offsets[b + 1] = offsets[b] + data.offsets[users[b] + 1] - data.offsets[users[b]];
+        offsets[b + 1] = offsets[b] + data.ends[users[b]] - data.begins[users[b]];
     }
 }
 
@@ -35,7 +35,7 @@ int64_t sorted_items(const Sequences& data, const int64_t* users, int64_t rows, 
     int64_t bad = rows;
 #pragma omp parallel for schedule(dynamic, 64) reduction(min : bad) if (offsets[rows] > 16384)
     for (int64_t b = 0; b < rows; ++b) {
-        const int64_t start = data.offsets[users[b]], length = offsets[b + 1] - offsets[b];
+        const int64_t start = data.begins[users[b]], length = offsets[b + 1] - offsets[b];
         counts[b] =
             data.wide
                 ? sort_row(static_cast<const int64_t*>(data.items) + start, length, num_items, wide, out, offsets[b])

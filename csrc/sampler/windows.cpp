@@ -19,6 +19,7 @@ inline uint32_t mix(uint32_t x, uint32_t key) {
 template <typename T>
 void copy_row(const T* __restrict events, int64_t length, int64_t* __restrict inputs, int64_t* __restrict targets) {
     for (int64_t i = 0; i < length; ++i) inputs[i] = events[i];
+    if (targets == nullptr) return;
     for (int64_t i = 0; i < length; ++i) targets[i] = events[i + 1];
 }
 
@@ -66,8 +67,8 @@ void plan_windows(const Sequences& data, const int64_t* users, const int64_t* in
                   int64_t* packed) {
     packed[0] = 0;
     for (int64_t b = 0; b < rows; ++b) {
-        const int64_t start = data.offsets[users[b]];
-        const int64_t inputs = std::max<int64_t>(data.offsets[users[b] + 1] - start - 1, 0);
+        const int64_t start = data.begins[users[b]];
+        const int64_t inputs = std::max<int64_t>(data.ends[users[b]] - start - 1, 0);
         int64_t end = inputs;
         if (window == Window::sliding) {
             // index * stride may pass the largest integer; past the oldest event it no longer matters
@@ -84,17 +85,37 @@ void plan_windows(const Sequences& data, const int64_t* users, const int64_t* in
 
 void copy_windows(const Sequences& data, const int64_t* begins, const int64_t* packed, int64_t rows, int64_t* inputs,
                   int64_t* targets) {
-#pragma omp parallel for schedule(static) if (packed[rows] > 65536)
+#pragma omp parallel for schedule(static) if (packed[rows] - packed[0] > 65536)
     for (int64_t b = 0; b < rows; ++b) {
-        const int64_t at = packed[b], length = packed[b + 1] - at;
+        const int64_t at = packed[b] - packed[0], length = packed[b + 1] - packed[b];
         const int64_t ahead = begins[std::min(b + kAhead, rows - 1)];
         __builtin_prefetch(static_cast<const char*>(data.items) + ahead * (data.wide ? 8 : 4));
         if (data.wide) {
-            copy_row(static_cast<const int64_t*>(data.items) + begins[b], length, inputs + at, targets + at);
+            copy_row(static_cast<const int64_t*>(data.items) + begins[b], length, inputs + at,
+                     targets ? targets + at : nullptr);
         } else {
-            copy_row(static_cast<const int32_t*>(data.items) + begins[b], length, inputs + at, targets + at);
+            copy_row(static_cast<const int32_t*>(data.items) + begins[b], length, inputs + at,
+                     targets ? targets + at : nullptr);
         }
     }
 }
+
+template <typename Value>
+void pad_rows(const Value* values, const int64_t* offsets, int64_t rows, int64_t length, int64_t count, Side side,
+              Value fill, Value* out) {
+#pragma omp parallel for schedule(static) if (rows * length * count > 65536)
+    for (int64_t b = 0; b < rows; ++b) {
+        const int64_t kept = std::min(offsets[b + 1] - offsets[b], length) * count, room = length * count;
+        const Value* last = values + offsets[b + 1] * count;
+        Value* row = out + b * room;
+        Value* real = side == Side::left ? row + room - kept : row;
+        std::fill(row, real, fill);
+        std::copy(last - kept, last, real);
+        std::fill(real + kept, row + room, fill);
+    }
+}
+
+template void pad_rows(const int64_t*, const int64_t*, int64_t, int64_t, int64_t, Side, int64_t, int64_t*);
+template void pad_rows(const int32_t*, const int64_t*, int64_t, int64_t, int64_t, Side, int32_t, int32_t*);
 
 }  // namespace metarec

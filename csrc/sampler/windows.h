@@ -14,11 +14,16 @@ void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t 
 void locate_windows(const int64_t* starts, int64_t num_users, const int64_t* ids, int64_t count, int64_t* users,
                     int64_t* index);
 
-// Item sequences of users; an item is 8 bytes if wide, else 4.
+// Item sequences of users: events begins[u] to ends[u] - 1 of items; an item is 8 bytes if wide, else 4.
 struct Sequences {
-    const int64_t* offsets;
+    const int64_t* begins;
+    const int64_t* ends;
     const void* items;
     bool wide;
+
+    int64_t item(int64_t event) const {
+        return wide ? static_cast<const int64_t*>(items)[event] : static_cast<const int32_t*>(items)[event];
+    }
 };
 
 enum class Window { last, sliding, crop };
@@ -28,7 +33,16 @@ enum class Window { last, sliding, crop };
 void plan_windows(const Sequences& data, const int64_t* users, const int64_t* index, int64_t rows, int64_t first_row,
                   Window window, int64_t max_length, int64_t stride, const Randomness& random, int64_t* begins,
                   int64_t* packed);
+// Targets follow their inputs; targets may be null.
 void copy_windows(const Sequences& data, const int64_t* begins, const int64_t* packed, int64_t rows, int64_t* inputs,
                   int64_t* targets);
+
+enum class Side { left, right };
+
+// out[b, length] = row b's values, its last ones if they do not fit, and fill on the side that is padded; count
+// elements of Value to a position.
+template <typename Value>
+void pad_rows(const Value* values, const int64_t* offsets, int64_t rows, int64_t length, int64_t count, Side side,
+              Value fill, Value* out);
 
 }  // namespace metarec

@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from metarec_fast.ops.epoch_batches import EpochBatches
+from metarec_fast.data.batch import PackedBatch
+from metarec_fast.data.target_shares import target_shares
+from metarec_fast.ops.epoch_batches import BatchBuffers, EpochBatches, draw_batches
 from metarec_fast.ops.pack_windows import Window, check_window
-from metarec_fast.ops.sample_negatives import (
-    DISTRIBUTIONS,
-    Distribution,
-    item_counts,
-    popularity_table,
-    sample_shared_negatives,
-    seen_items,
-)
-from metarec_fast.reference.windows import count_windows
+from metarec_fast.ops.sample_negatives import Distribution, check_distribution, distribution_table, seen_items
+from metarec_fast.reference.windows import count_windows, stretches
 
 if TYPE_CHECKING:
     from metarec_fast.data.domain import Sequences
 
-
-@dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """Windows of B users without padding: row b is positions offsets[b] to offsets[b + 1] of items and targets.
-
-    items, targets: int64 [T]; targets[t] follows items[t]. offsets: int64 [B+1]. users: int64 [B].
-    negatives: int64 [T, K] of each position, or [N] shared by the batch; logq: float32, the log of the probability of
-    drawing each. None if the sampler draws none.
-    """
-
-    items: Tensor
-    targets: Tensor
-    offsets: Tensor
-    users: Tensor
-    negatives: Tensor | None = None
-    logq: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
-        """The batch with every tensor on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in moved.items() if v is not None})
+Targets = Literal["every", "last"]
+Part = Literal["whole", "support", "query"]
+PARTS = ("whole", "support", "query")
+SORTED_COPY = 2**28  # events up to which a sorted copy of them, 4 bytes each, is worth its memory
 
 
 class Sampler:
@@ -60,10 +34,21 @@ class Sampler:
     sequences: int32 or int64 items; NumPy arrays, also memory-mapped, whose contents are read in place and must not
         change. They are read through once here; a batch reads its own users alone.
     batch_size: windows in a batch. max_length, window, stride: as in ``ops.pack_windows``.
+    targets: "every" position has one, or the "last" position of a window alone.
+    part: "support" and "query" show only the older or only the newer events of each user, the newest ``query_share`` of
+        them, and at least two, being the query. Users of fewer than four events are left out.
+    users: int64, the users to draw from; all if None.
     seed, stream: samplers that differ in either are independent, so give each domain and stage a stream of its own.
-    negatives: K per position, none of them ever seen by the user; takes the memory of one sorted copy of the events.
+    rank, world_size: ``batch`` gives this rank's rows of the batch; those of all ranks, put together, are the batch
+        that one rank alone would get.
+    negatives: K of each target, none of them ever seen by the user.
     shared_negatives: N for the whole batch, seen or not. Not together with ``negatives``.
-    distribution: "uniform", or "popularity": proportional to (occurrences in the sequences) ** alpha.
+    in_batch: the batch's own targets, those of all ranks, are shared negatives too, before the N others. An item's
+        probability is then M/(M + N) of its share of all targets plus N/(M + N) of that in ``distribution``.
+    distribution: "uniform"; "popularity": proportional to (occurrences in the sequences) ** alpha; "mixed": uniform
+        with probability ``uniform_share``, else by popularity.
+    sorted_copy: keep the users' items sorted, 4 bytes an event, for ``negatives``; if False, each batch sorts what its
+        users have, which takes longer. None: up to 2**28 events.
 
     Raises ValueError for options out of range, offsets that fall, items outside [0, num_items), sequences without any
     window, and users for whom no negative exists.
@@ -77,12 +62,21 @@ class Sampler:
         max_length: int = 50,
         window: Window = "last",
         stride: int | None = None,
+        targets: Targets = "every",
+        part: Part = "whole",
+        query_share: float = 0.5,
+        users: np.ndarray | None = None,
         seed: int = 0,
         stream: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
         negatives: int = 0,
         shared_negatives: int = 0,
+        in_batch: bool = False,
         distribution: Distribution = "uniform",
         alpha: float = 0.75,
+        uniform_share: float = 0.5,
+        sorted_copy: bool | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -91,45 +85,78 @@ class Sampler:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if negatives and shared_negatives:
-            raise ValueError(f"negatives={negatives} and shared_negatives={shared_negatives} exclude each other")
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+        if negatives and (shared_negatives or in_batch):
+            raise ValueError(
+                f"negatives={negatives} excludes shared_negatives={shared_negatives} and in_batch={in_batch}"
+            )
+        for name, value, allowed in (("targets", targets, ("every", "last")), ("part", part, PARTS)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_distribution(distribution)
+        if not 0 < query_share < 1:
+            raise ValueError(f"query_share must be in (0, 1), got {query_share}")
         self.sequences, self.batch_size, self.max_length, self.window = sequences, batch_size, max_length, window
-        self.seed, self.stream = seed, stream
-        self.negatives, self.shared_negatives = negatives, shared_negatives
+        self.targets, self.part, self.seed, self.stream = targets, part, seed, stream
+        self.rank, self.world_size = rank, world_size
+        self.negatives, self.shared_negatives, self.in_batch = negatives, shared_negatives, in_batch
+        self.distribution = distribution
         self.stride = check_window(window, max_length, stride)
         _check_sequences(sequences)
 
-        per_user = count_windows(sequences.offsets, max_length=max_length, window=window, stride=self.stride)
+        begins, ends = stretches(sequences.offsets, part=part, query_share=query_share)
+        per_user = count_windows(ends - begins, max_length=max_length, window=window, stride=self.stride)
+        if users is not None:
+            per_user = np.where(_chosen(users, len(sequences)), per_user, 0)
         self.num_windows = int(per_user.sum())
         if self.num_windows == 0:
-            raise ValueError("sequences hold no window: every user has fewer than two events")
+            needed = "two events" if part == "whole" else "four events"
+            raise ValueError(f"sequences hold no window: every user has fewer than {needed}")
         self.steps_per_epoch = -(-self.num_windows // batch_size)
 
-        self.distribution = distribution
-        self.table = None
-        if distribution == "popularity" and (negatives or shared_negatives):
-            self.table = popularity_table(item_counts(sequences.items, num_items=sequences.num_items), alpha=alpha)
+        num_items = sequences.num_items
+        drawn = negatives or shared_negatives or in_batch
+        self.table = distribution_table(
+            distribution if drawn else "uniform",
+            sequences.items,
+            num_items=num_items,
+            alpha=alpha,
+            uniform_share=uniform_share,
+        )
+        if sorted_copy is None:
+            sorted_copy = sequences.num_events <= SORTED_COPY
         seen = None
-        if negatives:
-            seen = seen_items(sequences.offsets, sequences.items, num_items=sequences.num_items, table=self.table)
+        if negatives and sorted_copy:
+            seen = seen_items(sequences.offsets, sequences.items, num_items=num_items, table=self.table)
             hopeless = np.flatnonzero(seen.exhausted.numpy() & (per_user > 0))
             if len(hopeless):
                 raise ValueError(
                     f"{len(hopeless)} users have seen every item that could be drawn, the first is user {hopeless[0]}: "
                     f"no negative exists for them; leave such users out"
                 )
-
-        self._batches = EpochBatches(
+        shares = None
+        if in_batch:
+            options = {"max_length": max_length, "window": window, "stride": self.stride, "targets": targets}
+            shares = target_shares(sequences, begins, ends, per_user, **options)
+        self.longest = min(max_length, int((ends - begins).max()) - 1)
+        self.batches = EpochBatches(
             sequences.offsets,
             sequences.items,
             np.concatenate(([0], np.cumsum(per_user))),
+            begins=None if part == "whole" else begins,
+            ends=None if part == "whole" else ends,
+            num_items=num_items,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
             max_length=max_length,
             window=window,
             stride=stride,
+            last_target=targets == "last",
+            negatives=negatives,
+            shared_negatives=shared_negatives,
             seen=seen,
-            count=negatives,
+            table=self.table,
+            target_shares=shares,
             seed=seed,
             stream=stream,
         )
@@ -140,25 +167,73 @@ class Sampler:
             f"max_length={self.max_length}, seed={self.seed}, stream={self.stream})"
         )
 
-    def batch(self, step: int) -> PackedBatch:
-        """The batch of ``step``, counted from 0 over all epochs."""
+    def batch(
+        self, step: int, *, buffers: BatchBuffers | None = None, device: torch.device | str = "cpu"
+    ) -> PackedBatch:
+        """The batch of ``step``, counted from 0 over all epochs.
+
+        buffers: from ``buffers()``, or the caller's own; the batch is a view of them, valid until they are used again.
+        device: where the batch goes; for CUDA from pinned memory, without waiting.
+        """
+        return draw([self], [step], buffers=buffers, device=device)[0]
+
+    def buffers(self, *, pin_memory: bool = False) -> BatchBuffers:
+        """Memory that any of this sampler's batches fits into."""
+        return batch_buffers([self], pin_memory=pin_memory)
+
+    def largest_batch(self) -> tuple[int, int]:
+        """Integers and logs of probability that a batch takes at most."""
+        whole = min(self.batch_size, self.num_windows)
+        rows = -(-whole // self.world_size)
+        targets = 1 if self.targets == "last" else self.longest
+        drawn = rows * targets * self.negatives + self.shared_negatives + whole * targets * self.in_batch
+        return 2 * rows + 1 + rows * self.longest + rows * targets + drawn, drawn
+
+
+def batch_buffers(samplers: Sequence[Sampler], *, pin_memory: bool = False) -> BatchBuffers:
+    """Memory that one batch of each of ``samplers`` fits into, pinned for copies to a GPU if ``pin_memory``."""
+    integers, logs = (sum(sizes) for sizes in zip(*(s.largest_batch() for s in samplers), strict=True))
+    return BatchBuffers(
+        torch.empty(integers, dtype=torch.int64, pin_memory=pin_memory),
+        torch.empty(logs, dtype=torch.float32, pin_memory=pin_memory),
+    )
+
+
+def draw(
+    samplers: Sequence[Sampler],
+    steps: Sequence[int],
+    *,
+    buffers: BatchBuffers | None = None,
+    device: torch.device | str = "cpu",
+) -> list[PackedBatch]:
+    """The batch of ``samplers[i]`` at ``steps[i]`` for every i, in one call and one stretch of memory.
+
+    Arguments as in ``Sampler.batch``, with ``batch_buffers``.
+    """
+    for step in steps:
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.batch_size
-        count = min(self.batch_size, self.num_windows - first)
-        items, targets, offsets, users, negatives, logq = self._batches.draw(first, count, epoch=epoch, step=step)
-        if self.shared_negatives:
-            negatives, logq = sample_shared_negatives(
-                num_items=self.sequences.num_items,
-                count=self.shared_negatives,
-                distribution=self.distribution,
-                table=self.table,
-                seed=self.seed,
-                stream=self.stream,
-                step=step,
-            )
-        return PackedBatch(items, targets, offsets, users, negatives, logq)
+    parts = draw_batches([sampler.batches for sampler in samplers], steps, buffers=buffers, device=device)
+    batches = []
+    for sampler, part in zip(samplers, parts, strict=True):
+        users, offsets, items, targets, negatives, logq = part
+        if sampler.negatives:
+            negatives, logq = (x.view(-1, sampler.negatives) for x in (negatives, logq))
+        elif not (sampler.shared_negatives or sampler.in_batch):
+            negatives = logq = None
+        batches.append(PackedBatch(items, targets, offsets, users, negatives, logq))
+    return batches
+
+
+def _chosen(users: np.ndarray, num_users: int) -> np.ndarray:
+    users = np.asarray(users)
+    if users.ndim != 1 or (users.dtype.kind not in "iu" and len(users)):
+        raise TypeError(f"users must be integers [n], got {users.dtype} {users.shape}")
+    if len(users) and (users.min() < 0 or users.max() >= num_users):
+        raise ValueError(f"users must be in [0, {num_users}), got {users.min()} to {users.max()}")
+    chosen = np.zeros(num_users, bool)
+    chosen[users.astype(np.int64)] = True
+    return chosen
 
 
 def _check_sequences(sequences: Sequences) -> None:

@@ -1,6 +1,13 @@
-"""EpochBatches: epoch_order, pack_windows and sample_negatives bound to one domain, two calls into C++ a batch."""
+"""EpochBatches: epoch_order, pack_windows and sample_negatives bound to a domain; a step of many domains is two calls.
+
+Runs on the CPU, where the sequences lie (perhaps memory-mapped), ahead of any traced graph: plain functions.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,18 +17,52 @@ from metarec_fast import _C
 from metarec_fast.ops._arrays import INTEGERS, Array, address, as_array, check_integer, check_offsets, check_randomness
 from metarec_fast.ops._register import empty
 from metarec_fast.ops.pack_windows import WINDOWS, Window, check_window
-from metarec_fast.ops.sample_negatives import SeenItems
+from metarec_fast.ops.sample_negatives import PopularityTable, SeenItems
 
 CPU = torch.device("cpu")
+PARTS = 5  # users, offsets, items, targets, negatives
+
+
+class DrawnBatch(NamedTuple):
+    """Parts of one batch, R rows and T positions: int64, but logq float32.
+
+    users: [R]. offsets: [R+1]. items: [T]. targets: [P], P = T or, with ``last_target``, R.
+    negatives, logq: [P * K + M + N]: K of each target, then the M targets of the batch of all ranks if in-batch
+    negatives are drawn, then N shared ones.
+    """
+
+    users: Tensor
+    offsets: Tensor
+    items: Tensor
+    targets: Tensor
+    negatives: Tensor
+    logq: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BatchBuffers:
+    """Memory of the caller's that batches are written into: int64 and float32, on the CPU, pinned if it is to be."""
+
+    integers: Tensor
+    logq: Tensor
 
 
 class EpochBatches:
-    """The windows of one domain in the order of an epoch, with negatives for every position.
+    """The windows of one domain in the order of an epoch, with negatives.
 
     offsets, items, max_length, window, stride: as in ``pack_windows``. Arrays are read in place and must not change.
     starts: int64 [U+1] rising from 0: user u has the windows of ids starts[u] to starts[u + 1] - 1, the newest first.
-    seen, count: as in ``sample_unseen``; no negatives if seen is None.
-    seed, stream: as in each of the three.
+    begins, ends: int64 [U]: windows show events begins[u] to ends[u] - 1 of user u alone; all of them if None.
+    batch_size: windows of a step, over all ranks. An epoch's last batch holds what is left.
+    rank, world_size: this rank gets rows [R * rank // world_size, R * (rank + 1) // world_size) of a batch of R.
+    last_target: targets and negatives of each window's last position alone.
+    negatives: of each target, unseen by the user. seen: what users have seen; if None, each batch sorts what its own
+        users have, which costs time and saves the sorted copy of everything.
+    shared_negatives: for the whole batch. table: the distribution of both; uniform if None.
+    target_shares: float64 [num_items]: the share of each item among the targets of an epoch. Given, the targets of
+        the batch of all ranks are negatives too, and logq is the log of the probability of a draw from the mixture of
+        them and the shared negatives.
+    seed, stream: as in each of the three operators.
 
     Raises TypeError or ValueError as they do, and for starts that fall.
     """
@@ -32,27 +73,52 @@ class EpochBatches:
         items: Array,
         starts: Array,
         *,
+        num_items: int,
+        batch_size: int,
+        begins: Array | None = None,
+        ends: Array | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         max_length: int,
         window: Window = "last",
         stride: int | None = None,
+        last_target: bool = False,
+        negatives: int = 0,
+        shared_negatives: int = 0,
         seen: SeenItems | None = None,
-        count: int = 0,
+        table: PopularityTable | None = None,
+        target_shares: Array | None = None,
         seed: int = 0,
         stream: int = 0,
     ) -> None:
         offsets, items = check_offsets(offsets), as_array(items, "items", dtypes=INTEGERS)
-        starts = as_array(starts, "starts", size=len(offsets))
+        U = len(offsets) - 1
+        starts = as_array(starts, "starts", size=U + 1)
         if starts[0] != 0 or (starts[1:] < starts[:-1]).any():
             raise ValueError("starts must rise from 0")
-        if seen is not None and len(seen) != len(offsets) - 1:
-            raise ValueError(f"seen must hold {len(offsets) - 1} users to match offsets, got {len(seen)}")
+        if starts[-1] == 0:
+            raise ValueError("starts must hold at least one window, got none")
+        begins = offsets[:-1] if begins is None else as_array(begins, "begins", size=U)
+        ends = offsets[1:] if ends is None else as_array(ends, "ends", size=U)
+        check_integer(num_items, "num_items", least=1, below=2**62)
+        if seen is not None and (len(seen) != U or seen.num_items != num_items or seen.table is not table):
+            raise ValueError(
+                f"seen must hold {U} users and {num_items} items with the given table, got {len(seen)} users and "
+                f"{seen.num_items} items"
+            )
+        if table is not None and len(table.cells) != num_items:
+            raise ValueError(f"table must be over num_items={num_items} items, got one over {len(table.cells)}")
+        if target_shares is not None:
+            float64 = (np.dtype(np.float64),)
+            target_shares = as_array(target_shares, "target_shares", dtypes=float64, size=num_items)
         random = check_randomness(seed, stream, 0)
-        self._count = check_integer(count, "count", least=0, below=2**33) if seen is not None else 0
-        self._draws = seen is not None
-        self._arrays = offsets, items, starts, seen  # kept alive: C++ holds their addresses
-        table = None if seen is None else seen.table
-        self._batches = _C.EpochBatches(
+        check_integer(world_size, "world_size", least=1, below=2**31)
+        self.num_windows = int(starts[-1])
+        self._kept = offsets, begins, ends, items, starts, seen, table, target_shares  # C++ holds their addresses
+        self.bound = _C.EpochBatches(
             offsets=address(offsets),
+            begins=address(begins),
+            ends=address(ends),
             items=address(items),
             starts=address(starts),
             seen_offsets=0 if seen is None else address(seen.offsets),
@@ -60,47 +126,73 @@ class EpochBatches:
             seen=0 if seen is None else address(seen.items),
             cells=0 if table is None else address(table.cells),
             cumulative=0 if table is None else address(table.cumulative),
-            seen_weights=0 if table is None else address(seen.weights),
-            num_users=len(offsets) - 1,
+            seen_weights=0 if seen is None or seen.weights is None else address(seen.weights),
+            target_shares=0 if target_shares is None else address(target_shares),
+            num_users=U,
             events=len(items),
-            num_items=1 if seen is None else seen.num_items,
+            num_items=num_items,
             wide=items.dtype.itemsize == 8,
-            seen_wide=seen is not None and seen.items.dtype == torch.int64,
+            batch_size=min(check_integer(batch_size, "batch_size", least=1, below=2**32), self.num_windows),
+            rank=check_integer(rank, "rank", least=0, below=world_size),
+            world_size=world_size,
             window=WINDOWS.index(window),
-            max_length=max_length,
             stride=check_window(window, max_length, stride),
-            count=self._count,
+            max_length=max_length,
+            last_target=bool(last_target),
+            negatives=check_integer(negatives, "negatives", least=0, below=2**33),
+            shared_negatives=check_integer(shared_negatives, "shared_negatives", least=0, below=2**33),
             seed=random["seed"],
             stream=random["stream"],
         )
 
-    def draw(
-        self, first: int, count: int, *, epoch: int, step: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The windows at places [first, first + count) of ``epoch``, their random numbers those of ``step``.
 
-        Returns inputs [T], targets [T], offsets [count+1] and users [count], int64, then negatives [T, K] int64 and
-        logq [T, K] float32, or None twice. Raises ValueError for places outside the epoch.
-        """
-        check_integer(count, "count", least=0)
-        users = empty((count,), dtype=torch.int64, device=CPU)
-        packed = empty((count + 1,), dtype=torch.int64, device=CPU)
-        begins = np.empty(count, np.int64)
-        addresses = users.data_ptr(), address(begins), packed.data_ptr()
-        T = self._batches.plan(*addresses, first, count, epoch, step)
-        inputs = empty((T,), dtype=torch.int64, device=CPU)
-        targets = empty((T,), dtype=torch.int64, device=CPU)
-        negatives = logq = None
-        if self._draws:
-            negatives = empty((T, self._count), dtype=torch.int64, device=CPU)
-            logq = empty((T, self._count), dtype=torch.float32, device=CPU)
-        self._batches.fill(
-            *addresses,
-            inputs.data_ptr(),
-            targets.data_ptr(),
-            0 if negatives is None else negatives.data_ptr(),
-            0 if logq is None else logq.data_ptr(),
-            count,
-            step,
+def draw_batches(
+    domains: Sequence[EpochBatches],
+    steps: Sequence[int],
+    *,
+    buffers: BatchBuffers | None = None,
+    device: torch.device | str = CPU,
+) -> list[DrawnBatch]:
+    """The batch of ``domains[i]`` at ``steps[i]``, for every i: a function of the domains and steps alone.
+
+    buffers: the batches are views of these, valid until they are written again; of fresh memory if None.
+    device: where the batches go. For CUDA, the memory is pinned, and two copies that do not wait bring them over.
+
+    Raises ValueError for a step outside [0, 2**48), buffers too small, and users who have seen every item.
+    """
+    bound = [domain.bound for domain in domains]
+    scratch = np.empty(sum(domain.scratch_size for domain in bound), np.int64)
+    sizes = _C.plan_batches(bound, list(steps), address(scratch))
+    drawn = sizes[PARTS - 1 :: PARTS]
+    integers, logq = _memory(sum(sizes), sum(drawn), buffers, device)
+    _C.fill_batches(bound, list(steps), address(scratch), integers.data_ptr(), logq.data_ptr())
+    integers, logq = (part.to(device, non_blocking=True) for part in (integers, logq))
+    parts, logs = integers.split(sizes), logq.split(drawn)
+    return [DrawnBatch(*parts[PARTS * i : PARTS * (i + 1)], logs[i]) for i in range(len(bound))]
+
+
+def _memory(
+    integers: int, logs: int, buffers: BatchBuffers | None, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    if buffers is None:
+        if torch.device(device).type == "cuda":
+            return tuple(
+                torch.empty(n, dtype=dtype, pin_memory=True)
+                for n, dtype in ((integers, torch.int64), (logs, torch.float32))
+            )
+        return (
+            empty((integers,), dtype=torch.int64, device=CPU),
+            empty((logs,), dtype=torch.float32, device=CPU),
         )
-        return inputs, targets, packed, users, negatives, logq
+    for name, tensor, dtype, needed in (
+        ("buffers.integers", buffers.integers, torch.int64, integers),
+        ("buffers.logq", buffers.logq, torch.float32, logs),
+    ):
+        if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != CPU:
+            raise TypeError(
+                f"{name} must be a contiguous {dtype} [n] on the CPU, got {tensor.dtype} {tuple(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+        if len(tensor) < needed:
+            raise ValueError(f"{name} must hold at least {needed} elements, got {len(tensor)}")
+    return buffers.integers[:integers], buffers.logq[:logs]

@@ -27,8 +27,8 @@ from metarec_fast.ops._arrays import (
 from metarec_fast.ops._register import empty
 from metarec_fast.reference.negatives import CAPACITY, CELL, integer_weights
 
-Distribution = Literal["uniform", "popularity"]
-DISTRIBUTIONS = ("uniform", "popularity")
+Distribution = Literal["uniform", "popularity", "mixed"]
+DISTRIBUTIONS = ("uniform", "popularity", "mixed")
 NARROW = 2**31  # catalogues up to here use 32-bit random words and 32-bit ids inside
 
 
@@ -61,11 +61,13 @@ class PopularityTable:
         return self.cells["log_p"]
 
 
-def popularity_table(counts: Array, *, alpha: float = 0.75) -> PopularityTable:
-    """The distribution proportional to counts ** alpha; an item of count 0 is never drawn.
+def popularity_table(counts: Array, *, alpha: float = 0.75, uniform_share: float = 0.0) -> PopularityTable:
+    """The distribution proportional to counts ** alpha, mixed with the uniform one.
 
     counts: int64 [V], V < 2**31. alpha: 0 is uniform over the items that occur, 1 is proportional to popularity.
-    Raises ValueError for negative counts, counts that are all 0, and an alpha that is not finite.
+    uniform_share: in [0, 1), how much of the probability is uniform over all V items; at 0, an item of count 0 is never
+        drawn.
+    Raises ValueError for negative counts, counts that are all 0, and options out of range.
     """
     counts = as_array(counts, "counts")
     V = len(counts)
@@ -73,9 +75,11 @@ def popularity_table(counts: Array, *, alpha: float = 0.75) -> PopularityTable:
         raise ValueError(f"popularity needs fewer than 2**31 items, got {V}")
     if not np.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
+    if not 0 <= uniform_share < 1:
+        raise ValueError(f"uniform_share must be in [0, 1), got {uniform_share}")
     if V == 0 or counts.min() < 0 or counts.max() == 0:
         raise ValueError("counts must be non-negative and not all 0")
-    weights = integer_weights(counts, alpha=alpha)
+    weights = integer_weights(counts, alpha=alpha, uniform_share=uniform_share)
     cells = np.zeros(V, CELL)
     _C.build_alias(address(weights), address(cells), size=V)
     log_p = np.full(V, -np.inf)
@@ -208,16 +212,33 @@ def sample_unseen(
     return negatives, logq
 
 
-def _table(distribution: str, counts: np.ndarray | None, num_items: int, alpha: float, table: PopularityTable | None):
+def check_distribution(distribution: str) -> None:
+    """Raise ValueError for a name that is none."""
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+
+
+def distribution_table(
+    distribution: Distribution, items: Array, *, num_items: int, alpha: float, uniform_share: float
+) -> PopularityTable | None:
+    """The table of a distribution by name, from the items of all sequences; None for the uniform one.
+
+    Raises ValueError for a name that is none, and as ``popularity_table`` does.
+    """
+    check_distribution(distribution)
     if distribution == "uniform":
-        if table is not None:
-            raise ValueError("table belongs to distribution='popularity', got it with 'uniform'")
         return None
-    if table is None and counts is not None:
-        table = popularity_table(item_counts(counts, num_items=num_items), alpha=alpha)
-    return table
+    check_integer(num_items, "num_items", least=1, below=NARROW)
+    if distribution == "mixed" and not 0 < uniform_share < 1:
+        raise ValueError(f"uniform_share must be in (0, 1) for distribution='mixed', got {uniform_share}")
+    counts = item_counts(items, num_items=num_items)
+    return popularity_table(counts, alpha=alpha, uniform_share=uniform_share if distribution == "mixed" else 0.0)
+
+
+def _check_table(table: PopularityTable | None, distribution: str) -> None:
+    check_distribution(distribution)
+    if distribution == "uniform" and table is not None:
+        raise ValueError("table belongs to distribution='popularity' and 'mixed', got it with 'uniform'")
 
 
 def item_counts(items: Array, *, num_items: int) -> np.ndarray:
@@ -241,6 +262,7 @@ def sample_negatives(
     count: int,
     distribution: Distribution = "uniform",
     alpha: float = 0.75,
+    uniform_share: float = 0.5,
     table: PopularityTable | None = None,
     segments: Array | None = None,
     seed: int = 0,
@@ -254,16 +276,18 @@ def sample_negatives(
     rows: int64 [B], the users of the batch.
     num_items: V, the size of the catalogue; also beyond 2**31 for "uniform".
     count: negatives of a row or, with ``segments``, of each of its positions.
-    distribution: "uniform", or "popularity": proportional to (occurrences in items) ** alpha.
-    table: what ``popularity_table`` made, for "popularity"; made from items and alpha at every call if None.
+    distribution: "uniform"; "popularity": proportional to (occurrences in items) ** alpha; "mixed": uniform with
+        probability ``uniform_share``, else by popularity.
+    table: what ``popularity_table`` made, for the last two; made from items, alpha and uniform_share at every call if
+        None.
     segments: int64 [B+1] rising from 0 to T: row b draws for positions segments[b] to segments[b + 1] - 1.
     seed, stream, step: what every negative depends on, with the row's place ``first_row + b`` in the whole batch and
         its own place in the row: not on threads, instruction set or how a batch is split.
 
     Returns negatives int64 and logq float32, [B, count] or [T, count]. With S the distinct items of the user, logq is
-    the log of the true probability: -log(V - |S|) for uniform, log(p_i / (1 - sum of p over S)) for popularity.
+    the log of the true probability: -log(V - |S|) for uniform, log(p_i / (1 - sum of p over S)) for the others.
 
-    Uniform needs no rejection: the r-th unseen item for a uniform r. Popularity draws from the alias table until an
+    Uniform needs no rejection: the r-th unseen item for a uniform r. The others draw from the alias table until an
     unseen item comes, 16 times at most, and then inverts the cumulative weights of the unseen. Both are exact. The same
     items as ``reference.negatives``; logq within one float32 rounding.
 
@@ -271,9 +295,9 @@ def sample_negatives(
     TypeError or ValueError for other dtypes or shapes.
     """
     rows = as_array(rows, "rows")
-    if distribution == "popularity":
-        check_integer(num_items, "num_items", least=1, below=NARROW)
-    table = _table(distribution, items, num_items, alpha, table)
+    _check_table(table, distribution)
+    if table is None:
+        table = distribution_table(distribution, items, num_items=num_items, alpha=alpha, uniform_share=uniform_share)
     seen = seen_items(offsets, items, rows, num_items=num_items, table=table)
     return sample_unseen(
         seen,
@@ -300,13 +324,14 @@ def sample_shared_negatives(
 ) -> tuple[Tensor, Tensor]:
     """One set of items for a whole batch, with replacement, whatever users have seen: for sampled softmax with logQ.
 
-    Arguments as in ``sample_negatives``; "popularity" needs ``table``. A draw may equal a target: the loss masks it.
+    Arguments as in ``sample_negatives``; "popularity" and "mixed" need ``table``. A draw may equal a target:
+    the loss masks it.
 
     Returns negatives int64 [count] and logq float32 [count]: -log V, or log p_i.
     """
-    table = _table(distribution, None, num_items, 0.0, table)
-    if distribution == "popularity" and table is None:
-        raise ValueError("distribution='popularity' needs table, got None")
+    _check_table(table, distribution)
+    if distribution != "uniform" and table is None:
+        raise ValueError(f"distribution={distribution!r} needs table, got None")
     check_integer(num_items, "num_items", least=1, below=2**62)
     if table is not None and len(table.cells) != num_items:
         raise ValueError(f"table must be over num_items={num_items} items, got one over {len(table.cells)}")

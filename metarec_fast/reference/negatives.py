@@ -13,22 +13,26 @@ ATTEMPTS = 16  # draws from the alias table before the exact inverse of the cumu
 CELL = np.dtype([("threshold", "<u4"), ("alias", "<u4"), ("log_p", "<f4"), ("log_p_alias", "<f4")])
 
 
-def integer_weights(counts: np.ndarray, *, alpha: float) -> np.ndarray:
-    """counts ** alpha scaled to integers that sum to len(counts) * CAPACITY: int64 [V], positive where counts are.
+def integer_weights(counts: np.ndarray, *, alpha: float, uniform_share: float = 0.0) -> np.ndarray:
+    """A distribution as integers that sum to len(counts) * CAPACITY: int64 [V], positive where it is.
 
-    Integers, so that the alias table, the cumulative weights and the stated probabilities agree exactly.
+    Proportional to counts ** alpha or, with probability ``uniform_share``, uniform over all items. Integers, so that
+    the alias table, the cumulative weights and the stated probabilities agree exactly.
     """
-    seen = counts > 0
-    powers = np.power(counts, alpha, out=np.zeros(len(counts)), where=seen, dtype=np.float64)
-    total = len(counts) * CAPACITY
-    weights = (powers / powers.sum() * total).astype(np.int64)
-    weights[seen] = np.maximum(weights[seen], 1)
+    V = len(counts)
+    powers = np.power(counts, alpha, out=np.zeros(V), where=counts > 0, dtype=np.float64)
+    p = powers / powers.sum()
+    if uniform_share:
+        p = (1 - uniform_share) * p + uniform_share / V
+    drawn, total = p > 0, V * CAPACITY
+    weights = (p * total).astype(np.int64)
+    weights[drawn] = np.maximum(weights[drawn], 1)
     missing = total - int(weights.sum())
     if missing < 0:  # the heaviest item weighs at least CAPACITY, far more than rounding up took
         weights[np.argmax(weights)] += missing
     else:
-        each, rest = divmod(missing, int(seen.sum()))
-        positive = np.flatnonzero(seen)
+        each, rest = divmod(missing, int(drawn.sum()))
+        positive = np.flatnonzero(drawn)
         weights[positive] += each
         weights[positive[:rest]] += 1
     return weights

@@ -7,12 +7,49 @@ import numpy as np
 from metarec_fast.reference.philox import CROP, Randomness, bounded, derive_key
 
 
-def count_windows(offsets: np.ndarray, *, max_length: int, window: str, stride: int) -> np.ndarray:
-    """Windows of each user, int64 [U]: none below two events; one, or for "sliding" as many as reach the oldest."""
-    inputs = np.diff(offsets) - 1
+def stretches(offsets: np.ndarray, *, part: str = "whole", query_share: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Events begins[u] to ends[u] - 1 of each user that belong to ``part``: int64 [U] twice.
+
+    "query" is the newest ceil(query_share * n) of a user's n events, "support" the ones before; both have two events at
+    least, and users of fewer than four events have neither.
+    """
+    begins, ends = offsets[:-1], offsets[1:]
+    if part == "whole":
+        return begins, ends
+    n = ends - begins
+    cut = ends - np.clip(np.ceil(query_share * n).astype(np.int64), 2, np.maximum(n - 2, 2))
+    begins, ends = (begins, cut) if part == "support" else (cut, ends)
+    return np.where(n >= 4, begins, offsets[:-1]), np.where(n >= 4, ends, offsets[:-1])
+
+
+def count_windows(lengths: np.ndarray, *, max_length: int, window: str, stride: int) -> np.ndarray:
+    """Windows of users who have ``lengths`` events: none below two; one, or for "sliding" as many as reach the oldest.
+
+    lengths: int64 [U]. Returns int64 [U].
+    """
+    inputs = lengths - 1
     if window != "sliding":
         return (inputs > 0).astype(np.int64)
     return np.where(inputs > 0, 1 + np.maximum(inputs - max_length + stride - 1, 0) // stride, 0)
+
+
+def target_weights(length: int, *, max_length: int, window: str, stride: int, last_target: bool) -> np.ndarray:
+    """How often each event of a user of ``length`` events is a target in one epoch, on average: float64 [length]."""
+    m = length - 1
+    weights = np.zeros(max(length, 0))
+    if m < 1:
+        return weights
+    if window == "crop" and m > max_length:
+        ends = np.arange(max_length, m + 1)
+    elif window == "sliding":
+        count = int(count_windows(np.array([length]), max_length=max_length, window=window, stride=stride)[0])
+        ends = m - stride * np.arange(count)
+    else:
+        ends = np.array([m])
+    share = 1 / len(ends) if window == "crop" else 1.0
+    for end in ends:
+        weights[end if last_target else max(end - max_length, 0) + 1 : end + 1] += share
+    return weights
 
 
 def pack_windows(
@@ -48,3 +85,14 @@ def pack_windows(
         lengths.append(end - begin)
     packed = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     return np.array(inputs, np.int64), np.array(targets, np.int64), packed.astype(np.int64)
+
+
+def pad_packed(
+    values: np.ndarray, offsets: np.ndarray, *, length: int, side: str = "left", fill: int = 0
+) -> np.ndarray:
+    """Same contract as ``metarec_fast.ops.pad_packed``, one row after the other."""
+    out = np.full((len(offsets) - 1, length, *values.shape[1:]), fill, values.dtype)
+    for b in range(len(offsets) - 1):
+        row = values[offsets[b] : offsets[b + 1]][-length:]
+        out[b, length - len(row) if side == "left" else 0 :][: len(row)] = row
+    return out

@@ -226,7 +226,7 @@ def test_same_bytes_for_every_instruction_set_and_number_of_threads():
     [
         ({}, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({}, {"negatives": -1}, "negatives must be at least 0, got -1"),
-        ({}, {"negatives": 1, "shared_negatives": 2}, "exclude each other"),
+        ({}, {"negatives": 1, "shared_negatives": 2}, "negatives=1 excludes shared_negatives=2"),
         ({}, {"distribution": "zipf"}, "distribution must be one of"),
         ({}, {"window": "all"}, "window must be one of"),
         ({}, {"stride": 3}, "stride belongs to window='sliding'"),

@@ -1,0 +1,130 @@
+"""Batches made in the background, so that a training step finds its data ready."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from metarec_fast.ops.threads import limit_threads
+
+T = TypeVar("T")
+
+
+class PrefetchError(RuntimeError):
+    """Making the batch of a step failed; the cause is chained."""
+
+
+class Prefetch(Generic[T]):
+    """``make(step)`` for steps start, start + 1, ..., each made in a thread while earlier ones are used.
+
+    make: a function of the step, such as ``sampler.batch`` or ``mixture.batches``; it may not write into buffers that
+        an earlier result still shows. It runs beside the training step, on one thread of C++ and without the GIL.
+    depth: results made ahead; 2 is double buffering.
+    stop: the first step not made; None: no end.
+
+    Iterate, or ask with ``get(step)``: the next step comes at once, any other restarts there. Use as a context manager
+    or call ``close``. ``wait_share`` tells which share of the time between requests was spent waiting.
+
+    Raises ValueError for bad options, PrefetchError where ``make`` raised, RuntimeError in a forked process, where the
+    thread does not exist.
+    """
+
+    def __init__(self, make: Callable[[int], T], *, start: int = 0, stop: int | None = None, depth: int = 2) -> None:
+        self._process = os.getpid()
+        self._thread: threading.Thread | None = None
+        for name, value, least in (("start", start, 0), ("depth", depth, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self._make, self._stop_at, self._depth = make, stop, depth
+        self.waited_s = self.used_s = 0.0  # while the caller waited, and while it did something else
+        self._handed_over: float | None = None
+        self._begin(start)
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time since the first result that was spent waiting for the next."""
+        total = self.waited_s + self.used_s
+        return self.waited_s / total if total else 0.0
+
+    def get(self, step: int) -> T:
+        """``make(step)``. Raises ValueError for a step outside [0, stop)."""
+        if step < 0 or (self._stop_at is not None and step >= self._stop_at):
+            raise ValueError(f"step must be in [0, {self._stop_at}), got {step}")
+        if step != self._next:
+            self.close()
+            self._begin(step)
+        return next(self)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if os.getpid() != self._process:
+            raise RuntimeError("Prefetch does not survive a fork: make one in each process")
+        if self._stop_at is not None and self._next >= self._stop_at:
+            self.close()
+            raise StopIteration
+        if self._thread is None:
+            self._begin(self._next)
+        asked = time.perf_counter()
+        step, result, error = self._ready.get()
+        now = time.perf_counter()
+        if self._handed_over is not None:  # the first batch is not counted: nothing could have hidden it
+            self.waited_s += now - asked
+            self.used_s += asked - self._handed_over
+        self._handed_over = now
+        if error is not None:
+            self.close()
+            raise PrefetchError(f"making the batch of step {step} failed: {error}") from error
+        self._next = step + 1
+        return result
+
+    def close(self) -> None:
+        """Stop the thread; results made ahead are dropped. Asking again starts another."""
+        if self._thread is None or os.getpid() != self._process:
+            return
+        self._closing.set()
+        while self._thread.is_alive():  # it may be waiting for room
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.001)
+        self._thread.join()
+        self._thread = None
+        self._handed_over = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _begin(self, step: int) -> None:
+        self._next = step
+        # a result in the thread's hands counts as made ahead
+        self._ready: queue.Queue = queue.Queue(maxsize=max(self._depth - 1, 1))
+        self._closing = threading.Event()
+        arguments = (self._make, step, self._stop_at, self._ready, self._closing)
+        self._thread = threading.Thread(target=_produce, args=arguments, daemon=True, name="metarec_fast.Prefetch")
+        self._thread.start()
+
+
+def _produce(make: Callable, step: int, stop: int | None, ready: queue.Queue, closing: threading.Event) -> None:
+    """Holds no reference to its Prefetch, which may so be collected."""
+    limit_threads(1)  # the training step has the cores
+    while not closing.is_set() and (stop is None or step < stop):
+        try:
+            result, error = make(step), None
+        except BaseException as caught:
+            result, error = None, caught
+        ready.put((step, result, error))
+        if error is not None:
+            return
+        step += 1
