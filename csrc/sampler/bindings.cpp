@@ -8,6 +8,7 @@
 
 #include "sampler/checks.h"
 #include "sampler/epoch_batches.h"
+#include "sampler/epoch_order.h"
 #include "sampler/negatives.h"
 #include "sampler/philox.h"
 #include "sampler/seen.h"
@@ -36,8 +37,8 @@ void bind_sampler(py::module_& m) {
     m.def(
         "epoch_order",
         [](uintptr_t out, int64_t size, int64_t first, int64_t count, uint64_t seed, uint64_t stream, int64_t epoch) {
-            epoch_order(checked_randomness(seed, stream, epoch, Purpose::permutation), size, first, count,
-                        pointer<int64_t>(out));
+            METAREC_DISPATCH(epoch_order)(checked_randomness(seed, stream, epoch, Purpose::permutation), size, first,
+                                          count, pointer<int64_t>(out));
         },
         NoGil(), py::arg("out"), py::kw_only(), py::arg("size"), py::arg("first"), py::arg("count"), py::arg("seed"),
         py::arg("stream"), py::arg("epoch"));
@@ -163,7 +164,7 @@ void bind_sampler(py::module_& m) {
     // cells and what belongs to them for uniform negatives; target_shares without in-batch negatives.
     py::class_<EpochBatches>(m, "EpochBatches")
         .def(py::init([](uintptr_t offsets, uintptr_t begins, uintptr_t ends, uintptr_t items, uintptr_t starts,
-                         uintptr_t seen_offsets, uintptr_t counts, uintptr_t seen, uintptr_t cells,
+                         uintptr_t owners, uintptr_t seen_offsets, uintptr_t counts, uintptr_t seen, uintptr_t cells,
                          uintptr_t cumulative, uintptr_t seen_weights, uintptr_t target_shares, int64_t num_users,
                          int64_t events, int64_t num_items, bool wide, int64_t batch_size, int64_t rank,
                          int64_t world_size, int window, int64_t max_length, int64_t stride, bool last_target,
@@ -173,6 +174,7 @@ void bind_sampler(py::module_& m) {
                                  pointer<const void>(items), wide};
                  domain.whole = as_sequences(offsets, items, wide);
                  domain.starts = pointer<const int64_t>(starts);
+                 domain.owners = pointer<const int64_t>(owners);
                  domain.num_users = num_users;
                  domain.events = events;
                  domain.batch_size = batch_size;
@@ -196,33 +198,35 @@ void bind_sampler(py::module_& m) {
                  return domain;
              }),
              py::kw_only(), py::arg("offsets"), py::arg("begins"), py::arg("ends"), py::arg("items"), py::arg("starts"),
-             py::arg("seen_offsets"), py::arg("counts"), py::arg("seen"), py::arg("cells"), py::arg("cumulative"),
-             py::arg("seen_weights"), py::arg("target_shares"), py::arg("num_users"), py::arg("events"),
-             py::arg("num_items"), py::arg("wide"), py::arg("batch_size"), py::arg("rank"), py::arg("world_size"),
-             py::arg("window"), py::arg("max_length"), py::arg("stride"), py::arg("last_target"), py::arg("negatives"),
-             py::arg("shared_negatives"), py::arg("seed"), py::arg("stream"))
-        .def_property_readonly("scratch_size", &EpochBatches::scratch_size);
+             py::arg("owners"), py::arg("seen_offsets"), py::arg("counts"), py::arg("seen"), py::arg("cells"),
+             py::arg("cumulative"), py::arg("seen_weights"), py::arg("target_shares"), py::arg("num_users"),
+             py::arg("events"), py::arg("num_items"), py::arg("wide"), py::arg("batch_size"), py::arg("rank"),
+             py::arg("world_size"), py::arg("window"), py::arg("max_length"), py::arg("stride"), py::arg("last_target"),
+             py::arg("negatives"), py::arg("shared_negatives"), py::arg("seed"), py::arg("stream"));
 
-    // Returns five sizes to a domain, those of the parts of integers: users, offsets, items, targets, negatives.
-    m.def("plan_batches",
-          [](const std::vector<const EpochBatches*>& domains, const std::vector<int64_t>& steps, uintptr_t scratch) {
-              std::vector<int64_t> sizes;
-              {
-                  py::gil_scoped_release release;
-                  for (const EpochBatches::Sizes& s : plan_batches(domains, steps, pointer<int64_t>(scratch))) {
-                      sizes.insert(sizes.end(), {s.users, s.offsets, s.items, s.targets, s.negatives});
-                  }
-              }
-              return sizes;
-          });
-    m.def(
-        "fill_batches",
-        [](const std::vector<const EpochBatches*>& domains, const std::vector<int64_t>& steps, uintptr_t scratch,
-           uintptr_t integers, uintptr_t logq) {
-            fill_batches(domains, steps, pointer<const int64_t>(scratch), pointer<int64_t>(integers),
-                         pointer<float>(logq));
-        },
-        NoGil());
+    // sizes: four to a domain, those of its parts of windows: users, offsets, items, targets. draws: its negatives.
+    py::class_<BatchPlan>(m, "BatchPlan")
+        .def(py::init<std::vector<const EpochBatches*>, std::vector<int64_t>>(), NoGil())
+        .def_property_readonly("sizes",
+                               [](const BatchPlan& plan) {
+                                   std::vector<int64_t> all;
+                                   for (const EpochBatches::Sizes& s : plan.sizes()) {
+                                       all.insert(all.end(), {s.users, s.offsets, s.items, s.targets});
+                                   }
+                                   return all;
+                               })
+        .def_property_readonly("draws",
+                               [](const BatchPlan& plan) {
+                                   std::vector<int64_t> all;
+                                   for (const EpochBatches::Sizes& s : plan.sizes()) all.push_back(s.negatives);
+                                   return all;
+                               })
+        .def(
+            "fill",
+            [](const BatchPlan& plan, uintptr_t windows, uintptr_t negatives, uintptr_t logq) {
+                plan.fill(pointer<int64_t>(windows), pointer<int64_t>(negatives), pointer<float>(logq));
+            },
+            NoGil());
     m.def("limit_threads", [](int count) {  // of the calling thread
 #if defined(_OPENMP)
         omp_set_num_threads(count);

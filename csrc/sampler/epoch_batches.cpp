@@ -8,6 +8,7 @@
 #include <string>
 
 #include "sampler/checks.h"
+#include "sampler/epoch_order.h"
 #include "sampler/seen.h"
 
 namespace metarec {
@@ -44,12 +45,31 @@ void EpochBatches::plan(int64_t step, int64_t* scratch) const {
     const int64_t n = at.planned_rows;
     int64_t *users = scratch, *begins = users + n, *packed = begins + n;
     int64_t *ids = begins, *index = packed + 1;  // until the windows themselves take their place
-    epoch_order(checked_randomness(seed, stream, at.epoch, Purpose::permutation), starts[num_users],
-                at.first + at.planned_first, n, ids);
-    locate_windows(starts, num_users, ids, n, users, index);
+    METAREC_DISPATCH(epoch_order)
+    (checked_randomness(seed, stream, at.epoch, Purpose::permutation), starts[num_users], at.first + at.planned_first,
+     n, ids);
+    if (owners) {
+        for (int64_t b = 0; b < n; ++b) users[b] = owners[ids[b]], index[b] = 0;
+    } else {
+        locate_windows(starts, num_users, ids, n, users, index);
+    }
     check_users(users, n, shown, num_users, events);
     plan_windows(shown, users, index, n, at.planned_first, window, max_length, stride,
                  checked_randomness(seed, stream, step, Purpose::crop), begins, packed);
+    fetch(users, begins, n);
+}
+
+// Users lie anywhere in memory: what `fill` reads of them is asked for at once, not row by row.
+void EpochBatches::fetch(const int64_t* users, const int64_t* begins, int64_t rows) const {
+    const auto* const items = static_cast<const char*>(shown.items);
+    const auto* const avoided = static_cast<const char*>(seen);
+    for (int64_t b = 0; b < rows; ++b) {
+        __builtin_prefetch(items + begins[b] * (shown.wide ? 8 : 4));
+        if (seen_offsets) {
+            __builtin_prefetch(seen_counts + users[b]);
+            __builtin_prefetch(avoided + seen_offsets[users[b]] * (num_items > kNarrow ? 8 : 4));
+        }
+    }
 }
 
 EpochBatches::Sizes EpochBatches::sizes(int64_t step, const int64_t* scratch) const {
@@ -61,13 +81,13 @@ EpochBatches::Sizes EpochBatches::sizes(int64_t step, const int64_t* scratch) co
     return {at.own_rows, at.own_rows + 1, items, targets, targets * negatives + in_batch + shared_negatives};
 }
 
-void EpochBatches::fill(int64_t step, const int64_t* scratch, int64_t* integers, float* logq) const {
+void EpochBatches::fill(int64_t step, const int64_t* scratch, int64_t* shown_to, int64_t* drawn, float* logq) const {
     const Place at = place(step);
     const int64_t n = at.planned_rows, own = at.own_first - at.planned_first, rows = at.own_rows;
     const int64_t *begins = scratch + n + own, *packed = scratch + 2 * n + own;
     const Sizes size = sizes(step, scratch);
-    int64_t *users = integers, *offsets = users + size.users, *items = offsets + size.offsets;
-    int64_t *targets = items + size.items, *drawn = targets + size.targets;
+    int64_t *users = shown_to, *offsets = users + size.users, *items = offsets + size.offsets;
+    int64_t* targets = items + size.items;
 
     std::copy_n(scratch + own, rows, users);
     for (int64_t b = 0; b <= rows; ++b) offsets[b] = packed[b] - packed[0];
@@ -172,39 +192,45 @@ void EpochBatches::fill_shared(int64_t step, const Place& at, const int64_t* scr
     }
 }
 
-std::vector<EpochBatches::Sizes> plan_batches(const std::vector<const EpochBatches*>& domains,
-                                              const std::vector<int64_t>& steps, int64_t* scratch) {
-    std::vector<EpochBatches::Sizes> sizes;
-    for (size_t i = 0; i < domains.size(); ++i) {
-        domains[i]->plan(steps[i], scratch);
-        sizes.push_back(domains[i]->sizes(steps[i], scratch));
-        scratch += domains[i]->scratch_size();
+BatchPlan::BatchPlan(std::vector<const EpochBatches*> domains, std::vector<int64_t> steps)
+    : domains_(std::move(domains)), steps_(std::move(steps)) {
+    if (domains_.size() != steps_.size()) {
+        throw std::invalid_argument("steps must be one to a domain (" + std::to_string(domains_.size()) + "), got " +
+                                    std::to_string(steps_.size()));
     }
-    return sizes;
+    int64_t size = 0;
+    for (const EpochBatches* domain : domains_) {
+        starts_.push_back(size);
+        size += domain->scratch_size();
+    }
+    scratch_.resize(size_t(size));
+    for (size_t i = 0; i < domains_.size(); ++i) {
+        int64_t* scratch = scratch_.data() + starts_[i];
+        domains_[i]->plan(steps_[i], scratch);
+        sizes_.push_back(domains_[i]->sizes(steps_[i], scratch));
+    }
 }
 
-void fill_batches(const std::vector<const EpochBatches*>& domains, const std::vector<int64_t>& steps,
-                  const int64_t* scratch, int64_t* integers, float* logq) {
+void BatchPlan::fill(int64_t* windows, int64_t* negatives, float* logq) const {
     struct Part {
-        const int64_t* scratch;
-        int64_t* integers;
+        int64_t *windows, *negatives;
         float* logq;
     };
     std::vector<Part> parts;
     int64_t work = 0;
-    for (size_t i = 0; i < domains.size(); ++i) {
-        parts.push_back({scratch, integers, logq});
-        const EpochBatches::Sizes size = domains[i]->sizes(steps[i], scratch);
-        scratch += domains[i]->scratch_size();
-        integers += size.users + size.offsets + size.items + size.targets + size.negatives;
+    for (const EpochBatches::Sizes& size : sizes_) {
+        parts.push_back({windows, negatives, logq});
+        windows += size.users + size.offsets + size.items + size.targets;
+        negatives += size.negatives;
         logq += size.negatives;
         work += size.items + size.negatives;
     }
     std::exception_ptr failure;  // none may leave the parallel region
-#pragma omp parallel for schedule(dynamic, 1) if (domains.size() > 1 && work > 8192)
-    for (size_t i = 0; i < domains.size(); ++i) {
+#pragma omp parallel for schedule(dynamic, 1) if (parts.size() > 1 && work > 65536)
+    for (size_t i = 0; i < parts.size(); ++i) {
         try {
-            domains[i]->fill(steps[i], parts[i].scratch, parts[i].integers, parts[i].logq);
+            domains_[i]->fill(steps_[i], scratch_.data() + starts_[i], parts[i].windows, parts[i].negatives,
+                              parts[i].logq);
         } catch (...) {
 #pragma omp critical
             failure = std::current_exception();

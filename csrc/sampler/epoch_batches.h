@@ -17,6 +17,7 @@ struct EpochBatches {
     Sequences shown;        // what windows show of each user
     Sequences whole;        // what negatives avoid
     const int64_t* starts;  // [num_users + 1]: user u has the windows starts[u] to starts[u + 1] - 1, the newest first
+    const int64_t* owners;  // [windows]: whose each window is, where no user has two; null: found from starts
     int64_t num_users, events, batch_size, rank, world_size;
     Window window;
     int64_t max_length, stride;
@@ -38,7 +39,7 @@ struct EpochBatches {
     int64_t scratch_size() const { return 3 * batch_size + 1; }
     void plan(int64_t step, int64_t* scratch) const;
     Sizes sizes(int64_t step, const int64_t* scratch) const;
-    void fill(int64_t step, const int64_t* scratch, int64_t* integers, float* logq) const;
+    void fill(int64_t step, const int64_t* scratch, int64_t* shown_to, int64_t* drawn, float* logq) const;
 
   private:
     struct Place {
@@ -48,16 +49,25 @@ struct EpochBatches {
         int64_t own_first, own_rows;  // this rank's
     };
     Place place(int64_t step) const;
+    void fetch(const int64_t* users, const int64_t* begins, int64_t rows) const;
     void fill_negatives(int64_t step, const Place& at, const int64_t* users, const int64_t* segments, int64_t* out,
                         float* logq) const;
     void fill_shared(int64_t step, const Place& at, const int64_t* scratch, int64_t* out, float* logq) const;
 };
 
-// One call for the batches of several domains, domain i at steps[i]. scratch: their scratch sizes one after the other.
-std::vector<EpochBatches::Sizes> plan_batches(const std::vector<const EpochBatches*>& domains,
-                                              const std::vector<int64_t>& steps, int64_t* scratch);
-// One batch after the other. Throws what cannot be drawn; the arrays then hold no batch.
-void fill_batches(const std::vector<const EpochBatches*>& domains, const std::vector<int64_t>& steps,
-                  const int64_t* scratch, int64_t* integers, float* logq);
+// The batches of several domains, domain i at steps[i], in two parts: made, its windows are known, and the caller can
+// make room for what `fill` writes, one batch after the other.
+class BatchPlan {
+  public:
+    BatchPlan(std::vector<const EpochBatches*> domains, std::vector<int64_t> steps);
+    const std::vector<EpochBatches::Sizes>& sizes() const { return sizes_; }
+    // Throws what cannot be drawn; the arrays then hold no batch.
+    void fill(int64_t* windows, int64_t* negatives, float* logq) const;
+
+  private:
+    std::vector<const EpochBatches*> domains_;
+    std::vector<int64_t> steps_, scratch_, starts_;  // starts_: where each domain's scratch begins
+    std::vector<EpochBatches::Sizes> sizes_;
+};
 
 }  // namespace metarec

@@ -41,6 +41,29 @@ inline vulong multiply_even(vuint a, vuint b) {
 #endif
 }
 
+// out[4 * i + j] = lane i of xj
+inline void store_interleaved(vuint x0, vuint x1, vuint x2, vuint x3, uint32_t* out) {
+#if defined(METAREC_ISA_avx512)
+    const __m512i low01 = _mm512_unpacklo_epi32((__m512i)x0, (__m512i)x1);
+    const __m512i high01 = _mm512_unpackhi_epi32((__m512i)x0, (__m512i)x1);
+    const __m512i low23 = _mm512_unpacklo_epi32((__m512i)x2, (__m512i)x3);
+    const __m512i high23 = _mm512_unpackhi_epi32((__m512i)x2, (__m512i)x3);
+    const __m512i blocks[4] = {// of lanes j, j + 4, j + 8, j + 12
+                               _mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
+                               _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
+    for (int j = 0; j < 4; ++j) {
+        _mm_storeu_si128((__m128i*)(out + 4 * j), _mm512_castsi512_si128(blocks[j]));
+        _mm_storeu_si128((__m128i*)(out + 4 * (j + 4)), _mm512_extracti32x4_epi32(blocks[j], 1));
+        _mm_storeu_si128((__m128i*)(out + 4 * (j + 8)), _mm512_extracti32x4_epi32(blocks[j], 2));
+        _mm_storeu_si128((__m128i*)(out + 4 * (j + 12)), _mm512_extracti32x4_epi32(blocks[j], 3));
+    }
+#else
+    for (int lane = 0; lane < kLanes; ++lane, out += 4) {
+        out[0] = x0[lane], out[1] = x1[lane], out[2] = x2[lane], out[3] = x3[lane];
+    }
+#endif
+}
+
 // words[4 * i + j] = word j of block (c0[i], c1[i]). Arrays hold whole vectors.
 inline void philox_blocks(const Randomness& random, const uint32_t* c0, const uint32_t* c1, int blocks,
                           uint32_t* words) {
@@ -60,10 +83,7 @@ inline void philox_blocks(const Randomness& random, const uint32_t* c0, const ui
             k0 += kPhiloxWeyl0;
             k1 += kPhiloxWeyl1;
         }
-        for (int lane = 0; lane < kLanes; ++lane) {
-            uint32_t* out = words + 4 * (i + lane);
-            out[0] = x0[lane], out[1] = x1[lane], out[2] = x2[lane], out[3] = x3[lane];
-        }
+        store_interleaved(x0, x1, x2, x3, words + 4 * i);
     }
 }
 
@@ -102,7 +122,7 @@ template <typename Work>
 inline void for_rows(const NegativeRows& in, Work work) {
     constexpr int64_t kRows = 32;
     const int64_t chunks = (in.rows + kRows - 1) / kRows;
-#pragma omp parallel for schedule(dynamic, 1) if (in.segments[in.rows] * in.count > 8192)
+#pragma omp parallel for schedule(dynamic, 1) if (in.segments[in.rows] * in.count > 32768)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t first = chunk * kRows, last = first + kRows < in.rows ? first + kRows : in.rows;
         for (int64_t row = first; row < last; ++row) {  // users lie anywhere in memory

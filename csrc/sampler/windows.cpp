@@ -5,16 +5,7 @@
 namespace metarec {
 namespace {
 
-constexpr int kRounds = 8;
 constexpr int64_t kAhead = 8;  // rows whose events are fetched early: users lie anywhere in memory
-constexpr int kMinBits = 8;    // halves of one or two bits do not mix
-
-inline uint32_t mix(uint32_t x, uint32_t key) {
-    x = (x + key) * 0x9E3779B1u;
-    x = (x ^ x >> 16) * 0x85EBCA6Bu;
-    x = (x ^ x >> 13) * 0xC2B2AE35u;
-    return x ^ x >> 16;
-}
 
 template <typename T>
 void copy_row(const T* __restrict events, int64_t length, int64_t* __restrict inputs, int64_t* __restrict targets) {
@@ -24,30 +15,6 @@ void copy_row(const T* __restrict events, int64_t length, int64_t* __restrict in
 }
 
 }  // namespace
-
-void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t count, int64_t* out) {
-    int bits = kMinBits;
-    while (uint64_t(size - 1) >> bits) ++bits;
-    const int low_bits = bits / 2;
-    const uint32_t low_mask = uint32_t((uint64_t(1) << low_bits) - 1);
-    const uint32_t high_mask = uint32_t((uint64_t(1) << (bits - low_bits)) - 1);
-    uint32_t keys[kRounds];
-    for (int i = 0; i < kRounds; ++i) keys[i] = block_of(random, uint32_t(i / 4), 0, 0).word[i % 4];
-
-#pragma omp parallel for if (count > 4096)
-    for (int64_t i = 0; i < count; ++i) {
-        uint64_t x = uint64_t(first + i);
-        do {
-            uint32_t high = uint32_t(x >> low_bits), low = uint32_t(x) & low_mask;
-            for (int r = 0; r < kRounds; r += 2) {
-                high ^= mix(low, keys[r]) & high_mask;
-                low ^= mix(high, keys[r + 1]) & low_mask;
-            }
-            x = uint64_t(high) << low_bits | low;
-        } while (x >= uint64_t(size));
-        out[i] = int64_t(x);
-    }
-}
 
 void locate_windows(const int64_t* starts, int64_t num_users, const int64_t* ids, int64_t count, int64_t* users,
                     int64_t* index) {

@@ -1,4 +1,4 @@
-// Which events a batch shows: the order of an epoch, and the stretch of each user's sequence.
+// Which events a batch shows: the stretch of each user's sequence.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,6 @@
 #include "sampler/philox.h"
 
 namespace metarec {
-
-// out[i] = entry first + i of a keyed permutation of [0, size): Feistel network with cycle walking, no array.
-void epoch_order(const Randomness& random, int64_t size, int64_t first, int64_t count, int64_t* out);
 
 // users[i] and index[i] = whose window ids[i] is, and which of the user's; user u has starts[u] to starts[u + 1] - 1.
 void locate_windows(const int64_t* starts, int64_t num_users, const int64_t* ids, int64_t count, int64_t* users,

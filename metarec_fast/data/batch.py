@@ -26,7 +26,7 @@ class PaddedBatch:
     logq: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: five of them are a tenth of the time of a step
 class PackedBatch:
     """Windows of B users without padding: row b is positions offsets[b] to offsets[b + 1] of items and targets.
 

@@ -182,20 +182,21 @@ class Sampler:
         return batch_buffers([self], pin_memory=pin_memory)
 
     def largest_batch(self) -> tuple[int, int]:
-        """Integers and logs of probability that a batch takes at most."""
+        """Elements that a batch takes at most: of its windows, and of its negatives."""
         whole = min(self.batch_size, self.num_windows)
         rows = -(-whole // self.world_size)
         targets = 1 if self.targets == "last" else self.longest
         drawn = rows * targets * self.negatives + self.shared_negatives + whole * targets * self.in_batch
-        return 2 * rows + 1 + rows * self.longest + rows * targets + drawn, drawn
+        return 2 * rows + 1 + rows * self.longest + rows * targets, drawn
 
 
 def batch_buffers(samplers: Sequence[Sampler], *, pin_memory: bool = False) -> BatchBuffers:
     """Memory that one batch of each of ``samplers`` fits into, pinned for copies to a GPU if ``pin_memory``."""
-    integers, logs = (sum(sizes) for sizes in zip(*(s.largest_batch() for s in samplers), strict=True))
+    windows, drawn = (sum(sizes) for sizes in zip(*(s.largest_batch() for s in samplers), strict=True))
     return BatchBuffers(
-        torch.empty(integers, dtype=torch.int64, pin_memory=pin_memory),
-        torch.empty(logs, dtype=torch.float32, pin_memory=pin_memory),
+        torch.empty(windows, dtype=torch.int64, pin_memory=pin_memory),
+        torch.empty(drawn, dtype=torch.int64, pin_memory=pin_memory),
+        torch.empty(drawn, dtype=torch.float32, pin_memory=pin_memory),
     )
 
 
@@ -210,19 +211,13 @@ def draw(
 
     Arguments as in ``Sampler.batch``, with ``batch_buffers``.
     """
-    for step in steps:
-        if step < 0:
-            raise ValueError(f"step must be at least 0, got {step}")
-    parts = draw_batches([sampler.batches for sampler in samplers], steps, buffers=buffers, device=device)
-    batches = []
-    for sampler, part in zip(samplers, parts, strict=True):
-        users, offsets, items, targets, negatives, logq = part
-        if sampler.negatives:
-            negatives, logq = (x.view(-1, sampler.negatives) for x in (negatives, logq))
-        elif not (sampler.shared_negatives or sampler.in_batch):
-            negatives = logq = None
-        batches.append(PackedBatch(items, targets, offsets, users, negatives, logq))
-    return batches
+    if min(steps) < 0:
+        raise ValueError(f"step must be at least 0, got {min(steps)}")
+    drawn = draw_batches([sampler.batches for sampler in samplers], steps, buffers=buffers, device=device)
+    return [
+        PackedBatch(items, targets, offsets, users, negatives, logq)
+        for users, offsets, items, targets, negatives, logq in drawn
+    ]
 
 
 def _chosen(users: np.ndarray, num_users: int) -> np.ndarray:

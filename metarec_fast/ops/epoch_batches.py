@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,30 +19,19 @@ from metarec_fast.ops.pack_windows import WINDOWS, Window, check_window
 from metarec_fast.ops.sample_negatives import PopularityTable, SeenItems
 
 CPU = torch.device("cpu")
-PARTS = 5  # users, offsets, items, targets, negatives
-
-
-class DrawnBatch(NamedTuple):
-    """Parts of one batch, R rows and T positions: int64, but logq float32.
-
-    users: [R]. offsets: [R+1]. items: [T]. targets: [P], P = T or, with ``last_target``, R.
-    negatives, logq: [P * K + M + N]: K of each target, then the M targets of the batch of all ranks if in-batch
-    negatives are drawn, then N shared ones.
-    """
-
-    users: Tensor
-    offsets: Tensor
-    items: Tensor
-    targets: Tensor
-    negatives: Tensor
-    logq: Tensor
+PARTS = 4  # of a batch's windows: users, offsets, items, targets
+DTYPES = (torch.int64, torch.int64, torch.float32)  # of windows, negatives, logq
 
 
 @dataclass(frozen=True, eq=False)
 class BatchBuffers:
-    """Memory of the caller's that batches are written into: int64 and float32, on the CPU, pinned if it is to be."""
+    """Memory of the caller's that batches are written into, on the CPU, pinned if it is to be.
 
-    integers: Tensor
+    windows: int64, for users, offsets, items and targets. negatives: int64. logq: float32.
+    """
+
+    windows: Tensor
+    negatives: Tensor
     logq: Tensor
 
 
@@ -114,13 +102,19 @@ class EpochBatches:
         random = check_randomness(seed, stream, 0)
         check_integer(world_size, "world_size", least=1, below=2**31)
         self.num_windows = int(starts[-1])
-        self._kept = offsets, begins, ends, items, starts, seen, table, target_shares  # C++ holds their addresses
+        windows = np.diff(starts)
+        owners = np.flatnonzero(windows) if windows.max() == 1 else None  # found without a search
+        self.negatives = check_integer(negatives, "negatives", least=0, below=2**33)
+        self.draws = bool(negatives or shared_negatives or target_shares is not None)
+        # C++ holds their addresses
+        self._kept = offsets, begins, ends, items, starts, owners, seen, table, target_shares
         self.bound = _C.EpochBatches(
             offsets=address(offsets),
             begins=address(begins),
             ends=address(ends),
             items=address(items),
             starts=address(starts),
+            owners=0 if owners is None else address(owners),
             seen_offsets=0 if seen is None else address(seen.offsets),
             counts=0 if seen is None else address(seen.counts),
             seen=0 if seen is None else address(seen.items),
@@ -139,7 +133,7 @@ class EpochBatches:
             stride=check_window(window, max_length, stride),
             max_length=max_length,
             last_target=bool(last_target),
-            negatives=check_integer(negatives, "negatives", least=0, below=2**33),
+            negatives=self.negatives,
             shared_negatives=check_integer(shared_negatives, "shared_negatives", least=0, below=2**33),
             seed=random["seed"],
             stream=random["stream"],
@@ -152,47 +146,61 @@ def draw_batches(
     *,
     buffers: BatchBuffers | None = None,
     device: torch.device | str = CPU,
-) -> list[DrawnBatch]:
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
     """The batch of ``domains[i]`` at ``steps[i]``, for every i: a function of the domains and steps alone.
 
     buffers: the batches are views of these, valid until they are written again; of fresh memory if None.
-    device: where the batches go. For CUDA, the memory is pinned, and two copies that do not wait bring them over.
+    device: where the batches go. For CUDA, the memory is pinned, and three copies that do not wait bring them over.
+
+    Returns of each batch, R rows and T positions, int64 but logq float32:
+
+    - users [R] and offsets [R+1],
+    - items [T] and targets [P], P = T or, with ``last_target``, R,
+    - negatives and logq, [P, K] of each target; or [M + N], the M targets of the batch of all ranks if they are
+      negatives, then N shared ones; or None.
 
     Raises ValueError for a step outside [0, 2**48), buffers too small, and users who have seen every item.
     """
-    bound = [domain.bound for domain in domains]
-    scratch = np.empty(sum(domain.scratch_size for domain in bound), np.int64)
-    sizes = _C.plan_batches(bound, list(steps), address(scratch))
-    drawn = sizes[PARTS - 1 :: PARTS]
-    integers, logq = _memory(sum(sizes), sum(drawn), buffers, device)
-    _C.fill_batches(bound, list(steps), address(scratch), integers.data_ptr(), logq.data_ptr())
-    integers, logq = (part.to(device, non_blocking=True) for part in (integers, logq))
-    parts, logs = integers.split(sizes), logq.split(drawn)
-    return [DrawnBatch(*parts[PARTS * i : PARTS * (i + 1)], logs[i]) for i in range(len(bound))]
+    plan = _C.BatchPlan([domain.bound for domain in domains], steps)
+    sizes, draws = plan.sizes, plan.draws
+    memory = _memory((sum(sizes), sum(draws), sum(draws)), buffers, device)
+    plan.fill(*(part.data_ptr() for part in memory))
+    if torch.device(device) != CPU:
+        memory = [part.to(device, non_blocking=True) for part in memory]
+    windows = torch.split_with_sizes(memory[0], sizes)
+    counts = {domain.negatives for domain in domains}
+    count = counts.pop() if len(counts) == 1 else None
+    if count:  # one shape for all: fewer views to make
+        draws = [n // count for n in draws]
+        negatives, logq = (torch.split_with_sizes(part.view(-1, count), draws) for part in memory[1:])
+    else:
+        negatives, logq = (torch.split_with_sizes(part, draws) for part in memory[1:])
+        shapes = [(-1, domain.negatives) if domain.negatives else (-1,) for domain in domains]
+        negatives, logq = ([x.view(s) for x, s in zip(part, shapes, strict=True)] for part in (negatives, logq))
+    return [
+        (
+            *windows[PARTS * i : PARTS * i + PARTS],
+            *((negatives[i], logq[i]) if domain.draws else (None, None)),
+        )
+        for i, domain in enumerate(domains)
+    ]
 
 
 def _memory(
-    integers: int, logs: int, buffers: BatchBuffers | None, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+    sizes: tuple[int, int, int], buffers: BatchBuffers | None, device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """Three tensors of these sizes: ``buffers``, pinned memory for a GPU, or plain."""
     if buffers is None:
         if torch.device(device).type == "cuda":
-            return tuple(
-                torch.empty(n, dtype=dtype, pin_memory=True)
-                for n, dtype in ((integers, torch.int64), (logs, torch.float32))
-            )
-        return (
-            empty((integers,), dtype=torch.int64, device=CPU),
-            empty((logs,), dtype=torch.float32, device=CPU),
-        )
-    for name, tensor, dtype, needed in (
-        ("buffers.integers", buffers.integers, torch.int64, integers),
-        ("buffers.logq", buffers.logq, torch.float32, logs),
-    ):
-        if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != CPU:
+            return tuple(torch.empty(n, dtype=d, pin_memory=True) for n, d in zip(sizes, DTYPES, strict=True))
+        return tuple(empty((n,), dtype=d, device=CPU) for n, d in zip(sizes, DTYPES, strict=True))
+    parts = (buffers.windows, buffers.negatives, buffers.logq)
+    for name, part, dtype, size in zip(("windows", "negatives", "logq"), parts, DTYPES, sizes, strict=True):
+        if part.dtype != dtype or part.dim() != 1 or not part.is_contiguous() or part.device != CPU:
             raise TypeError(
-                f"{name} must be a contiguous {dtype} [n] on the CPU, got {tensor.dtype} {tuple(tensor.shape)} on "
-                f"{tensor.device}"
+                f"buffers.{name} must be a contiguous {dtype} [n] on the CPU, got {part.dtype} {tuple(part.shape)} on "
+                f"{part.device}"
             )
-        if len(tensor) < needed:
-            raise ValueError(f"{name} must hold at least {needed} elements, got {len(tensor)}")
-    return buffers.integers[:integers], buffers.logq[:logs]
+        if len(part) < size:
+            raise ValueError(f"buffers.{name} must hold at least {size} elements, got {len(part)}")
+    return tuple(part[:size] for part, size in zip(parts, sizes, strict=True))

@@ -236,7 +236,7 @@ GOOD = {"offsets": np.array([0, 2, 5]), "items": np.array([0, 1, 0, 1, 2]), "row
         ({"segments": np.array([0, 2, 1])}, ValueError, "segments must have 2 elements, got 3"),
         ({"segments": np.array([1, 2])}, ValueError, "segments must rise from 0"),
         ({"segments": np.array([0, -2])}, ValueError, "segments must rise from 0"),
-        ({"distribution": "zipf"}, ValueError, "distribution must be one of uniform, popularity, got 'zipf'"),
+        ({"distribution": "zipf"}, ValueError, "distribution must be one of uniform, popularity, mixed, got 'zipf'"),
         ({"table": popularity_table(np.ones(3, np.int64))}, ValueError, "table belongs to distribution='popularity'"),
         (
             {"distribution": "popularity", "table": popularity_table(np.ones(4, np.int64))},
