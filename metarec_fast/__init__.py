@@ -18,6 +18,8 @@ _HOMES = {
     "FastResidualVQ": "vq",
     "FastVQ": "vq",
     "MetaRec": "api",
+    "Mixture": "data",
+    "Prefetch": "data",
     "Sampler": "data",
     "backend_info": "ops",
     "compare": "api",
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from metarec_fast.api import compare as compare
     from metarec_fast.config import Config as Config
     from metarec_fast.data import Domain as Domain
+    from metarec_fast.data import Mixture as Mixture
+    from metarec_fast.data import Prefetch as Prefetch
     from metarec_fast.data import Sampler as Sampler
     from metarec_fast.data import read as read
     from metarec_fast.data import synthetic as synthetic

@@ -1,18 +1,27 @@
 """From files to domains, and from domains to training sequences and questions."""
 
+from metarec_fast.data.batch import PackedBatch, PaddedBatch
 from metarec_fast.data.domain import Cases, Domain, ReadReport, Sequences, Split
+from metarec_fast.data.episodes import support_and_query
 from metarec_fast.data.folder import load_domain, save_domain
+from metarec_fast.data.mixture import Mixture
+from metarec_fast.data.prefetch import Prefetch, PrefetchError
 from metarec_fast.data.read import read
-from metarec_fast.data.sampler import PackedBatch, Sampler
+from metarec_fast.data.sampler import BatchBuffers, Sampler, batch_buffers, draw
 from metarec_fast.data.split import leave_one_out, limit_users, time_cut
 from metarec_fast.data.synthetic import SyntheticDomains, synthetic
 from metarec_fast.data.transitions import TransitionKernel
 from metarec_fast.data.vocabulary import Vocabulary
 
 __all__ = [
+    "BatchBuffers",
     "Cases",
     "Domain",
+    "Mixture",
     "PackedBatch",
+    "PaddedBatch",
+    "Prefetch",
+    "PrefetchError",
     "ReadReport",
     "Sampler",
     "Sequences",
@@ -20,11 +29,14 @@ __all__ = [
     "SyntheticDomains",
     "TransitionKernel",
     "Vocabulary",
+    "batch_buffers",
+    "draw",
     "leave_one_out",
     "limit_users",
     "load_domain",
     "read",
     "save_domain",
+    "support_and_query",
     "synthetic",
     "time_cut",
 ]

@@ -7,6 +7,7 @@ from metarec_fast.ops.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.ops.linear_scan import linear_scan
 from metarec_fast.ops.nearest_codeword import NearestCodeword, nearest_codeword
 from metarec_fast.ops.pack_windows import pack_windows
+from metarec_fast.ops.pad_packed import pad_packed
 from metarec_fast.ops.sample_negatives import (
     PopularityTable,
     popularity_table,
@@ -32,6 +33,7 @@ __all__ = [
     "linear_scan",
     "nearest_codeword",
     "pack_windows",
+    "pad_packed",
     "popularity_table",
     "sample_negatives",
     "sample_shared_negatives",

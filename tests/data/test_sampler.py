@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -185,6 +186,135 @@ def test_batch_moves_and_prints():
     assert f"{sampler.num_windows} windows, batch_size=4" in repr(sampler)
 
 
+OPTIONS = [
+    {},
+    {"negatives": 2},
+    {"negatives": 2, "targets": "last", "window": "crop"},
+    {"negatives": 1, "distribution": "popularity", "window": "sliding", "stride": 2},
+    {"negatives": 1, "distribution": "mixed", "part": "query", "query_share": 0.7},
+    {"shared_negatives": 9},
+    {"in_batch": True, "shared_negatives": 5, "distribution": "mixed"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_put_together_are_the_whole_batch(options, world_size):
+    data = geometric(60)
+    common = {"batch_size": 14, "max_length": 4, "seed": 3, **options}
+    whole = Sampler(data, **common)
+    ranks = [Sampler(data, rank=r, world_size=world_size, **common) for r in range(world_size)]
+    each = "negatives" in options
+    for step in (0, 2, whole.steps_per_epoch - 1, 1234):
+        expected, parts = whole.batch(step), [rank.batch(step) for rank in ranks]
+        rows = [len(part) for part in parts]
+        assert max(rows) - min(rows) <= 1
+        lengths = torch.cat([part.offsets.diff() for part in parts])
+        joined = PackedBatch(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("items", "targets")),
+            torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))),
+            torch.cat([part.users for part in parts]),
+            torch.cat([part.negatives for part in parts]) if each else parts[0].negatives,
+            torch.cat([part.logq for part in parts]) if each else parts[0].logq,
+        )
+        assert same(joined, expected)
+        if not each:  # what the batch shares, every rank has
+            assert all(p.negatives is None or torch.equal(p.negatives, expected.negatives) for p in parts)
+
+
+def test_more_ranks_than_rows():
+    data = make([3] * 5)
+    parts = [Sampler(data, batch_size=4, rank=r, world_size=7).batch(0) for r in range(7)]
+    assert sum(len(part) for part in parts) == 4
+    assert all(part.offsets.tolist() == [0, 2][: len(part) + 1] for part in parts)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_run_resumes_at_any_step(options):
+    def run(first, last):
+        sampler = Sampler(geometric(40), batch_size=16, max_length=4, seed=8, **options)
+        return [sampler.batch(step) for step in range(first, last)]
+
+    straight = run(0, 9)
+    for stop in range(9):
+        assert all(same(a, b) for a, b in zip(run(stop, 9), straight[stop:], strict=True))
+
+
+def test_in_batch_negatives_are_the_targets_and_logq_is_their_mixture():
+    data = geometric(200, num_items=40)
+    sampler = Sampler(data, batch_size=16, max_length=3, in_batch=True, shared_negatives=8, distribution="mixed")
+    batches = [sampler.batch(step) for step in range(sampler.steps_per_epoch)]
+    share = np.bincount(torch.cat([b.targets for b in batches]), minlength=40)
+    share = share / share.sum()  # of one epoch, counted
+    q = sampler.table.weights / (40 * 2**32)
+    for batch in batches:
+        M = len(batch.targets)
+        assert torch.equal(batch.negatives[:M], batch.targets)
+        assert len(batch.negatives) == M + 8
+        expected = (M * share + 8 * q)[batch.negatives] / (M + 8)
+        np.testing.assert_allclose(np.exp(batch.logq.double().numpy()), expected, rtol=3e-6)
+
+
+def test_crops_show_items_as_often_as_logq_says():
+    sampler = Sampler(make([9, 4, 30, 2], num_items=50), batch_size=4, max_length=3, window="crop", in_batch=True)
+    counts = np.zeros(50)
+    for step in range(5000):
+        batch = sampler.batch(step)
+        counts += np.bincount(batch.targets, minlength=50)
+    total = counts.sum()
+    for item, logq in zip(batch.negatives.tolist(), batch.logq.tolist(), strict=True):
+        mean = total * math.exp(logq)
+        assert abs(counts[item] - mean) < 5 * math.sqrt(mean)
+
+
+def test_last_targets_have_negatives_of_their_own():
+    data = geometric()
+    last, every = (Sampler(data, batch_size=20, max_length=4, negatives=3, targets=t) for t in ("last", "every"))
+    batch, full = last.batch(2), every.batch(2)
+    assert torch.equal(batch.items, full.items)
+    assert torch.equal(batch.targets, full.targets[full.offsets[1:] - 1])
+    assert batch.negatives.shape == batch.logq.shape == (20, 3)
+    for user, drawn in zip(batch.users.tolist(), batch.negatives.numpy(), strict=True):
+        assert not np.isin(drawn, data[user]).any()
+    with pytest.raises(ValueError, match="padded needs a target at every position"):
+        batch.padded(4)
+
+
+def test_only_the_users_asked_for():
+    data = geometric()
+    chosen = np.array([3, 5, 7, 11, 250])
+    sampler = Sampler(data, batch_size=2, users=chosen)
+    shown = torch.cat([sampler.batch(step).users for step in range(sampler.steps_per_epoch)])
+    assert sorted(shown.tolist()) == [u for u in chosen if len(data[u]) >= 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_hold_the_packed_ones(side):
+    batch = Sampler(geometric(), batch_size=30, max_length=6, negatives=2).batch(1)
+    padded = batch.padded(6, side=side, fill=-1)
+    for name in ("items", "targets", "negatives", "logq"):  # rows and positions keep their order
+        assert torch.equal(getattr(padded, name)[padded.real], getattr(batch, name))
+    assert (padded.items[~padded.real] == -1).all()
+    assert padded.real[:, -1 if side == "left" else 0].all()
+    assert torch.equal(padded.real.sum(1), batch.offsets.diff())
+    newest = batch.padded(2, side=side, fill=-1)
+    assert torch.equal(newest.real.sum(1), batch.offsets.diff().clamp(max=2))
+    last = newest.real.sum(1) - 1 if side == "right" else torch.ones(30, dtype=torch.int64)
+    assert torch.equal(newest.targets[torch.arange(30), last], batch.targets[batch.offsets[1:] - 1])
+    shared = Sampler(geometric(), batch_size=3, shared_negatives=4).batch(0)
+    assert torch.equal(shared.padded(50).negatives, shared.negatives)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_buffers_hold_any_batch(options):
+    sampler = Sampler(geometric(100), batch_size=8, max_length=5, world_size=3, rank=1, **options)
+    buffers = sampler.buffers()
+    for step in range(2 * sampler.steps_per_epoch):
+        batch = sampler.batch(step, buffers=buffers)
+        assert same(batch, sampler.batch(step))
+        assert batch.items.untyped_storage().data_ptr() == buffers.windows.data_ptr()
+
+
 def digest() -> str:
     """Of batches large enough to run on several threads."""
     data = make(np.random.default_rng(2).geometric(1 / 40, 3000), num_items=2000)
@@ -193,6 +323,8 @@ def digest() -> str:
         {"negatives": 3},
         {"negatives": 2, "distribution": "popularity", "window": "crop"},
         {"shared_negatives": 20_000, "window": "sliding", "stride": 9},
+        {"in_batch": True, "distribution": "mixed", "targets": "last"},
+        {"negatives": 40, "sorted_copy": False, "part": "support", "world_size": 2, "rank": 1},
     ):
         sampler = Sampler(data, batch_size=4500, max_length=60, seed=11, stream=3, **options)
         for step in (0, 7):
@@ -229,6 +361,14 @@ def test_same_bytes_for_every_instruction_set_and_number_of_threads():
         ({}, {"negatives": 1, "shared_negatives": 2}, "negatives=1 excludes shared_negatives=2"),
         ({}, {"distribution": "zipf"}, "distribution must be one of"),
         ({}, {"window": "all"}, "window must be one of"),
+        ({}, {"targets": "all"}, "targets must be one of every, last, got 'all'"),
+        ({}, {"part": "half"}, "part must be one of whole, support, query, got 'half'"),
+        ({}, {"part": "query", "query_share": 0.0}, r"query_share must be in \(0, 1\), got 0.0"),
+        ({}, {"negatives": 1, "in_batch": True}, "negatives=1 excludes shared_negatives=0 and in_batch=True"),
+        ({}, {"rank": 1}, r"rank must be in \[0, 1\), got 1"),
+        ({}, {"users": np.array([2])}, r"users must be in \[0, 2\), got 2 to 2"),
+        ({}, {"users": np.array([0])}, "sequences hold no window"),
+        ({}, {"negatives": 1, "distribution": "mixed", "uniform_share": 1.0}, r"uniform_share must be in \(0, 1\)"),
         ({}, {"stride": 3}, "stride belongs to window='sliding'"),
         ({}, {"max_length": 0}, "max_length must be in"),
         ({"items": np.array([0, 1, 2, 5, 1], np.int32)}, {}, r"items must be in \[0, 5\), got 0 to 5"),
