@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast.config import MetaConfig
-from metarec_fast.data.sampler import PackedBatch
+from metarec_fast.data.batch import PackedBatch
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Parameters, PackedBatch], Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarec_fast.config import ModelConfig
+from metarec_fast.data.batch import PackedBatch
 from metarec_fast.data.domain import Sequences
-from metarec_fast.data.sampler import PackedBatch
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.models.spectral import spectral_table

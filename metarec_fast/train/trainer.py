@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from metarec_fast.config import Config
+from metarec_fast.data.batch import PackedBatch
 from metarec_fast.data.domain import Split
-from metarec_fast.data.sampler import PackedBatch, Sampler
+from metarec_fast.data.prefetch import Prefetch
+from metarec_fast.data.sampler import Sampler, draw
 from metarec_fast.evaluation import evaluate
 from metarec_fast.meta.step import GradientAverages, OuterStep, Source, outer_step
 from metarec_fast.models.recommender import Recommender
@@ -101,14 +104,30 @@ class Trainer:
         self.best_state: dict[str, Tensor] = {}
         self.stages = stages(config)
         self._samplers: dict[tuple[str, str], Sampler] = {}
+        self._prefetch: tuple[str, Prefetch] | None = None  # of one stage
         self.optimizer = self._new_optimizer()
         if config.train.remember_codes:
             model.remember_codes()
 
     # what a step is made of
 
-    def batch(self, domain: str, stage: str, step: int) -> PackedBatch:
-        """Step ``step`` of a domain in a stage: a pure function of its arguments and the seed."""
+    def schedule(self, stage: str, step: int) -> list[tuple[str, int]]:
+        """The domains of a step's batches, and which of its own batches in this stage each is."""
+        sources, target = list(self.sources), self.target.domain.name
+        if stage == "meta":
+            m = self.config.meta
+            count = 1 if m.same_batch else m.inner_steps
+            return [(name, step * count + k) for name in sources for k in range(count)] + [(target, step)]
+        shown = {"pretrain": sources, "warmup": [*sources, target], "finetune": [target]}[stage]
+        return [(name, step) for name in shown]
+
+    def batches(self, stage: str, step: int) -> list[tuple[str, PackedBatch]]:
+        """A step's batches: a pure function of its arguments and the seed."""
+        names, steps = zip(*self.schedule(stage, step), strict=True)
+        drawn = draw([self._sampler(name, stage) for name in names], steps, device=self.config.train.device)
+        return list(zip(names, drawn, strict=True))
+
+    def _sampler(self, domain: str, stage: str) -> Sampler:
         t = self.config.train
         if (domain, stage) not in self._samplers:
             split = self.target if domain == self.target.domain.name else self.sources[domain]
@@ -122,7 +141,19 @@ class Trainer:
                 shared_negatives=t.negatives if t.loss == "sampled" else 0,
                 distribution=t.negative_distribution,
             )
-        return self._samplers[domain, stage].batch(step).to(t.device)
+        return self._samplers[domain, stage]
+
+    def _ready(self, stage: str, step: int) -> list[tuple[str, PackedBatch]]:
+        """``batches``, made while the step before ran."""
+        if self._prefetch is None or self._prefetch[0] != stage:
+            self._stop_prefetch()
+            self._prefetch = stage, Prefetch(partial(self.batches, stage), start=step)
+        return self._prefetch[1].get(step)
+
+    def _stop_prefetch(self) -> None:
+        if self._prefetch is not None:
+            self._prefetch[1].close()
+            self._prefetch = None
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         t = self.config.train
@@ -133,27 +164,20 @@ class Trainer:
         lr = t.finetune_lr if self.stages[self.progress.stage].name == "finetune" else t.lr
         return torch.optim.AdamW(groups, lr=lr, fused=True)
 
-    def _joint(self, names: list[str], stage: str, step: int) -> dict[str, Any]:
+    def _joint(self, batches: list[tuple[str, PackedBatch]]) -> dict[str, Any]:
         """Gradients of the mean loss of several domains."""
         losses = {}
-        for name in names:
-            value = self.model.loss(
-                self.model.shared_parameters(), self.model.private_parameters(name), self.batch(name, stage, step)
-            )
-            (value / len(names)).backward()
+        for name, batch in batches:
+            value = self.model.loss(self.model.shared_parameters(), self.model.private_parameters(name), batch)
+            (value / len(batches)).backward()
             losses[name] = value.detach()
         return {"losses": losses}
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        """Gradients of one meta step."""
+    def _meta(self, batches: list[tuple[str, PackedBatch]]) -> dict[str, Any]:
+        """Gradients of one meta step; the last batch is the target's."""
         m = self.config.meta
-        count = 1 if m.same_batch else m.inner_steps
         sources = [
-            Source(
-                name,
-                self.model.private_parameters(name),
-                [self.batch(name, "meta", step * count + k) for k in range(count)],
-            )
+            Source(name, self.model.private_parameters(name), [batch for of, batch in batches[:-1] if of == name])
             for name in self.sources
         ]
         name = self.target.domain.name
@@ -162,7 +186,7 @@ class Trainer:
             self.model.shared_parameters(),
             sources,
             self.model.private_parameters(name),
-            self.batch(name, "meta", step),
+            batches[-1][1],
             config=m,
             averages=self.averages if m.similarity_decay else None,
         )
@@ -187,14 +211,8 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         averages = dict(self.averages.steps), dict(self.averages.answers)
-        if stage == "meta":
-            facts = self._meta(step)
-        elif stage == "pretrain":
-            facts = self._joint(list(self.sources), stage, step)
-        elif stage == "warmup":
-            facts = self._joint([*self.sources, self.target.domain.name], stage, step)
-        else:
-            facts = self._joint([self.target.domain.name], stage, step)
+        batches = self._ready(stage, step)
+        facts = self._meta(batches) if stage == "meta" else self._joint(batches)
         norm = torch.nn.utils.clip_grad_norm_(self.model.shared.parameters(), self.config.train.clip)
         facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
         if all(map(math.isfinite, [float(norm), *facts["losses"].values()])):
@@ -203,6 +221,7 @@ class Trainer:
             self.averages.steps, self.averages.answers = averages  # one bad step would stay in them for ever
             self.progress.skipped += 1
             facts["skipped"] = True
+        facts["data_wait_share"] = round(self._prefetch[1].wait_share, 5)
         return facts
 
     # the run
@@ -232,6 +251,15 @@ class Trainer:
 
         Raises Interrupted after saving if ``should_stop`` says so.
         """
+        try:
+            self._run_stages()
+        finally:
+            self._stop_prefetch()
+        self.model.load_state_dict(self.best_state)
+        self.model.eval()
+        return self.progress
+
+    def _run_stages(self) -> None:
         p, every = self.progress, self.config.train.evaluate_every
         while p.stage < len(self.stages):
             stage = self.stages[p.stage]
@@ -255,9 +283,6 @@ class Trainer:
             p.stage, p.step = p.stage + 1, 0
             if p.stage < len(self.stages):
                 self.optimizer = self._new_optimizer()
-        self.model.load_state_dict(self.best_state)
-        self.model.eval()
-        return p
 
     # checkpoints
 
