@@ -15,7 +15,7 @@ import triton.language as tl
 from metarec_fast.kernels import _common
 from torch import Tensor
 
-_TILE = 1024  # negatives of a program
+_TILE = 512  # negatives of a program: larger tiles take over 200 registers a thread
 _MAX_BLOCK_K = 256  # of them for one position
 _NARROW = 1 << 31  # catalogues up to here take words of 32 bits, larger ones of 64
 _MAX_ATTEMPTS = tl.constexpr(4096)  # the counter has 12 bits for them
@@ -116,7 +116,10 @@ def _uniform(
     B, T, count, last_item, first_row, step, last, key0, key1,
     WIDE: tl.constexpr, SHARE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The r-th unseen item for a uniform r. SHARE: slots that take their words from one block, 1 if rows begin inside."""
+    """The r-th unseen item for a uniform r.
+
+    SHARE: slots that a block of words serves, or 1 where rows may begin inside a block.
+    """
     t, row, user, first_slot, first = _places(segments_ptr, users_ptr, B, T, count, BLOCK_T, BLOCK_K)
     k = first + tl.arange(0, BLOCK_K)
     inside = (t[:, None] < T) & (k[None, :] < count)

@@ -87,9 +87,9 @@ def sample_unseen_on_gpu(
     rows = as_array(rows, "rows")
     segments = as_array(arange(len(rows) + 1) if segments is None else segments, "segments", size=len(rows) + 1)
     check_integer(count, "count", least=0, below=2**33)
-    check_integer(first_row, "first_row", least=0, below=2**32 - len(rows) + 1)
+    check_integer(first_row, "first_row", least=0)
     random = check_randomness(seed, stream, step)
-    _check_rows(seen.seen, rows, segments, count)
+    _check_rows(seen.seen, rows, segments, count, first_row)
 
     from metarec_fast.kernels.sample_negatives import Popularity, Words, sample_negatives
 
@@ -115,18 +115,18 @@ def sample_unseen_on_gpu(
     )
 
 
-def _check_rows(seen: SeenItems, rows: np.ndarray, segments: np.ndarray, count: int) -> None:
+def _check_rows(seen: SeenItems, rows: np.ndarray, segments: np.ndarray, count: int, first_row: int) -> None:
     """What the CPU operator refuses too: the kernel reads where these say."""
     lengths = np.diff(segments)
+    if first_row > 2**32 - len(rows):
+        raise ValueError(f"first_row must be in [0, 2**32 - rows], got {first_row}")
     if segments[0] != 0 or (lengths < 0).any():
         raise ValueError("segments must rise from 0")
-    outside = (rows < 0) | (rows >= len(seen))
-    if outside.any():
-        raise ValueError(f"rows must be in [0, {len(seen)}), got {rows[outside.argmax()]}")
     if (long := lengths > 2**33 // max(count, 1)).any():
         raise ValueError(f"a row can draw 2**33 negatives at most, position {long.argmax()} of rows asks for more")
-    empty = seen.exhausted.numpy()[rows] & (lengths * count > 0)
-    if empty.any():
+    if (outside := (rows < 0) | (rows >= len(seen))).any():
+        raise ValueError(f"rows must be in [0, {len(seen)}), got {rows[outside.argmax()]}")
+    if (empty := seen.exhausted.numpy()[rows] & (lengths * count > 0)).any():
         row = rows[empty.argmax()]
         raise ValueError(
             f"row {row} has seen every item that could be drawn ({seen.counts[row]} of {seen.num_items}): "

@@ -161,14 +161,16 @@ def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launche
     assert made[0] == made[1] == made[2] == made[3]
 
 
-def draw(*, num_items: int, count: int, popular: bool, words: Words = Words(1, 3 << 12, 2**32 - 1, 5)) -> None:
-    B, U, E = 512, 1000, 9000
-    row, user, event = (torch.zeros(n, dtype=torch.int64) for n in (B, U, E))
+def draw(*, num_items: int, count: int, popular: bool, word: int = 5) -> None:
+    row, user, event = (torch.zeros(n, dtype=torch.int64) for n in (512, 1000, 9000))
+    segments = torch.zeros(513, dtype=torch.int64)
     cells = torch.zeros(7, 4, dtype=torch.int32)
     popularity = Popularity(cells, cells.view(torch.float32), user, user) if popular else None
+    items = event if num_items > 2**31 else event.int()
+    words = Words(word, word, word, word)
     sample_negatives(
-        row, torch.zeros(B + 1, dtype=torch.int64), user, user, event if num_items > 2**31 else event.int(),
-        user.double(), positions=4096, count=count, num_items=num_items, first_row=0, words=words, popularity=popularity,
+        row, segments, user, user, items, user.double(),
+        positions=4096, count=count, num_items=num_items, first_row=0, words=words, popularity=popularity,
     )  # fmt: skip
 
 
@@ -188,5 +190,5 @@ def test_negatives_do_not_spill(launches, capability, num_items, popular, count)
 
 def test_one_negatives_kernel_serves_every_catalogue_seed_and_step(launches):
     for num_items, word in ((1000, 0), (2**31, 2**32 - 1), (4096, 16)):
-        draw(num_items=num_items, count=8, popular=False, words=Words(word, word, word, word))
+        draw(num_items=num_items, count=8, popular=False, word=word)
     assert len({str(launch) for launch in launches}) == 1
