@@ -5,7 +5,7 @@
 
 Every result is checked before it is timed. The floor is the larger of two times: each input read and each output
 written once at the card's copy bandwidth, and the products at its matrix rate (three float16 products for a float32
-lookup, one for a half type). Both rates are measured here.
+lookup, one for a half type), and for negatives 12 bytes written for each. Both rates are measured here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metarec_fast import ops, reference
+from metarec_fast.ops.gpu_negatives import GpuSeenItems, sample_unseen_on_gpu
+from metarec_fast.ops.sample_negatives import SeenItems, sample_unseen, seen_items
+from metarec_fast.reference.negatives import sample_negatives
 
 COLUMNS = (
     "kernel",
@@ -62,6 +66,27 @@ SHAPES = (
     Shape(8, 1024, 8, 256),
 )
 TINY = (Shape(1, 100, 16, 20), Shape(2, 60, 8, 10))
+
+
+class Draws(NamedTuple):
+    """Negatives of a batch of B rows of L positions, K each; users have seen 100 events on average."""
+
+    V: int
+    B: int
+    L: int
+    K: int
+
+    def __str__(self) -> str:
+        return f"V{self.V} B{self.B} L{self.L} K{self.K}"
+
+
+DRAWS = (
+    Draws(10**6, 1024, 50, 1),
+    Draws(10**6, 1024, 50, 128),
+    Draws(3400, 1024, 50, 128),
+    Draws(10**7, 1024, 50, 128),
+)
+TINY_DRAWS = (Draws(300, 8, 5, 3), Draws(300, 3, 5, 128))
 
 
 class Rates(NamedTuple):
@@ -162,6 +187,55 @@ def floor_ms(kernel: str, shape: Shape, dtype: torch.dtype, rates: Rates) -> flo
     return 1e3 * max(moved / rates.copy, products / rates.product)
 
 
+def negatives_providers(
+    seen: SeenItems, draws: Draws, device: str, options: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """As ``providers``; those of torch draw from the same distribution and reject nothing."""
+    rows, size = np.arange(draws.B), (draws.B * draws.L, draws.K)
+    on_cpu = lambda: sample_unseen(seen, rows, **options)  # noqa: E731
+    if device == "cuda":
+        gpu = GpuSeenItems.on(seen, torch.device(device))
+        yield "metarec_fast", lambda: sample_unseen_on_gpu(gpu, rows, **options)
+        yield "metarec_fast on the CPU, copied", lambda: [x.to(device) for x in on_cpu()]
+    else:
+        yield "metarec_fast", on_cpu
+    if seen.table is None:
+        yield "torch.randint (rejects nothing)", lambda: torch.randint(draws.V, size, device=device)
+    elif draws.V < 2**24:
+        p = torch.from_numpy(np.exp(seen.table.log_p)).to(device)
+        yield "torch.multinomial (rejects nothing)", lambda: torch.multinomial(p, size[0] * size[1], replacement=True)
+
+
+def check_negatives(result: Any, seen: SeenItems, draws: Draws, device: str, options: dict[str, Any]) -> None:
+    """Raise AssertionError unless they are the CPU's bit for bit, and those of the first row the definition's."""
+    expected, logq = sample_unseen(seen, np.arange(draws.B), **options)
+    assert torch.equal(result[0].cpu(), expected), "negatives differ from the CPU's"
+    torch.testing.assert_close(result[1].cpu(), logq, rtol=1.2e-7, atol=0)
+    if device == "cpu":
+        offsets, items = seen.offsets.numpy(), seen.items.numpy()
+        weights = None if seen.table is None else seen.table.weights
+        first = {**options, "segments": options["segments"][:2], "num_items": seen.num_items, "weights": weights}
+        defined, _ = sample_negatives(np.array([0, seen.counts[0]]), items[offsets[0] :], np.arange(1), **first)
+        assert torch.equal(expected[: draws.L], torch.from_numpy(defined)), "negatives differ from the definition"
+
+
+def negatives_cases(device: str) -> Iterator[tuple[str, Draws, SeenItems, dict[str, Any]]]:
+    for draws in DRAWS if device == "cuda" else TINY_DRAWS:
+        rng = np.random.default_rng(0)
+        offsets = np.cumsum([0, *rng.geometric(1 / 100, draws.B)])
+        items = (rng.random(offsets[-1]) ** 2 * draws.V).astype(np.int64)
+        counts = np.bincount(items, minlength=draws.V) + 1
+        options = {"count": draws.K, "segments": np.arange(draws.B + 1) * draws.L, "seed": 1, "step": 2**40}
+        for distribution in ("uniform", "popularity"):
+            table = ops.popularity_table(counts) if distribution == "popularity" else None
+            yield (
+                f"negatives, {distribution}",
+                draws,
+                seen_items(offsets, items, num_items=draws.V, table=table),
+                options,
+            )
+
+
 def measure_cuda(call: Callable[[], Any]) -> tuple[float, float, float]:
     from triton.testing import do_bench
 
@@ -190,6 +264,36 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
+class Case(NamedTuple):
+    """What is timed against what: names of the row, calls with ours first, check of ours, floor in milliseconds."""
+
+    names: dict[str, str]
+    providers: Iterator[tuple[str, Callable[[], Any]]]
+    check: Callable[[Any], None]
+    floor: float
+
+
+def cases(device: str, only: str, rates: Rates) -> Iterator[Case]:
+    for shape in SHAPES if device == "cuda" else TINY:
+        for dtype in DTYPES:
+            x = torch.randn(shape.H, shape.N, shape.D, device=device).to(dtype)
+            codebook = torch.randn(shape.H, shape.K, shape.D, device=device).to(dtype)
+            for kernel in KERNELS:
+                names = {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "shape": str(shape)}
+                if only in " ".join(names.values()):
+                    indices = our_kernel("nearest_codeword", device)(x, codebook)[0]
+                    arguments = kernel, x, codebook, indices
+                    verify = lambda result, given=arguments: check(given[0], result, *given[1:])  # noqa: E731
+                    yield Case(names, providers(*arguments), verify, floor_ms(kernel, shape, dtype, rates))
+    for kernel, draws, seen, options in negatives_cases(device):
+        names = {"kernel": kernel, "dtype": "int64", "shape": str(draws)}
+        if only in " ".join(names.values()):
+            given = seen, draws, device, options
+            verify = lambda result, given=given: check_negatives(result, *given)  # noqa: E731
+            floor = 1e3 * draws.B * draws.L * draws.K * (8 + 4) / rates.copy
+            yield Case(names, negatives_providers(*given), verify, floor)
+
+
 def run(device: str, only: str) -> Iterator[dict[str, str]]:
     """One row a provider, as they are measured."""
     measure = measure_cuda if device == "cuda" else once
@@ -205,33 +309,25 @@ def run(device: str, only: str) -> Iterator[dict[str, str]]:
         "commit": commit(),
     }
     torch.manual_seed(0)
-    for shape in SHAPES if device == "cuda" else TINY:
-        for dtype in DTYPES:
-            x = torch.randn(shape.H, shape.N, shape.D, device=device).to(dtype)
-            codebook = torch.randn(shape.H, shape.K, shape.D, device=device).to(dtype)
-            for kernel in KERNELS:
-                case = {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "shape": str(shape)}
-                if only not in " ".join(case.values()):
-                    continue
-                indices = our_kernel("nearest_codeword", device)(x, codebook)[0]
-                floor, ours = floor_ms(kernel, shape, dtype, rates), None
-                for provider, call in providers(kernel, x, codebook, indices):
-                    row = case | {"provider": provider} | about
-                    try:
-                        if ours is None:
-                            check(kernel, call(), x, codebook, indices)
-                        ms, p20, p80 = measure(call)
-                    except torch.OutOfMemoryError:
-                        if ours is None:
-                            raise
-                        yield row | {"ms": "out of memory"}
-                        continue
-                    finally:
-                        if device == "cuda":
-                            torch.cuda.empty_cache()
-                    ours = ours or ms
-                    times = {"ms": ms, "p20": p20, "p80": p80, "ratio": ms / ours, "of_floor": floor / ms}
-                    yield row | {name: f"{value:.4g}" for name, value in times.items()}
+    for case in cases(device, only, rates):
+        ours = None
+        for provider, call in case.providers:
+            row = case.names | {"provider": provider} | about
+            try:
+                if ours is None:
+                    case.check(call())
+                ms, p20, p80 = measure(call)
+            except torch.OutOfMemoryError:
+                if ours is None:
+                    raise
+                yield row | {"ms": "out of memory"}
+                continue
+            finally:
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            ours = ours or ms
+            times = {"ms": ms, "p20": p20, "p80": p80, "ratio": ms / ours, "of_floor": case.floor / ms}
+            yield row | {name: f"{value:.4g}" for name, value in times.items()}
 
 
 def main() -> int:
@@ -246,7 +342,7 @@ def main() -> int:
     rows = []
     for row in run("cpu" if options.dry_run else "cuda", options.only):
         rows.append(row)
-        print("{kernel:<17}{dtype:<9} {shape:<27}{provider:<37}".format(**row), end="")
+        print("{kernel:<22}{dtype:<9} {shape:<27}{provider:<37}".format(**row), end="")
         times = (f"{name} {row[name]}" for name in COLUMNS[4:9] if name in row)
         print("runs" if options.dry_run else " ".join(times), flush=True)
     if not rows:
