@@ -21,6 +21,8 @@ _HOMES = {
     "Mixture": "data",
     "Prefetch": "data",
     "Sampler": "data",
+    "Sequences": "data",
+    "support_and_query": "data",
     "backend_info": "ops",
     "compare": "api",
     "read": "data",
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from metarec_fast.data import Mixture as Mixture
     from metarec_fast.data import Prefetch as Prefetch
     from metarec_fast.data import Sampler as Sampler
+    from metarec_fast.data import Sequences as Sequences
     from metarec_fast.data import read as read
+    from metarec_fast.data import support_and_query as support_and_query
     from metarec_fast.data import synthetic as synthetic
     from metarec_fast.ops import backend_info as backend_info
     from metarec_fast.vq import FastGroupedResidualVQ as FastGroupedResidualVQ

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KERNELS = (
     "tests/ops/test_bounded_lookup.py",
+    "tests/ops/test_epoch_order.py",
     "tests/ops/test_linear_cross_entropy.py::test_loss_and_gradients_match_float64",
     "tests/ops/test_linear_scan.py::test_matches_reference",
     "tests/ops/test_nearest_codeword.py::test_equals_reference",
@@ -29,8 +30,8 @@ KERNELS = (
 COMPILED_ONCE = (
     "tests/data/test_sampler.py",
     "tests/ops/test_epoch_batches.py",
-    "tests/ops/test_epoch_order.py",
     "tests/ops/test_pack_windows.py",
+    "tests/ops/test_pad_packed.py",
     "tests/ops/test_philox.py",
 )
 
