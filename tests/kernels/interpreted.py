@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from metarec_fast.kernels import _common, nearest_codeword, vq_backward, vq_commit, vq_statistics
 
 from metarec_fast import reference
+from metarec_fast.kernels import _common, nearest_codeword, vq_backward, vq_commit, vq_statistics
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreter.py instead"
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+from metarec_fast import ops, reference
 from metarec_fast.kernels import nearest_codeword as kernel
 from metarec_fast.kernels.vq_commit import vq_commit
 from metarec_fast.kernels.vq_statistics import vq_statistics
-
-from metarec_fast import ops, reference
 
 pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
