@@ -1,7 +1,8 @@
 """From files to domains, and from domains to training sequences and questions."""
 
 from metarec_fast.data.domain import Cases, Domain, ReadReport, Sequences, Split
-from metarec_fast.data.folder import load_domain, save_domain
+from metarec_fast.data.folder import is_domain, load_domain, save_domain
+from metarec_fast.data.importing import Progress, import_file
 from metarec_fast.data.read import read
 from metarec_fast.data.sampler import PackedBatch, Sampler
 from metarec_fast.data.split import leave_one_out, limit_users, time_cut
@@ -13,6 +14,7 @@ __all__ = [
     "Cases",
     "Domain",
     "PackedBatch",
+    "Progress",
     "ReadReport",
     "Sampler",
     "Sequences",
@@ -20,6 +22,8 @@ __all__ = [
     "SyntheticDomains",
     "TransitionKernel",
     "Vocabulary",
+    "import_file",
+    "is_domain",
     "leave_one_out",
     "limit_users",
     "load_domain",

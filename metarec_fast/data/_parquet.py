@@ -37,12 +37,12 @@ def parquet_tables(
         scan = pl.scan_parquet(source).select(chosen.values())
         total, rows = scan.select(pl.len()).collect().item(), max(size // ROW, 1)
         for first in range(0, max(total, 1), rows):
-            yield _table(path, scan.slice(first, rows).collect(), chosen, first)
+            yield _table(path, scan.slice(first, rows).collect(), chosen, first, total)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file that can be read: {error}") from None
 
 
-def _table(path: Path, frame: pl.DataFrame, chosen: dict[str, str], first: int) -> Table:
+def _table(path: Path, frame: pl.DataFrame, chosen: dict[str, str], first: int, total: int | None = None) -> Table:
     columns = []
     for role, column in chosen.items():
         series = frame[column]
@@ -55,4 +55,4 @@ def _table(path: Path, frame: pl.DataFrame, chosen: dict[str, str], first: int) 
             raise ValueError(f"{path}: column {column!r} must hold strings or integers, got {series.dtype}{hint}")
         columns.append(series.alias(role))
     numbers = np.arange(first + 1, first + 1 + len(frame))
-    return Table(pl.DataFrame(columns), numbers, unit="row", read=first + len(frame))
+    return Table(pl.DataFrame(columns), numbers, unit="row", read=first + len(frame), total=total)

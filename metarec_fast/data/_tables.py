@@ -61,6 +61,7 @@ class Table:
     text: frozenset[str] = frozenset()  # roles whose strings stand for integers if they are all canonical decimals
     rejects: Rejects = field(default_factory=Rejects)
     read: int = 0  # how much of the file was read up to the table's end: bytes, or rows of Parquet
+    total: int | None = None  # of Parquet: rows of the file
 
 
 class QuotesMislead(Exception):
