@@ -124,9 +124,8 @@ class Delimited:
         reject(records.misquoted, "misplaced quote")
         reject(records.fields != width, lambda r: f"expected {width} fields, got {records.fields[r]}")
         if b"\r" in data:
-            reject(
-                records.count((records.buffer == CARRIAGE_RETURN) & records.outside) > 0, "carriage return in the row"
-            )
+            stray = (records.buffer == CARRIAGE_RETURN) & records.outside
+            reject(records.count(stray) > 0, "carriage return in the row")
         if not data.isascii():
             reject(records.not_utf8(), "not UTF-8")
 
@@ -254,5 +253,5 @@ class _Records:
         keep = np.zeros(len(self.ends), bool)
         keep[records] = True
         if keep[1:].all():
-            return self._data[self._lengths[0] :]
+            return self._data if keep[0] else self._data[self._lengths[0] :]
         return self.buffer[np.repeat(keep, self._lengths)].tobytes()

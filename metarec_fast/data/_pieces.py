@@ -81,7 +81,7 @@ def pieces(path: Path, *, size: int | None, record_end: Callable[[bytes], int]) 
                 if b"\r" in data:
                     data = data.replace(b"\r\n", b"\n")
                 yield Piece(data, line, file.position)
-                line += np.count_nonzero(np.frombuffer(data, np.uint8) == NEWLINE)
+                line += int(np.count_nonzero(np.frombuffer(data, np.uint8) == NEWLINE))
             elif len(rest) > LONGEST:
                 raise ValueError(f"{path}:{line}: a row longer than {LONGEST >> 20} MiB")
             if last:

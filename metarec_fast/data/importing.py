@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -89,7 +90,7 @@ def import_file(
         log = source.spill(scratch, progress)
         writer = DomainWriter(partial)
         facts = _write_sequences(writer, log, scratch, duplicates, budget // EVENT_COST, progress)
-        scratch.rmdir()
+        shutil.rmtree(scratch)
         users, items = log.users.vocabulary(), log.items.vocabulary()
         report = ReadReport(
             path=str(path),
