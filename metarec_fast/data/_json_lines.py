@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,11 +124,13 @@ class _JsonLines:
 
 def _kind(role: str, column: str, sample: list[dict]) -> type | None:
     """The type of a column's values, or None if they have several, or one that is not expected."""
-    kinds = {type(row.get(column)) for row in sample}
-    if role == "time" and kinds == {int, float}:
-        return float
+    values = [row.get(column) for row in sample]
+    kinds = {type(value) for value in values}
     kind = kinds.pop()
-    return kind if not kinds and kind in ((str, int, float) if role == "time" else (str, int)) else None
+    if kinds or kind not in ((str, int, float) if role == "time" else (str, int)):
+        return None
+    # A number that will be rejected has no say in whether the others are whole.
+    return kind if kind is not float or all(map(math.isfinite, values)) else None
 
 
 def _json_object(line: bytes) -> tuple[dict | None, str | None]:

@@ -80,7 +80,12 @@ def usable(table: Table, *, dates: bool | None = None) -> Usable:
         if not fine.all():
             wrong = np.zeros(len(good), bool)
             wrong[left[~fine]] = True
-            reject(wrong, lambda i: f"time {_short(column[i])} is neither a finite number nor an ISO date")
+
+            def misfit(i: int) -> str:
+                value = str(column[i]) if dates else column[i]
+                return f"time {_short(value)} is neither a finite number nor an ISO date"
+
+            reject(wrong, misfit)
             times = times[fine]
     if not good.all():
         frame = frame.filter(pl.Series(good, dtype=pl.Boolean))
@@ -112,6 +117,8 @@ def _seconds(column: pl.Series, dates: bool | None) -> tuple[np.ndarray, np.ndar
     if column.dtype.is_temporal() and column.dtype not in (pl.Date, pl.Datetime):
         raise ValueError(f"time must hold numbers, strings, dates or datetimes, got {column.dtype}")
     counts = TimeCount(len(column), len(column))
+    if dates and column.dtype.is_numeric():  # numbers that a reader has parsed already
+        return np.zeros(len(column), np.int64), np.zeros(len(column), bool), counts
     if column.dtype == pl.String:
         text = column.str.strip_chars()
         whole = text.cast(pl.Int64, strict=False)
