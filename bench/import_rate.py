@@ -109,17 +109,12 @@ def measure(path: Path, folder: Path, memory: str) -> dict[str, float]:
     pl.read_csv(b"a\n1\n")  # the threads and code of polars are there
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
-    started, grouping = time.perf_counter(), []
-
-    def note(progress) -> None:
-        if progress.stage == "grouping" and not grouping:
-            grouping.append(time.perf_counter())
-
-    import_file(path, folder, memory=memory, progress=note)
+    started, used = time.perf_counter(), time.process_time()
+    import_file(path, folder, memory=memory)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
-        "reading": grouping[0] - started,  # up to the end of the first part
+        "cpu": time.process_time() - used,
         "before": before,
         "peak": status("VmHWM"),
     }
@@ -132,15 +127,17 @@ def run(rows: int, memories: list[str], parent: str | None) -> tuple[list[str], 
         path, folder = Path(scratch) / "log.csv", Path(scratch) / "domain"
         truth = write(path, rows)
         for memory in memories:
+            load = os.getloadavg()[0]
             command = [sys.executable, __file__, "--child", str(path), str(folder), memory]
             figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rate = rows / figures["seconds"] / 1e6
             domain = load_domain(folder, mmap=True, verify=True)
             problems = wrong(domain, truth)
             right &= not problems
             size, csv = sum(file.stat().st_size for file in folder.iterdir()), path.stat().st_size
             lines.append(
                 f"| {rows:,} | {csv / 1e9:.2f} | {domain.num_users:,} | {domain.num_items:,} | {memory} "
-                f"| {figures['seconds']:.1f} | {rows / figures['seconds'] / 1e6:.2f} | {figures['before'] / 1e6:.0f} "
+                f"| {load:.1f} | {figures['cpu']:.1f} | {figures['seconds']:.1f} | {rate:.2f} | {figures['before'] / 1e6:.0f} "
                 f"| {figures['peak'] / 1e6:.0f} | {size / 1e9:.2f} | {', '.join(problems) or 'yes'} |"
             )
             print(lines[-1], flush=True)
@@ -166,11 +163,12 @@ def main() -> int:
         "",
         f"By `python bench/import_rate.py` on {device}, {len(os.sched_getaffinity(0))} cores, "
         f"{versions('polars')}, commit {commit()}.",
-        "Resident sizes in MB: before is with the package, torch and polars imported; peak is the highest of the "
-        "import's process. Right: counts, order and every event agree with what was written.",
+        "Load is the machine's load average before the run, others' work on it; CPU s is user and system time of all "
+        "threads. Resident sizes in MB: before is with the package, torch and polars imported; peak is the highest of "
+        "the import's process. Right: counts, order and every event agree with what was written.",
         "",
-        "| rows | CSV, GB | users | items | memory= | s | M rows/s | before | peak | domain, GB | right |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| rows | CSV GB | users | items | memory | load | CPU s | s | M rows/s | before | peak | domain GB | right |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     right = True
     for rows in options.rows:

@@ -28,6 +28,7 @@ from metarec_fast.data.read import check_choices, lookalikes, tied_share
 PIECE = 8 << 20  # bytes of text read at a time; larger pieces outgrow the cache
 PIECE_COST = 24  # bytes of memory at work for a byte of a piece
 EVENT_COST = 96  # bytes of memory at work for an event that is sorted
+PART = 1 << 21  # events sorted at a time, at most; more outgrow the cache too
 LEAST_MEMORY = 4 << 20
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -89,7 +90,7 @@ def import_file(
         scratch.mkdir()
         log = source.spill(scratch, progress)
         writer = DomainWriter(partial)
-        facts = _write_sequences(writer, log, scratch, duplicates, budget // EVENT_COST, progress)
+        facts = _write_sequences(writer, log, scratch, duplicates, min(budget // EVENT_COST, PART), progress)
         shutil.rmtree(scratch)
         users, items = log.users.vocabulary(), log.items.vocabulary()
         report = ReadReport(
