@@ -137,8 +137,8 @@ def run(rows: int, memories: list[str], parent: str | None) -> tuple[list[str], 
             size, csv = sum(file.stat().st_size for file in folder.iterdir()), path.stat().st_size
             lines.append(
                 f"| {rows:,} | {csv / 1e9:.2f} | {domain.num_users:,} | {domain.num_items:,} | {memory} "
-                f"| {load:.1f} | {figures['cpu']:.1f} | {figures['seconds']:.1f} | {rate:.2f} | {figures['before'] / 1e6:.0f} "
-                f"| {figures['peak'] / 1e6:.0f} | {size / 1e9:.2f} | {', '.join(problems) or 'yes'} |"
+                f"| {load:.1f} | {figures['cpu']:.1f} | {figures['seconds']:.1f} | {rate:.2f} "
+                f"| {figures['before'] / 1e6:.0f} | {figures['peak'] / 1e6:.0f} | {size / 1e9:.2f} | {', '.join(problems) or 'yes'} |"
             )
             print(lines[-1], flush=True)
             for file in folder.iterdir():

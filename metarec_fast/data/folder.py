@@ -151,7 +151,7 @@ def replacing(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
             raise ValueError(f"{folder} is a file, expected a folder")
         if is_domain(folder):
             if not overwrite:
-                raise ValueError(f"{folder} holds a domain already; overwrite replaces it")
+                raise ValueError(f"{folder} holds a domain already; --overwrite (overwrite=True) replaces it")
         elif any(folder.iterdir()):
             raise ValueError(f"{folder} holds files but no domain; give an empty or a new folder")
     partial = None

@@ -375,7 +375,7 @@ def test_a_quote_that_is_never_closed_holds_no_memory(tmp_path, monkeypatch):
 def test_folders_that_are_taken(tmp_path):
     path = write_log(tmp_path / "d.csv", shuffled_log(50))
     domain = import_file(path, tmp_path / "d")
-    with pytest.raises(ValueError, match="holds a domain already; overwrite replaces it"):
+    with pytest.raises(ValueError, match="holds a domain already; --overwrite"):
         import_file(path, tmp_path / "d")
     assert import_file(path, tmp_path / "d", name="new", overwrite=True).name == "new"
     assert domain.sequences.items[0] >= 0  # the old one is mapped still
