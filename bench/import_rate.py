@@ -135,10 +135,11 @@ def run(rows: int, memories: list[str], parent: str | None) -> tuple[list[str], 
             problems = wrong(domain, truth)
             right &= not problems
             size, csv = sum(file.stat().st_size for file in folder.iterdir()), path.stat().st_size
+            verdict = ", ".join(problems) or "yes"
             lines.append(
                 f"| {rows:,} | {csv / 1e9:.2f} | {domain.num_users:,} | {domain.num_items:,} | {memory} "
                 f"| {load:.1f} | {figures['cpu']:.1f} | {figures['seconds']:.1f} | {rate:.2f} "
-                f"| {figures['before'] / 1e6:.0f} | {figures['peak'] / 1e6:.0f} | {size / 1e9:.2f} | {', '.join(problems) or 'yes'} |"
+                f"| {figures['before'] / 1e6:.0f} | {figures['peak'] / 1e6:.0f} | {size / 1e9:.2f} | {verdict} |"
             )
             print(lines[-1], flush=True)
             for file in folder.iterdir():
