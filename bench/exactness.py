@@ -336,7 +336,6 @@ def interpreted_operators() -> Operators:
 
     from metarec_fast.kernels import nearest_codeword as kernel
     from metarec_fast.kernels.vq_commit import vq_commit as commit_kernel
-
     from metarec_fast.reference.vq_commit import mean_row_error
 
     warnings.filterwarnings("ignore", "(invalid value|overflow|divide by zero) encountered", RuntimeWarning)

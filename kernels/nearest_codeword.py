@@ -21,8 +21,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from metarec_fast.kernels import _common
 from torch import Tensor
+
+from metarec_fast.kernels import _common
 
 # Up to this many terms (x - c)^2 the float64 pass alone is over before the screen's launches would be.
 _SETTLE_ALL = 1 << 26

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from metarec_fast.kernels import _common
 from torch import Tensor
+
+from metarec_fast.kernels import _common
 
 _TILE = 512  # negatives of a program: larger tiles take over 200 registers a thread
 _MAX_BLOCK_K = 256  # of them for one position

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from metarec_fast.kernels import _common
 from torch import Tensor
+
+from metarec_fast.kernels import _common
 
 _TILE = 2048  # elements of x that a program holds
 _EPS = tl.constexpr(1e-6)  # least length by which a vector is divided

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from metarec_fast.kernels import _common
 from metarec_fast.kernels.nearest_codeword import search
-from torch import Tensor
 
 _TILE = 2048  # elements of x that a program holds
 

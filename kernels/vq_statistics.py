@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from metarec_fast.kernels import _common
 from torch import Tensor
+
+from metarec_fast.kernels import _common
 
 _ROWS = 32  # rows that a program of _sum_pieces holds at once
 _MAX_PIECES = 32

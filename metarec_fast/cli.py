@@ -41,7 +41,7 @@ class Train(Config):
     """Train a recommender of one target domain with the help of source domains."""
 
     target: str
-    """A file, or the name of one in --folder."""
+    """A file, the folder that import made of one, or the name of either in --folder."""
     source: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """The same, once for each source."""
     folder: Path = Path(os.environ.get("METAREC_FAST_DATA", "."))
@@ -58,6 +58,33 @@ class Train(Config):
     """Run folder; runs/<target> if not given."""
     resume: bool = False
     """Go on from the run folder's checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Turn a file of any size into a domain's folder, memory-mapped from then on; in bounded memory."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """RecBole .inter, CSV, TSV, JSON lines or Parquet, perhaps gzipped; or a pipe, with --format."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; it comes into being whole, or not at all."""
+    user: str | None = None
+    """Column of user ids; found by its usual names if not given."""
+    item: str | None = None
+    time: str | None = None
+    name: str | None = None
+    """Name of the domain; the file's if not given."""
+    format: Literal["inter", "csv", "tsv", "jsonl", "parquet"] | None = None
+    """Told by the file's suffix if not given."""
+    separator: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: stop with file, line and reason, or skip and count them."""
+    duplicates: Literal["keep", "drop", "drop_pairs"] = "keep"
+    """Rows that repeat user, item and time: keep them, drop them, or drop all that repeat user and item."""
+    memory: str = "1GB"
+    """For the rows at work; the distinct ids come on top."""
+    overwrite: bool = False
+    """Replace the domain that the folder holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +119,14 @@ class Doctor:
     """What runs the operators here, and whether anything is missing."""
 
 
-COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "recommend": Recommend, "doctor": Doctor}
+COMMANDS = {
+    "demo": Demo,
+    "import": Import,
+    "train": Train,
+    "evaluate": Evaluate,
+    "recommend": Recommend,
+    "doctor": Doctor,
+}
 
 
 def usage() -> str:
@@ -132,13 +166,19 @@ def parse(arguments: Sequence[str]) -> object:
 
 
 def find_domain(name: str, folder: Path) -> Path:
-    """The file itself, or the one of that name in ``folder``."""
-    if Path(name).is_file():
+    """The file or the domain's folder itself, or the one of that name in ``folder``."""
+    from metarec_fast.data import is_domain
+
+    if Path(name).is_file() or is_domain(name):
         return Path(name)
+    if is_domain(folder / name):
+        return folder / name
     found = [p for s in SUFFIXES for z in ("", ".gz") if (p := folder / f"{name}{s}{z}").is_file()]
     if not found:
         known = ", ".join(s + "[.gz]" for s in SUFFIXES)
-        raise ValueError(f"domain {name!r} is neither a file nor in {folder} with one of {known}")
+        raise ValueError(
+            f"domain {name!r} is neither a file nor in {folder} with one of {known}, nor a domain's folder"
+        )
     return found[0]
 
 
@@ -261,11 +301,14 @@ def demo(command: Demo) -> int:
 
 
 def train(command: Train) -> int:
-    from metarec_fast.data import read
+    from metarec_fast.data import load_domain, read
 
     def load(name: str) -> object:
         path = find_domain(name, command.folder)
-        domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
+        if path.is_dir():
+            domain = load_domain(path)
+        else:
+            domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
         Console().print(escape(domain.summary()), highlight=False)
         return domain
 
@@ -274,6 +317,39 @@ def train(command: Train) -> int:
     methods = command.methods or (command.train.method,)
     out = command.out or Path("runs") / target.name
     return train_and_show(sources, target, config, methods, out, resume=command.resume, title=f"target {target.name}")
+
+
+def import_(command: Import) -> int:
+    from metarec_fast.data import Progress, import_file
+
+    console, started = Console(), time.perf_counter()
+    options = {f.name: getattr(command, f.name) for f in fields(Import) if f.name not in ("file", "folder")}
+
+    def terminate(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)  # what is half-written is removed then too
+    try:
+        with console.status("reading") as line:
+
+            def show(progress: Progress) -> None:
+                share = "" if progress.share is None else f" {progress.share:.0%}"
+                rate = progress.rows / (time.perf_counter() - started)
+                counted = f"{progress.rows:,} rows" + (f", {rate:,.0f} a second" if progress.stage == "reading" else "")
+                line.update(f"{progress.stage}{share}: {counted}")
+
+            domain = import_file(command.file, command.folder, **options, progress=show)
+    except KeyboardInterrupt:
+        print("metarec-fast: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    seconds = time.perf_counter() - started
+    console.print(escape(domain.summary()), highlight=False)
+    console.print(escape(str(domain.report)), highlight=False, soft_wrap=True)
+    rate = domain.report.rows / seconds
+    console.print(f"folder: {command.folder}   {seconds:.1f} s, {rate:,.0f} rows a second", highlight=False)
+    return 0
 
 
 def evaluate(command: Evaluate) -> int:
@@ -346,7 +422,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 0 if known else 2
     try:
-        run = {"demo": demo, "train": train, "evaluate": evaluate, "recommend": recommend, "doctor": doctor}
+        run = {
+            "demo": demo,
+            "import": import_,
+            "train": train,
+            "evaluate": evaluate,
+            "recommend": recommend,
+            "doctor": doctor,
+        }
         return run[arguments[0]](parse(arguments))
     except (ValueError, OSError) as error:
         print(f"metarec-fast: {error}", file=sys.stderr)

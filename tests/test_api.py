@@ -12,7 +12,7 @@ from metarec_fast.api import compare
 from metarec_fast.data import Domain, Sequences, Vocabulary
 from tests.tiny import DOMAINS, config
 
-FILES = ("metarec.json", "model.safetensors", "domain/domain.json", "domain/domain.safetensors")
+FILES = ("metarec.json", "model.safetensors", "domain/domain.json", "domain/items.npy")
 SOURCES, TARGET = DOMAINS.sources, DOMAINS.target
 
 
@@ -52,7 +52,7 @@ def test_a_saved_model_is_the_model(fitted, saved):
 
 def test_saved_files_hold_no_code_and_no_source(saved):
     files = [p for p in saved.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".json", ".safetensors"}
+    assert {p.suffix for p in files} == {".json", ".safetensors", ".npy"}
     assert not any(b"source0-i" in p.read_bytes() for p in files)
 
 

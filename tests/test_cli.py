@@ -12,7 +12,7 @@ import pytest
 from metarec_fast.api import MetaRec
 from metarec_fast.cli import COMMANDS, main
 from metarec_fast.config import Config
-from metarec_fast.data import Vocabulary
+from metarec_fast.data import Vocabulary, load_domain, read
 from tests.tiny import DOMAINS
 
 TINY = [
@@ -176,6 +176,34 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(folder, tmp_path, cap
     assert main(["train", f"--target={tmp_path / 'bad.csv'}", f"--source={folder / 'books.csv'}"]) == 2
     error = capsys.readouterr().err
     assert "bad.csv:3" in error and "Traceback" not in error
+
+
+def test_import_writes_a_domain_that_train_takes(folder, tmp_path, capsys):
+    for name in ("shop", "books"):
+        assert main(["import", str(folder / f"{name}.csv"), str(tmp_path / name), "--memory=8MB"]) == 0
+        shown = capsys.readouterr().out
+        domain, whole = load_domain(tmp_path / name), read(folder / f"{name}.csv")
+        assert domain.users == whole.users and domain.items == whole.items
+        assert f"{domain.report.rows:,} rows, 0 rejected" in shown and "rows a second" in shown
+    out = tmp_path / "run"
+    by_name, by_path = "--source=books", f"--target={tmp_path / 'shop'}"
+    options = [f"--folder={tmp_path}", f"--out={out}", *TINY, "--train.finetune-steps=4", "--methods", "target_only"]
+    assert main(["train", by_path, by_name, *options]) == 0
+    assert json.loads((out / "metrics.json").read_text())["results"]
+    assert "shop: 40 users" in capsys.readouterr().out
+
+
+def test_import_tells_what_it_left_out(tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("u,i,at\na,x,1\na,,2\nb,x,soon\n")
+    command = ["import", str(tmp_path / "d.csv"), str(tmp_path / "d"), "--user=u", "--item=i", "--time=at"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "d.csv:3: missing item" in error and not (tmp_path / "d").exists()
+    assert main([*command, "--on-error=skip", "--name=shop"]) == 0
+    shown = capsys.readouterr().out
+    assert "shop: 1 users" in shown and "3 rows, 2 rejected" in shown and "d.csv:4: time 'soon'" in shown
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

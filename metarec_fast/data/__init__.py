@@ -3,7 +3,8 @@
 from metarec_fast.data.batch import PackedBatch, PaddedBatch
 from metarec_fast.data.domain import Cases, Domain, ReadReport, Sequences, Split
 from metarec_fast.data.episodes import support_and_query
-from metarec_fast.data.folder import load_domain, save_domain
+from metarec_fast.data.folder import is_domain, load_domain, save_domain
+from metarec_fast.data.importing import Progress, import_file
 from metarec_fast.data.mixture import Mixture
 from metarec_fast.data.prefetch import Prefetch, PrefetchError
 from metarec_fast.data.read import read
@@ -22,6 +23,7 @@ __all__ = [
     "PaddedBatch",
     "Prefetch",
     "PrefetchError",
+    "Progress",
     "ReadReport",
     "Sampler",
     "Sequences",
@@ -31,6 +33,8 @@ __all__ = [
     "Vocabulary",
     "batch_buffers",
     "draw",
+    "import_file",
+    "is_domain",
     "leave_one_out",
     "limit_users",
     "load_domain",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+
+from metarec_fast.data._strings import BLOCK, PackedStrings
 
 INT64_MAX = 2**63 - 1
 INT64_MIN = -(2**63)
@@ -26,20 +27,40 @@ class Vocabulary:
     """
 
     def __init__(self, ids: Iterable[str] | Iterable[int] | np.ndarray = ()):
-        self._ids: np.ndarray | list[str] = _normalised(ids)
+        self._hold(_normalised(ids))
+        self._check_distinct()
+
+    @classmethod
+    def of_distinct(cls, ids: np.ndarray | list[str] | PackedStrings) -> Vocabulary:
+        """A vocabulary that holds ``ids`` as they are; that they are distinct is checked by the first look-up.
+
+        ids: int64 or uint64 [n], or strings. PackedStrings may be memory-mapped: they are decoded one by one as they
+        are asked for, and only a look-up by id reads them all.
+        """
+        vocabulary = cls.__new__(cls)
+        vocabulary._hold(ids)
+        return vocabulary
+
+    def _hold(self, ids: np.ndarray | list[str] | PackedStrings) -> None:
+        self._ids = ids
         self._order: np.ndarray | None = None  # integer ids: argsort, for look-up by bisection
         self._index: dict[str, int] | None = None  # string ids
-        if self.is_integer:
-            self._order = np.argsort(self._ids, kind="stable")
-            ordered = self._ids[self._order]
+
+    def _check_distinct(self) -> None:
+        """Raise ValueError for a repeated id; leaves behind what look-ups need."""
+        if self.is_integer and self._order is None:
+            order = np.argsort(self._ids, kind="stable")
+            ordered = self._ids[order]
             repeated = ordered[:-1][ordered[1:] == ordered[:-1]]
             if len(repeated):
                 raise ValueError(f"ids must be distinct, got {repeated[0]} more than once")
-        else:
-            self._index = {value: i for i, value in enumerate(self._ids)}
-            if len(self._index) != len(self._ids):
-                repeated = next(value for i, value in enumerate(self._ids) if self._index[value] != i)
+            self._order = order
+        elif not self.is_integer and self._index is None:
+            index = {value: i for i, value in enumerate(self._ids)}
+            if len(index) != len(self._ids):
+                repeated = next(value for i, value in enumerate(self._ids) if index[value] != i)
                 raise ValueError(f"ids must be distinct, got {repeated!r} more than once")
+            self._index = index
 
     @property
     def is_integer(self) -> bool:
@@ -61,7 +82,11 @@ class Vocabulary:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Vocabulary):
             return NotImplemented
-        return self.is_integer == other.is_integer and list(self) == list(other)
+        if self.is_integer != other.is_integer or len(self) != len(other):
+            return False
+        if self.is_integer:
+            return self._ids.tolist() == other._ids.tolist()
+        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
     __hash__ = None
 
@@ -73,6 +98,7 @@ class Vocabulary:
         """Indices of ids: int64 [n]. Raises ValueError naming the first id that is unknown."""
         if isinstance(ids, (str, bytes)):
             raise TypeError(f"ids must be a sequence of ids, got the single {type(ids).__name__} {ids!r}")
+        self._check_distinct()
         if self.is_integer:
             return self._encode_integers(ids)
         values = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
@@ -146,30 +172,36 @@ class Vocabulary:
         """
         if self.is_integer:
             return {"integers": self._ids.copy()}
-        parts = [value.encode() for value in self._ids]
-        offsets = np.zeros(len(parts) + 1, np.int64)
-        np.cumsum([len(part) for part in parts], out=offsets[1:])
-        return {"utf8": np.frombuffer(b"".join(parts), np.uint8).copy(), "offsets": offsets}
+        packed = self._ids
+        if not isinstance(packed, PackedStrings):
+            packed = PackedStrings.of(packed[first : first + BLOCK] for first in range(0, len(packed), BLOCK))
+        return {"utf8": packed.utf8, "offsets": packed.offsets}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Vocabulary:
-        """The inverse of `to_arrays`. Raises ValueError for arrays that `to_arrays` cannot have written."""
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], *, distinct: bool = False) -> Vocabulary:
+        """The inverse of `to_arrays`. Raises ValueError for arrays that `to_arrays` cannot have written.
+
+        distinct: take it from the caller that the ids are distinct strings or integers; the arrays are then held as
+        they are, also memory-mapped, and not read through.
+        """
         if set(arrays) == {"integers"}:
-            integers = np.asarray(arrays["integers"])
+            integers = np.asanyarray(arrays["integers"])
             if integers.dtype not in (np.int64, np.uint64) or integers.ndim != 1:
                 raise ValueError(f"integers must be int64 or uint64 [n], got {integers.dtype} {integers.shape}")
-            return cls(integers)
+            return cls.of_distinct(integers) if distinct else cls(integers)
         if set(arrays) != {"utf8", "offsets"}:
             raise ValueError(f"arrays must be integers, or utf8 and offsets, got {sorted(arrays)}")
-        utf8, offsets = np.asarray(arrays["utf8"]), np.asarray(arrays["offsets"])
+        utf8, offsets = np.asanyarray(arrays["utf8"]), np.asanyarray(arrays["offsets"])
         if utf8.dtype != np.uint8 or offsets.dtype != np.int64 or utf8.ndim != 1 or offsets.ndim != 1:
             raise ValueError(f"utf8 must be uint8 [bytes] and offsets int64 [n + 1], got {utf8.dtype}, {offsets.dtype}")
         rising = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(utf8) and (np.diff(offsets) >= 0).all()
         if not rising:
             raise ValueError(f"offsets must rise from 0 to the {len(utf8)} bytes of utf8")
-        blob, bounds = utf8.tobytes(), offsets.tolist()
+        strings = PackedStrings(utf8, offsets)
+        if distinct:
+            return cls.of_distinct(strings)
         try:
-            return cls([blob[a:b].decode() for a, b in itertools.pairwise(bounds)])
+            return cls(list(strings))
         except UnicodeDecodeError as error:
             raise ValueError(f"utf8 holds bytes that are not UTF-8: {error}") from None
 

@@ -220,6 +220,17 @@ def test_text_columns_of_canonical_integers_are_integers(file, ids, integers):
     assert list(domain.users) == ([int(v) for v in ids] if integers else ids)
 
 
+@pytest.mark.parametrize(
+    "odd", ["1.0", "1e3", "1_0", "1 0", "1x0", "1-0", "007", "0" * 9, str(2**64), "9" * 25, "1\u0660"]
+)
+def test_what_is_nearly_a_column_of_integers_is_verbatim(file, odd):
+    # past the rows that are looked at one by one, and with the digits at both ends that a look at the bytes accepts
+    ids = [str(k) for k in range(200)] + [odd]
+    domain = read(file("d.csv", "user,item,time\n" + "".join(f"{v},{v},{k}\n" for k, v in enumerate(ids))))
+    assert list(domain.users) == list(domain.items) == ids
+    assert domain.sequences.times.tolist() == list(range(201))
+
+
 @pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
 @pytest.mark.parametrize("ids", [["7", "10"], [7, 10], [2**53, 2**53 + 1], [2**64 - 1, 2**63], [2**63 - 1, -5]])
 def test_typed_formats_keep_the_type(file, name, ids):

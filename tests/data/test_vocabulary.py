@@ -145,3 +145,31 @@ def test_decoded_integers_are_plain():
 def test_damaged_arrays_are_refused(arrays):
     with pytest.raises(ValueError):
         Vocabulary.from_arrays(arrays)
+
+
+@DERANDOMIZED
+@given(st.lists(st.text(), unique=True))
+def test_packed_strings_are_the_strings(ids):
+    arrays = {key: value.copy() for key, value in Vocabulary(ids).to_arrays().items()}
+    for value in arrays.values():
+        value.flags.writeable = False
+    packed = Vocabulary.from_arrays(arrays, distinct=True)
+    assert len(packed) == len(ids) and list(packed) == ids and packed == Vocabulary(ids)
+    assert packed.decode(np.arange(len(ids))[::-1]) == ids[::-1]
+    assert packed.encode(ids).tolist() == list(range(len(ids)))
+    assert all(value in packed for value in ids) and "\0absent" not in packed
+    stored_again = packed.to_arrays()
+    assert all(np.array_equal(stored_again[key], arrays[key]) for key in arrays)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"utf8": np.array([97, 97], np.uint8), "offsets": np.array([0, 1, 2])},
+        {"integers": np.array([5, 3, 5])},
+    ],
+)
+def test_promised_distinct_ids_are_checked_by_the_first_look_up(arrays):
+    vocabulary = Vocabulary.from_arrays(arrays, distinct=True)
+    with pytest.raises(ValueError, match="distinct"):
+        vocabulary.encode(vocabulary.decode([0]))

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metarec_fast.kernels import _common, nearest_codeword, sample_negatives, vq_backward, vq_commit, vq_statistics
 
 from metarec_fast import reference
+from metarec_fast.kernels import _common, nearest_codeword, sample_negatives, vq_backward, vq_commit, vq_statistics
 from metarec_fast.ops import popularity_table, sample_shared_negatives
 from metarec_fast.ops.gpu_negatives import GpuSeenItems, sample_unseen_on_gpu
 from metarec_fast.ops.sample_negatives import sample_unseen, seen_items

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import pytest
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
 from metarec_fast.kernels.sample_negatives import Popularity, Words, sample_negatives
 from metarec_fast.kernels.vq_backward import vq_backward
 from metarec_fast.kernels.vq_commit import vq_commit
 from metarec_fast.kernels.vq_statistics import vq_statistics
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 TYPES = {
     torch.float16: "fp16",

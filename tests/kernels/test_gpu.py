@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+
+from metarec_fast import ops, reference
 from metarec_fast.kernels import nearest_codeword as kernel
 from metarec_fast.kernels.vq_commit import vq_commit
 from metarec_fast.kernels.vq_statistics import vq_statistics
-
-from metarec_fast import ops, reference
 from metarec_fast.ops import popularity_table
 from metarec_fast.ops.gpu_negatives import gpu_seen_items, sample_unseen_on_gpu
 from metarec_fast.ops.sample_negatives import sample_unseen, seen_items
