@@ -25,6 +25,8 @@ _HOMES = {
     "support_and_query": "data",
     "backend_info": "ops",
     "compare": "api",
+    "import_file": "data",
+    "load_domain": "data",
     "read": "data",
     "replace_vector_quantize": "vq",
     "synthetic": "data",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from metarec_fast.data import Prefetch as Prefetch
     from metarec_fast.data import Sampler as Sampler
     from metarec_fast.data import Sequences as Sequences
+    from metarec_fast.data import import_file as import_file
+    from metarec_fast.data import load_domain as load_domain
     from metarec_fast.data import read as read
     from metarec_fast.data import support_and_query as support_and_query
     from metarec_fast.data import synthetic as synthetic
