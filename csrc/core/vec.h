@@ -33,8 +33,41 @@ typedef double vdouble __attribute__((vector_size(METAREC_VECTOR_BYTES)));
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+[[maybe_unused]] inline vdouble load(const double* p) {
+    vdouble v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 [[maybe_unused]] inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 [[maybe_unused]] inline vfloat broadcast(float x) { return x - vfloat{}; }
+[[maybe_unused]] inline vdouble broadcast(double x) { return x - vdouble{}; }
+
+// a b + c with one rounding if the instruction set can, in vectors and alone: element for element the same bits.
+#if defined(METAREC_ISA_avx512)
+[[maybe_unused]] inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+    return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+[[maybe_unused]] inline vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
+    return (vdouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(METAREC_ISA_avx2)
+[[maybe_unused]] inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+    return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+[[maybe_unused]] inline vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
+    return (vdouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+[[maybe_unused]] inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+[[maybe_unused]] inline vdouble multiply_add(vdouble a, vdouble b, vdouble c) { return a * b + c; }
+#endif
+#if defined(METAREC_ISA_avx512) || defined(METAREC_ISA_avx2)
+[[maybe_unused]] inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+[[maybe_unused]] inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+[[maybe_unused]] inline float multiply_add(float a, float b, float c) { return a * b + c; }
+[[maybe_unused]] inline double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
 
 [[maybe_unused]] inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 [[maybe_unused]] inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
