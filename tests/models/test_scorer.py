@@ -63,7 +63,9 @@ def test_evidence_is_added_by_its_weight(model):
     asked, evidence = histories([1, 2, 3], [4, 5]), TransitionEvidence(TARGET.train)
     plain = ModelScorer(model, "target").prepare(asked)(0, 30)
     scorer = ModelScorer(model, "target", evidence=evidence, evidence_weight=2.0)
-    found = evidence(asked)(0, 30)
+    offsets, items, values = evidence(asked)
+    found = torch.zeros(2, 30)
+    found[torch.arange(2).repeat_interleave(offsets.diff()), items] = values
     assert (found > 0).any() and (found >= 0).all()
     torch.testing.assert_close(scorer.prepare(asked)(0, 30), plain + 2 * found)
     torch.testing.assert_close(scorer.prepare(asked)(10, 20), (plain + 2 * found)[:, 10:20])
