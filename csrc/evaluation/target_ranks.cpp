@@ -7,6 +7,7 @@
 #endif
 
 #include "core/vec.h"
+#include "evaluation/screen.h"
 
 namespace metarec::METAREC_ISA {
 namespace {
@@ -17,7 +18,7 @@ constexpr int kItems = 12;
 #else
 constexpr int kItems = 6;
 #endif
-constexpr int64_t kBlockBytes = 1 << 18;  // of packed rows, which stay in L2
+constexpr int64_t kBlockBytes = 1 << 19;  // of packed rows, which stay in L2
 constexpr int64_t kTileBytes = 1 << 14;   // of items, which stay in L1 with the rows of a panel
 constexpr int64_t kGroupItems = 8192;     // a task is a block of rows and so many items
 constexpr int64_t kChains = 8;            // scores computed side by side, each of them a chain of sums
@@ -55,6 +56,10 @@ inline int64_t block_rows(int64_t D) {
     return min(fitting<T>(kBlockBytes, D, kPanel<T>), 2048);
 }
 
+#if defined(__AVX512VNNI__)
+inline int64_t screen_tile(int64_t D) { return fitting<float>(kTileBytes, screen_words(D, true), kScreenItems); }
+#endif
+
 // What a thread works with. Counts of a block's rows are kept by lane; those of the target's own score are `greater`.
 template <typename T>
 struct Workspace {
@@ -63,6 +68,7 @@ struct Workspace {
     typename Lanes<T>::count* greater;
     typename Lanes<T>::count* at_least;
     typename Lanes<T>::count* finite;
+    Screen screen;  // float32 alone
     uint64_t* met;  // a bit an item, all zero between cases
     int64_t bytes;
 };
@@ -82,6 +88,20 @@ inline Workspace<T> carve(void* memory, int64_t V, int64_t D) {
     w.greater = reinterpret_cast<typename Lanes<T>::count*>(take(rows, sizeof(T)));
     w.at_least = reinterpret_cast<typename Lanes<T>::count*>(take(rows, sizeof(T)));
     w.finite = reinterpret_cast<typename Lanes<T>::count*>(take(rows, sizeof(T)));
+    w.screen = {};
+#if defined(__AVX512VNNI__)
+    if constexpr (sizeof(T) == 4) {
+        w.screen.scale = reinterpret_cast<float*>(take(rows, 4));
+        w.screen.norm = reinterpret_cast<float*>(take(rows, 4));
+        w.screen.low = reinterpret_cast<int32_t*>(take(rows, 4));
+        w.screen.high = reinterpret_cast<int32_t*>(take(rows, 4));
+        w.screen.higher = reinterpret_cast<int32_t*>(take(rows, 4));
+        w.screen.rows = reinterpret_cast<int32_t*>(w.rows);
+        const int64_t items = screen_tile(D);
+        w.screen.items = reinterpret_cast<int32_t*>(take(items * screen_words(D, true), 4));
+        w.screen.doubts = reinterpret_cast<Doubt*>(take(items * kScreenRows + kChains, sizeof(Doubt)));
+    }
+#endif
     w.met = reinterpret_cast<uint64_t*>(take(ceil_div(V, 64), 8));
     w.bytes = used;
     return w;
@@ -92,20 +112,28 @@ inline bool is_finite(T x) {
     return x - x == 0;
 }
 
-// The scores of up to kChains items for one row.
-template <typename T>
-inline void scores_of(const RankProblem<T>& p, const T* row, const int64_t* items, int64_t count, T* out) {
-    const T* at[kChains];
+// The scores of up to kChains pairs of a row of h and an item.
+template <typename T, typename Row, typename Item>
+inline void scores_of(const RankProblem<T>& p, Row row, Item item, int64_t count, T* out) {
+    const T* x[kChains];
+    const T* y[kChains];
     T sum[kChains];
     for (int64_t j = 0; j < kChains; ++j) {
-        const int64_t item = items[j < count ? j : 0];
-        at[j] = p.table + item * p.D;
-        sum[j] = p.bias == nullptr ? 0 : p.bias[item];
+        const int64_t pair = j < count ? j : 0;
+        x[j] = p.h + row(pair) * p.D;
+        y[j] = p.table + item(pair) * p.D;
+        sum[j] = p.bias == nullptr ? 0 : p.bias[item(pair)];
     }
     for (int64_t d = 0; d < p.D; ++d) {
-        for (int64_t j = 0; j < kChains; ++j) sum[j] = multiply_add(row[d], at[j][d], sum[j]);
+        for (int64_t j = 0; j < kChains; ++j) sum[j] = multiply_add(x[j][d], y[j][d], sum[j]);
     }
     for (int64_t j = 0; j < count; ++j) out[j] = sum[j];
+}
+
+// The scores of up to kChains items for one row.
+template <typename T>
+inline void scores_of_row(const RankProblem<T>& p, int64_t b, const int64_t* items, int64_t count, T* out) {
+    scores_of(p, [&](int64_t) { return b; }, [&](int64_t j) { return items[j]; }, count, out);
 }
 
 // The term that belongs to an item of a case's rising list, or null.
@@ -128,7 +156,7 @@ inline const T* find_term(const RankProblem<T>& p, int64_t b, int64_t item) {
 template <typename T>
 inline T own_score(const RankProblem<T>& p, int64_t b) {
     T own;
-    scores_of(p, p.h + b * p.D, p.targets + b, 1, &own);
+    scores_of_row(p, b, p.targets + b, 1, &own);
     const T* term = find_term(p, b, p.targets[b]);
     return term == nullptr ? own : own + *term;
 }
@@ -215,6 +243,72 @@ inline void count_tile(const RankProblem<T>& p, const Workspace<T>& w, int64_t r
     }
 }
 
+// A score is at most the norms' product and the bias: if their squares are below this, none needs a look.
+constexpr float kFar = 1e36f;
+
+#if defined(__AVX512VNNI__)
+// Computes the scores in doubt as they are defined, all of them or as many as fill the chains.
+inline void settle(const RankProblem<float>& p, const Workspace<float>& w, int64_t row_begin, bool all, Screen& s) {
+    float scores[kChains];
+    int64_t done = 0;
+    for (int64_t count; (count = min(s.num_doubts - done, kChains)) > (all ? 0 : kChains - 1); done += count) {
+        const Doubt* doubts = s.doubts + done;
+        scores_of(
+            p, [&](int64_t j) { return row_begin + doubts[j].row; }, [&](int64_t j) { return doubts[j].item; }, count,
+            scores);
+        for (int64_t j = 0; j < count; ++j) {
+            w.greater[doubts[j].row] += scores[j] > w.own[doubts[j].row];
+            w.at_least[doubts[j].row] += scores[j] >= w.own[doubts[j].row];
+        }
+    }
+    for (int64_t i = done; i < s.num_doubts; ++i) s.doubts[i - done] = s.doubts[i];
+    s.num_doubts -= done;
+}
+
+// Counts items by integers as long as these tell most scores from the targets'; returns the first that is left.
+inline int64_t screen_block(const RankProblem<float>& p, const Workspace<float>& w, int64_t row_begin, int64_t rows,
+                            int64_t item_begin, int64_t item_end) {
+    const bool has_bias = p.bias != nullptr;
+    const int64_t dim = p.D + has_bias, words = screen_words(p.D, has_bias), tile = screen_tile(p.D);
+    if (p.D < kScreenLeast || dim > kScreenMost || rows < kScreenRows) return item_begin;
+    const float* bias = has_bias ? p.bias + item_begin : nullptr;
+    const Size size = measure_items(p.table + item_begin * p.D, bias, item_end - item_begin, p.D);
+    if (!(size.norm * size.norm < kFar)) return item_begin;
+    Screen s = w.screen;
+    pack_screen(p.h + row_begin * p.D, rows, p.D, has_bias, s);
+    set_thresholds(w.own, rows, dim, size, s);
+    int64_t v = item_begin;
+    for (int64_t doubts = 0; v < item_end && doubts * 16 <= (v - item_begin) * rows;) {
+        const int64_t count = min(tile, item_end - v);
+        for (int64_t i = 0; i < count; ++i) {
+            to_integers(p.table + (v + i) * p.D, p.D, has_bias, has_bias ? p.bias[v + i] : 0.0f, scale_of(size),
+                        reinterpret_cast<int16_t*>(s.items + i * words));
+        }
+        for (int64_t r = 0; r < rows; r += kScreenRows) {
+            const int32_t* panel = s.rows + r * words;
+            const int64_t before = s.num_doubts;
+            int64_t i = 0;
+            for (; i + kScreenItems <= count; i += kScreenItems) {
+                screen_items<kScreenItems>(panel, s.items + i * words, words, s.low + r, s.high + r, s.higher + r, r,
+                                           v + i, s);
+            }
+            for (; i < count; ++i) {
+                screen_items<1>(panel, s.items + i * words, words, s.low + r, s.high + r, s.higher + r, r, v + i, s);
+            }
+            doubts += s.num_doubts - before;
+            settle(p, w, row_begin, false, s);
+        }
+        v += count;
+    }
+    settle(p, w, row_begin, true, s);
+    for (int64_t r = 0; r < rows; ++r) {
+        w.greater[r] += s.higher[r];
+        w.at_least[r] += s.higher[r];
+    }
+    return v;
+}
+#endif
+
 inline void add(int64_t* to, int64_t amount) {
 #pragma omp atomic
     *to += amount;
@@ -225,17 +319,21 @@ template <typename T>
 inline void count_block(const RankProblem<T>& p, const RankCounts& out, const Workspace<T>& w, int64_t row_begin,
                         int64_t row_end, int64_t item_begin, int64_t item_end) {
     const int64_t rows = row_end - row_begin, padded = ceil_div(rows, kPanel<T>) * kPanel<T>;
-    pack_rows(p, row_begin, row_end, w.rows);
     for (int64_t r = 0; r < padded; ++r) {
         w.own[r] = r < rows ? own_score(p, row_begin + r) : 0;
         w.greater[r] = w.at_least[r] = w.finite[r] = 0;
     }
-    // A score is at most the norms' product and the bias: far from overflow, none needs a look.
-    constexpr T kFar = 1e36f;
     const bool small_rows = sum_of_squares(p.h + row_begin * p.D, rows * p.D) < kFar;
     const int64_t tile = fitting<T>(kTileBytes, p.D, kItems);
-    int64_t unchecked = 0;
-    for (int64_t v = item_begin; v < item_end; v += tile) {
+    int64_t unchecked = 0, first = item_begin;
+#if defined(__AVX512VNNI__)
+    if constexpr (sizeof(T) == 4) {
+        if (small_rows) first = screen_block(p, w, row_begin, rows, item_begin, item_end);
+        unchecked = first - item_begin;
+    }
+#endif
+    if (first < item_end) pack_rows(p, row_begin, row_end, w.rows);
+    for (int64_t v = first; v < item_end; v += tile) {
         const int64_t end = min(v + tile, item_end);
         if (small_rows && sum_of_squares(p.table + v * p.D, (end - v) * p.D) < kFar &&
             (p.bias == nullptr || sum_of_squares(p.bias + v, end - v) < kFar)) {
@@ -255,7 +353,6 @@ inline void count_block(const RankProblem<T>& p, const RankCounts& out, const Wo
 // Takes back what no candidate added to the counts of a case, and counts the items with a term of their own again.
 template <typename T>
 inline void correct(const RankProblem<T>& p, const RankCounts& out, uint64_t* met, int64_t b) {
-    const T* row = p.h + b * p.D;
     const T own = own_score(p, b);
     int64_t greater = 0, at_least = 0, nonfinite = 0;
     auto count = [&](T score, int sign) {
@@ -267,7 +364,7 @@ inline void correct(const RankProblem<T>& p, const RankCounts& out, uint64_t* me
     const T* terms[kChains];
     T scores[kChains];
 
-    scores_of(p, row, p.targets + b, 1, scores);
+    scores_of_row(p, b, p.targets + b, 1, scores);
     count(scores[0], -1);
     nonfinite += is_finite(scores[0]) - is_finite(own);
     met[p.targets[b] >> 6] |= bit(p.targets[b]);
@@ -280,7 +377,7 @@ inline void correct(const RankProblem<T>& p, const RankCounts& out, uint64_t* me
             met[item >> 6] |= bit(item);
             items[taken++] = item;
         }
-        if (taken > 0) scores_of(p, row, items, taken, scores);
+        if (taken > 0) scores_of_row(p, b, items, taken, scores);
         for (int64_t j = 0; j < taken; ++j) count(scores[j], -1);
     }
     const int64_t added_end = p.added.offsets == nullptr ? 0 : p.added.offsets[b + 1];
@@ -292,7 +389,7 @@ inline void correct(const RankProblem<T>& p, const RankCounts& out, uint64_t* me
             terms[taken] = p.added_terms + i;
             items[taken++] = item;
         }
-        if (taken > 0) scores_of(p, row, items, taken, scores);
+        if (taken > 0) scores_of_row(p, b, items, taken, scores);
         for (int64_t j = 0; j < taken; ++j) {
             const T whole = scores[j] + *terms[j];
             count(scores[j], -1);

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from metarec_fast import _C, reference
 from metarec_fast.ops import target_ranks
 
+ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64)
 SHAPES = [
     (1, 1, 1), (2, 3, 0), (0, 5, 4), (33, 13, 1), (5, 24, 7), (70, 131, 16), (40, 300, 65), (9, 9000, 3), (2100, 40, 8),
@@ -114,6 +116,51 @@ def test_close_to_float64():
     error = error + error.gather(1, arguments["targets"][:, None])
     assert (greater >= (scores > own + error).sum(1)).all()
     assert (greater + equal <= (scores >= own - error).sum(1) - 1).all()
+
+
+def hard_problems():
+    """What a screen by integers could get wrong: (name, arguments), float32."""
+    B, V, D = 200, 3000, 64
+    torch.manual_seed(0)
+    h, table, targets = torch.randn(B, D), torch.randn(V, D), torch.randint(V, (B,))
+    near = table[:50].repeat(V // 50, 1) * (1 + 2**-20 * torch.randn(V, D))
+    spike = torch.randn(V, D) * torch.where(torch.arange(D) == 5, 1e4, 1.0)
+    zeros = h * (torch.arange(B) % 3 > 0)[:, None]
+    term = torch.arange(B + 1), targets, torch.randn(B) * 10
+    yield "normal", {"h": h, "table": table, "targets": targets}
+    yield "bias", {"h": h, "table": table, "targets": targets, "bias": torch.randn(V)}
+    yield "a bias that decides", {"h": h * 1e-3, "table": table, "targets": targets, "bias": torch.randn(V) * 100}
+    yield "near ties", {"h": h, "table": near, "targets": targets, "bias": torch.ones(V)}
+    yield "one element decides", {"h": h, "table": spike, "targets": targets}
+    yield "rows of zeros", {"h": zeros, "table": table, "targets": targets, "bias": torch.randn(V).sort().values}
+    yield "nothing but zeros", {"h": h * 0, "table": table * 0, "targets": targets}
+    yield "norms apart", {"h": h, "table": table * torch.logspace(-4, 4, V)[:, None], "targets": targets}
+    yield "tiny", {"h": h * 1e-22, "table": table * 1e-22, "targets": targets}
+    yield "large", {"h": h * 1e15, "table": table * 1e15, "targets": targets}
+    yield "target moved", {"h": h, "table": table, "targets": targets, "added": term}
+    for D in (15, 16, 17, 33, 300, 4096, 4097):
+        h, table = torch.randn(40, D), torch.randn(400, D).abs()
+        yield f"{D} elements", {"h": h, "table": table, "targets": targets[:40] % 400, "bias": torch.randn(400)}
+
+
+@pytest.mark.parametrize("name", [name for name, _ in hard_problems()])
+def test_a_score_is_compared_as_if_it_were_computed(name):
+    """Against the same call in which each item is its own catalogue: too few scores for tiles and screens."""
+    arguments = dict(hard_problems())[name]
+    actual = target_ranks(**arguments)
+    h, table, targets = (arguments[x] for x in ("h", "table", "targets"))
+    bias, added = arguments.get("bias"), arguments.get("added")
+    V = len(table)
+    for case in range(0, len(h), 23):
+        # one row with terms of zero on every item: all are taken back and counted again by their own scores
+        terms = torch.zeros(V)
+        if added is not None:
+            terms[targets[case]] = added[2][case]
+        alone = target_ranks(
+            h[case : case + 1], table, targets[case : case + 1], bias=bias,
+            added=(torch.tensor([0, V]), torch.arange(V), terms),
+        )  # fmt: skip
+        assert [int(x) for x in alone] == [int(x[case]) for x in actual]
 
 
 def test_threads_and_splits_do_not_show():
@@ -270,9 +317,29 @@ def test_every_instruction_set(isa):
     tests = [f"{__file__}::{name}" for name in (
         "test_equals_reference", "test_same_rows_tie_to_the_bit_wherever_they_lie", "test_close_to_float64",
         "test_scores_that_are_not_finite_are_counted", "test_overflow_is_counted_and_large_scores_are_not",
-        "test_threads_and_splits_do_not_show",
+        "test_threads_and_splits_do_not_show", "test_a_score_is_compared_as_if_it_were_computed",
     )]  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, env=os.environ | {"METAREC_FAST_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
-    assert "37 passed" in run.stdout
+    assert "55 passed" in run.stdout
+
+
+def test_instruction_sets_that_fuse_give_the_same_counts():
+    script = """
+import hashlib
+from metarec_fast.ops import target_ranks
+from tests.ops.test_target_ranks import hard_problems
+for name, arguments in hard_problems():
+    counts = b"".join(count.numpy().tobytes() for count in target_ranks(**arguments))
+    print(name, hashlib.sha256(counts).hexdigest())
+"""
+    digests = set()
+    for isa in _C.supported_isas():
+        if isa == "baseline":  # rounds products
+            continue
+        environment = os.environ | {"METAREC_FAST_ISA": isa}
+        run = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        digests.add(run.stdout)
+    assert len(digests) <= 1, digests

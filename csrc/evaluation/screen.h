@@ -1,0 +1,174 @@
+// Scores by integers of 16 bits, at twice the rate of float32, with a bound on their error: most scores are so far from
+// the target's that the bound says which is larger. Needs VNNI.
+//
+// Let x be a row of h followed by 1, and y an item followed by its bias, of dim elements; a and b their scales, x' and
+// y' the nearest integers of x / a and y / b. The integer product I = x'.y' is exact, and with R >= ||x||, Q >= ||y||
+// and e = .51 sqrt(dim),
+//     |score - a b I| <= E = a e (Q + b e) + R b e + g R Q + underflow,   g = (dim + 4) 2^-23:
+// integers leave out at most .51 of an element (.01 for the rounding of x / a) and a float32 sum of dim products is off
+// by less than g R Q. Scales keep ||x / a|| and ||y / b|| within kNorm, so that no sum reaches 2^31.
+#pragma once
+
+#include "core/vec.h"
+
+namespace metarec::METAREC_ISA {
+namespace {
+
+// A score that the integers leave open: row of the block, item of the table.
+struct Doubt {
+    int64_t row, item;
+};
+
+// What a thread screens a block with.
+struct Screen {
+    float* scale;     // [rows] a
+    float* norm;      // [rows] R
+    int32_t* low;     // [rows] a lower I is a lower score than the target's
+    int32_t* high;    // [rows] a higher I is a higher score
+    int32_t* higher;  // [rows] how many were
+    int32_t* rows;    // [panels, words, kScreenRows] pairs of integers
+    int32_t* items;   // [items of a tile, words]
+    Doubt* doubts;
+    int64_t num_doubts;
+};
+
+#if defined(__AVX512VNNI__)
+
+constexpr int64_t kScreenRows = 2 * kFloats;              // of a panel
+constexpr int kScreenItems = 12;                          // whose sums are in registers at a time
+constexpr int64_t kScreenLeast = 16, kScreenMost = 4096;  // elements of a row
+constexpr float kNorm = 44000.0f;                         // (kNorm + .51 sqrt(kScreenMost))^2 < 2^31
+constexpr int32_t kNever = 2147483000;                    // more than any I
+
+// Pairs of integers that hold a row: D elements, and one for the bias.
+inline int64_t screen_words(int64_t D, bool has_bias) { return (D + has_bias + 1) / 2; }
+
+struct Size {
+    float norm, largest;
+};
+
+// At least the norm of a row and its last element, and the largest of them.
+inline Size measure(const float* row, int64_t D, float last) {
+    vfloat square = {}, largest = {};
+    for (int64_t d = 0; d < D; d += kFloats) {
+        const vfloat x = load_first(row + d, D - d);
+        square += x * x;
+        largest = max(largest, max(x, -x));
+    }
+    const float rest = last < 0 ? -last : last, most = max_lane(largest);
+    const float dim = static_cast<float>(D + 1);
+    const float norm = __builtin_sqrtf(sum_lanes(square) + last * last) * (1 + (dim + 8) * 0x1p-23f);
+    return {norm + __builtin_sqrtf(dim) * 0x1p-62f, most > rest ? most : rest};  // squares may underflow
+}
+
+inline float scale_of(Size size) {
+    const float by_norm = size.norm / kNorm, by_largest = size.largest / 32767;
+    return by_norm > by_largest ? by_norm : by_largest;
+}
+
+// A row and its last element as integers of `scale`.
+inline void to_integers(const float* row, int64_t D, bool has_last, float last, float scale, int16_t* out) {
+    const float inverse = 1 / scale;
+    int64_t d = 0;
+    for (; d < D; d += kFloats) {
+        const __m512i integers = _mm512_cvtps_epi32((__m512)(load_first(row + d, D - d) * inverse));
+        const __mmask16 inside = D - d >= kFloats ? 0xFFFF : static_cast<__mmask16>((1u << (D - d)) - 1);
+        _mm512_mask_cvtepi32_storeu_epi16(out + d, inside, integers);
+    }
+    if (has_last) out[D] = static_cast<int16_t>(__builtin_rintf(last * inverse));
+    if ((D + has_last) % 2 == 1) out[D + has_last] = 0;
+}
+
+// The rows of a block, as panels; missing ones decide nothing.
+inline void pack_screen(const float* h, int64_t rows, int64_t D, bool has_bias, const Screen& s) {
+    const int64_t words = screen_words(D, has_bias);
+    int32_t row[kScreenMost / 2 + 1];
+    for (int64_t r = 0; r < (rows + kScreenRows - 1) / kScreenRows * kScreenRows; ++r) {
+        int32_t* out = s.rows + r / kScreenRows * kScreenRows * words + r % kScreenRows;
+        const bool missing = r >= rows;
+        if (!missing) {
+            const Size size = measure(h + r * D, D, has_bias ? 1.0f : 0.0f);
+            s.norm[r] = size.norm;
+            s.scale[r] = scale_of(size);
+            to_integers(h + r * D, D, has_bias, 1.0f, s.scale[r], reinterpret_cast<int16_t*>(row));
+        }
+        for (int64_t w = 0; w < words; ++w) out[w * kScreenRows] = missing ? 0 : row[w];
+        s.higher[r] = 0;
+        s.low[r] = s.high[r] = kNever;
+    }
+}
+
+// The scale b of a group of items and a bound Q on their norms.
+inline Size measure_items(const float* table, const float* bias, int64_t items, int64_t D) {
+    Size most = {};
+    for (int64_t v = 0; v < items; ++v) {
+        const Size size = measure(table + v * D, D, bias == nullptr ? 0.0f : bias[v]);
+        most.norm = size.norm > most.norm ? size.norm : most.norm;
+        most.largest = size.largest > most.largest ? size.largest : most.largest;
+    }
+    return most;
+}
+
+// Which integer products decide, for rows of these targets' scores and items of this size.
+inline void set_thresholds(const float* own, int64_t rows, int64_t dim, Size items, const Screen& s) {
+    const double b = scale_of(items), Q = items.norm, e = 0.51 * __builtin_sqrt(static_cast<double>(dim));
+    const double g = static_cast<double>(dim + 4) * 0x1p-23;
+    auto bounded = [](double x) { return !(x > -kNever) ? -kNever : x > kNever ? kNever : static_cast<int32_t>(x); };
+    for (int64_t r = 0; r < rows; ++r) {
+        const double a = s.scale[r], R = s.norm[r];
+        const double E = 1.001 * (a * e * (Q + b * e) + R * b * e + g * R * Q + 1e-35);
+        s.low[r] = bounded(__builtin_ceil((own[r] - E) / (a * b)));
+        s.high[r] = bounded(__builtin_floor((own[r] + E) / (a * b)));
+    }
+}
+
+// Counts the items of a tile that are surely higher for the rows of a panel; others that may be as high are doubts.
+template <int N>
+[[gnu::always_inline]] inline void screen_items(const int32_t* __restrict rows, const int32_t* __restrict items,
+                                                int64_t words, const int32_t* low, const int32_t* high, int32_t* higher,
+                                                int64_t first_row, int64_t first_item, Screen& s) {
+    vint sum[N][2] = {};
+    for (int64_t w = 0; w < words; ++w, rows += kScreenRows, ++items) {
+        const __m512i x0 = _mm512_loadu_si512(rows), x1 = _mm512_loadu_si512(rows + kFloats);
+#pragma GCC unroll 12
+        for (int i = 0; i < N; ++i) {
+            const __m512i item = _mm512_set1_epi32(items[i * words]);
+            sum[i][0] = (vint)_mm512_dpwssd_epi32((__m512i)sum[i][0], x0, item);
+            sum[i][1] = (vint)_mm512_dpwssd_epi32((__m512i)sum[i][1], x1, item);
+        }
+    }
+    uint32_t open[N], any = 0;
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i count[2], below[2], above[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+        count[j] = _mm512_loadu_si512(higher + j * kFloats);
+        below[j] = _mm512_loadu_si512(low + j * kFloats);
+        above[j] = _mm512_loadu_si512(high + j * kFloats);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < N; ++i) {
+        open[i] = 0;
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const __mmask16 high_lanes = _mm512_cmpgt_epi32_mask((__m512i)sum[i][j], above[j]);
+            count[j] = _mm512_mask_add_epi32(count[j], high_lanes, count[j], one);
+            const __mmask16 possible = _mm512_cmpge_epi32_mask((__m512i)sum[i][j], below[j]);
+            open[i] |= static_cast<uint32_t>(_kandn_mask16(high_lanes, possible)) << (j * kFloats);
+        }
+        any |= open[i];
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) _mm512_storeu_si512(higher + j * kFloats, count[j]);
+    if (any == 0) return;
+    for (int i = 0; i < N; ++i) {
+        for (uint32_t rest = open[i]; rest != 0; rest &= rest - 1) {
+            s.doubts[s.num_doubts++] = {first_row + __builtin_ctz(rest), first_item + i};
+        }
+    }
+}
+
+#endif
+
+}  // namespace
+}  // namespace metarec::METAREC_ISA
