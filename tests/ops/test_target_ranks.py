@@ -310,6 +310,31 @@ def test_bad_arguments(change, error, message):
         target_ranks(**problem(7, 20, 6) | change)
 
 
+def test_memory_does_not_grow_with_the_scores():
+    """256 cases and 10 million items: the scores would take 10 GB, and a copy of the table 640 MB."""
+    script = """
+import resource, torch
+from metarec_fast.ops import target_ranks
+B, V, D = 256, 10_000_000, 16
+table, h = torch.empty(V, D).random_(5), torch.empty(B, D).random_(-2, 3)
+targets, seen = torch.arange(B) * 39_000, (torch.arange(B + 1) * 2, torch.arange(2 * B) * 17_000)
+target_ranks(h, table[:1000], targets % 1000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+greater, equal, nonfinite = target_ranks(h, table, targets, seen=seen)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert not nonfinite.any()
+for case in (0, 255):
+    scores = table @ h[case]
+    scores[seen[1][2 * case : 2 * case + 2]] = -torch.inf
+    own = table[targets[case]] @ h[case]
+    assert greater[case] == (scores > own).sum() and equal[case] == int((scores == own).sum()) - (case != 0)
+print(grown)  # kilobytes
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 32 * 1024  # kilobytes
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_vnni"])
 def test_every_instruction_set(isa):
     if isa not in _C.supported_isas():
