@@ -54,6 +54,7 @@ def _cuda(
         return _reference(h, table, bias, targets, *lists)
     from metarec_fast.kernels.target_ranks import target_ranks
 
+    _check_items(len(table), targets, *lists)
     given = (h, table, bias, targets, *lists)
     return target_ranks(*(x if x is None else x.contiguous() for x in given))
 
@@ -61,6 +62,7 @@ def _cuda(
 def _reference(
     h: Tensor, table: Tensor, bias: Tensor | None, targets: Tensor, *lists: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_items(len(table), targets, *lists)
     seen, added = (None if x[0] is None else x for x in (lists[:2], lists[2:]))
     return linear_target_ranks(h, table, targets, bias=bias, seen=seen, added=added)
 
@@ -128,6 +130,30 @@ def target_ranks(
     offsets, items, terms = (None, None, None) if added is None else (added[0], added[1].long(), added[2].detach())
     run = _reference if chosen == "reference" else _op
     return TargetRanks(*run(h, table, bias, targets, seen_offsets, seen_items, offsets, items, terms))
+
+
+def _check_items(
+    V: int,
+    targets: Tensor,
+    seen_offsets: Tensor | None,
+    seen_items: Tensor | None,
+    added_offsets: Tensor | None,
+    added_items: Tensor | None,
+    _: Tensor | None,
+) -> None:
+    """What the C++ checks itself: items are addresses."""
+    for name, offsets, items in (("seen", seen_offsets, seen_items), ("added", added_offsets, added_items)):
+        if offsets is not None and (offsets[0] != 0 or offsets[-1] != len(items) or (offsets.diff() < 0).any()):
+            raise ValueError(f"offsets must rise from 0 to the number of rows ({len(items)})")
+        if offsets is not None and name == "added":
+            cases = torch.arange(len(offsets) - 1, device=items.device).repeat_interleave(offsets.diff())
+            if ((items.diff() <= 0) & (cases.diff() == 0)).any():
+                raise ValueError("added items must rise within each case")
+    for name, items in (("targets", targets), ("seen items", seen_items), ("added items", added_items)):
+        if items is not None and ((items < 0) | (items >= V)).any():
+            raise ValueError(
+                f"{name} must lie in [0, {V}), the rows of table, got {int(items.min())} to {int(items.max())}"
+            )
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from metarec_fast.kernels import _common, nearest_codeword, vq_backward, vq_commit, vq_statistics
+from metarec_fast.kernels import _common, nearest_codeword, target_ranks, vq_backward, vq_commit, vq_statistics
 
 from metarec_fast import reference
 
@@ -234,3 +234,34 @@ def test_backward(shape, rotation, given):
     found = vq_backward.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
     expected = reference.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (0, 5, 4), (70, 200, 16), (5, 130, 33), (3, 9, 0)], ids=str)
+@pytest.mark.parametrize("with_all", [False, True])
+@pytest.mark.parametrize("tiles", [1, 256])
+def test_target_ranks(monkeypatch, shape, with_all, tiles):
+    # integers, so that no order of sums shows, and ties are real
+    monkeypatch.setattr(target_ranks, "_TILES", tiles)
+    (B, V, D), draw = shape, lambda *size: torch.randint(-2, 3, size).float()
+    h, table, targets = draw(B, D), draw(V, D), torch.randint(V, (B,))
+    bias = seen = added = None
+    if with_all:
+        offsets = torch.arange(B + 1) * 3
+        bias, seen = draw(V), (offsets, torch.randint(V, (3 * B,)))
+        seen[1][::7] = targets[: len(seen[1][::7])] if B else seen[1][::7]
+        items = torch.stack([torch.randperm(max(V, 3))[:3].sort().values for _ in range(B)]) if B else offsets[:0]
+        added = (offsets, items.flatten(), draw(3 * B)) if V >= 3 else None
+    lists = (*(seen or (None, None)), *(added or (None, None, None)))
+    found = target_ranks.target_ranks(h, table, bias, targets, *lists)
+    expected = reference.linear_target_ranks(h, table, targets, bias=bias, seen=seen, added=added)
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours, right)
+
+
+def test_target_ranks_count_what_is_not_finite():
+    h, table, targets = torch.randn(5, 8), torch.randn(90, 8), torch.arange(5)
+    h[1, 2], h[3, 0] = float("nan"), 1.0
+    table[70, 0] = float("inf")
+    added = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([2, 30]), torch.tensor([float("inf"), float("nan")])
+    *_, nonfinite = target_ranks.target_ranks(h, table, None, targets, None, None, *added)
+    assert nonfinite.tolist() == [1, 90, 2, 2, 1]
