@@ -267,6 +267,23 @@ def test_explicit_backends():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"targets": torch.tensor([0, 1, 2, 20, 4, 5, 6])},
+            r"targets must lie in \[0, 20\), the rows of table, got 0 to",
+        ),
+        ({"seen": csr([[0], [-1], [], [], [], [], []])}, r"seen items must lie in \[0, 20\)"),
+        ({"seen": (torch.zeros(8).long(), torch.zeros(2).long())}, "offsets must rise from 0 to the number of rows"),
+        ({"added": (*csr([[0], [5, 5], [], [], [], [], []]), torch.zeros(3))}, "added items must rise within each"),
+    ],
+)
+def test_other_backends_check_what_the_extension_checks(change, message):
+    with pytest.raises(ValueError, match=message):
+        target_ranks(**problem(7, 20, 6) | change, backend="reference")
+
+
+@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"h": torch.zeros(7, 6).bfloat16()}, TypeError, "h must be float32 or float64, got bfloat16"),
