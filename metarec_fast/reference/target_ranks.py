@@ -52,8 +52,8 @@ def _count(scores: Tensor, targets: Tensor, seen: tuple[Tensor, Tensor] | None) 
     candidate = torch.ones_like(scores, dtype=torch.bool)
     if seen is not None:
         offsets, items = seen
-        for case in range(len(targets)):
-            candidate[case, items[offsets[case] : offsets[case + 1]].long()] = False
+        cases = torch.arange(len(targets), device=items.device).repeat_interleave(offsets.diff())
+        candidate[cases, items.long()] = False
     candidate.scatter_(1, targets[:, None], False)
     own = scores.gather(1, targets[:, None])
     return ((scores > own) & candidate).sum(1), ((scores == own) & candidate).sum(1)
