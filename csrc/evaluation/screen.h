@@ -98,11 +98,13 @@ inline void pack_screen(const float* h, int64_t rows, int64_t D, bool has_bias, 
     }
 }
 
-// The scale b of a group of items and a bound Q on their norms.
+// A bound Q on the norms of a group of items, and their largest element: its scale is that of the group. Of an item
+// that is not finite, its own norm, which no comparison with a bound passes.
 inline Size measure_items(const float* table, const float* bias, int64_t items, int64_t D) {
     Size most = {};
     for (int64_t v = 0; v < items; ++v) {
         const Size size = measure(table + v * D, D, bias == nullptr ? 0.0f : bias[v]);
+        if (!(size.norm < __builtin_inff())) return size;
         most.norm = size.norm > most.norm ? size.norm : most.norm;
         most.largest = size.largest > most.largest ? size.largest : most.largest;
     }

@@ -12,6 +12,9 @@ from metarec_fast.ops._register import Backend, check_tensor, choose_backend, de
 from metarec_fast.reference.target_ranks import linear_target_ranks
 
 
+_REFERENCE_SCORES = 1 << 26  # that exist at a time where no kernel runs
+
+
 class TargetRanks(NamedTuple):
     """int64 [B] each: candidates that score above the target, candidates that score the same, scores not finite."""
 
@@ -63,8 +66,20 @@ def _reference(
     h: Tensor, table: Tensor, bias: Tensor | None, targets: Tensor, *lists: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_items(len(table), targets, *lists)
-    seen, added = (None if x[0] is None else x for x in (lists[:2], lists[2:]))
-    return linear_target_ranks(h, table, targets, bias=bias, seen=seen, added=added)
+    parts = []
+    step = max(1, _REFERENCE_SCORES // max(1, len(table)))
+    for begin in range(0, max(1, len(h)), step):
+        rows = slice(begin, begin + step)
+        seen, added = (None if x[0] is None else _of_cases(rows, *x) for x in (lists[:2], lists[2:]))
+        parts.append(linear_target_ranks(h[rows], table, targets[rows], bias=bias, seen=seen, added=added))
+    return tuple(torch.cat(counts) for counts in zip(*parts, strict=True))
+
+
+def _of_cases(rows: slice, offsets: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """The part of a CSR that belongs to these cases."""
+    offsets = offsets[rows.start : rows.stop + 1]
+    mine = slice(int(offsets[0]), int(offsets[-1]))
+    return offsets - offsets[0], *(x[mine] for x in values)
 
 
 _op = define(

@@ -190,8 +190,9 @@ def test_threads_and_splits_do_not_show():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite_are_counted(value, dtype):
-    arguments = problem(70, 300, 5, dtype=dtype, added=False)
+@pytest.mark.parametrize("D", [5, 64])
+def test_scores_that_are_not_finite_are_counted(D, value, dtype):
+    arguments = problem(70, 300, D, dtype=dtype, added=False)
     arguments["h"][3, 2] = value
     arguments["h"][4:, 0] = 1
     for item in (17, 290, int(arguments["targets"][9])):
@@ -205,13 +206,19 @@ def test_scores_that_are_not_finite_are_counted(value, dtype):
     assert torch.equal(actual.greater[sound], expected[0][sound])
 
 
-@pytest.mark.parametrize("where", ["bias", "added", "the target's term"])
-def test_bias_and_terms_that_are_not_finite_are_counted(where):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["h", "table", "bias"])
+def test_one_value_that_is_not_finite_does_not_pass_a_screen(where, value):
+    arguments = plain()
+    arguments[where].view(-1)[-3] = value
+    bad = torch.zeros(300, 2000, dtype=torch.bool)
+    bad[-1 if where == "h" else slice(None), {"h": slice(None), "table": -1, "bias": -3}[where]] = True
+    assert torch.equal(target_ranks(**arguments).nonfinite, bad.sum(1))
+
+
+@pytest.mark.parametrize("where", ["added", "the target's term"])
+def test_terms_that_are_not_finite_are_counted(where):
     arguments = problem(20, 60, 5, seen=False)
-    if where == "bias":
-        arguments["bias"][33] = float("nan")
-        assert (target_ranks(**arguments).nonfinite == 1).all()
-        return
     target = int(arguments["targets"][4])
     item = target if where != "added" else (target + 1) % 60
     arguments["added"] = torch.tensor([0] * 5 + [1] * 16), torch.tensor([item]), torch.tensor([float("inf")])
@@ -256,10 +263,13 @@ def test_compiled_and_not_differentiated():
     assert not target_ranks(**arguments).greater.requires_grad
 
 
-def test_explicit_backends():
+def test_explicit_backends(monkeypatch):
     arguments = problem(7, 20, 6)
     for backend in ("cpu", "reference"):
         check(arguments, backend=backend)
+    monkeypatch.setattr(sys.modules[target_ranks.__module__], "_REFERENCE_SCORES", 3 * 20)  # of three cases at a time
+    for case in (arguments, problem(7, 20, 6, seen=False, added=False), problem(0, 20, 6)):
+        check(case, backend="reference")
     with pytest.raises(RuntimeError, match="backend='triton' needs tensors on a CUDA device"):
         target_ranks(**arguments, backend="triton")
     with pytest.raises(RuntimeError, match="target_ranks has no Triton kernel"):
