@@ -139,33 +139,27 @@ template <int N>
             sum[i][1] = (vint)_mm512_dpwssd_epi32((__m512i)sum[i][1], x1, item);
         }
     }
-    uint32_t open[N], any = 0;
     const __m512i one = _mm512_set1_epi32(1);
-    __m512i count[2], below[2], above[2];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-        count[j] = _mm512_loadu_si512(higher + j * kFloats);
-        below[j] = _mm512_loadu_si512(low + j * kFloats);
-        above[j] = _mm512_loadu_si512(high + j * kFloats);
-    }
+        const __m512i least = _mm512_loadu_si512(low + j * kFloats), most = _mm512_loadu_si512(high + j * kFloats);
+        __m512i above = _mm512_setzero_si512(), possible = _mm512_setzero_si512();
 #pragma GCC unroll 12
-    for (int i = 0; i < N; ++i) {
-        open[i] = 0;
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            const __mmask16 high_lanes = _mm512_cmpgt_epi32_mask((__m512i)sum[i][j], above[j]);
-            count[j] = _mm512_mask_add_epi32(count[j], high_lanes, count[j], one);
-            const __mmask16 possible = _mm512_cmpge_epi32_mask((__m512i)sum[i][j], below[j]);
-            open[i] |= static_cast<uint32_t>(_kandn_mask16(high_lanes, possible)) << (j * kFloats);
+        for (int i = 0; i < N; ++i) {
+            const __m512i product = (__m512i)sum[i][j];
+            above = _mm512_mask_add_epi32(above, _mm512_cmpgt_epi32_mask(product, most), above, one);
+            possible = _mm512_mask_add_epi32(possible, _mm512_cmpge_epi32_mask(product, least), possible, one);
         }
-        any |= open[i];
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) _mm512_storeu_si512(higher + j * kFloats, count[j]);
-    if (any == 0) return;
-    for (int i = 0; i < N; ++i) {
-        for (uint32_t rest = open[i]; rest != 0; rest &= rest - 1) {
-            s.doubts[s.num_doubts++] = {first_row + __builtin_ctz(rest), first_item + i};
+        int32_t* count = higher + j * kFloats;
+        _mm512_storeu_si512(count, _mm512_add_epi32(_mm512_loadu_si512(count), above));
+        if (_mm512_cmpneq_epi32_mask(above, possible) == 0) continue;
+#pragma GCC unroll 12
+        for (int i = 0; i < N; ++i) {
+            const __m512i product = (__m512i)sum[i][j];
+            const __mmask16 open = _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(product, least), product, most);
+            for (uint32_t rest = open; rest != 0; rest &= rest - 1) {
+                s.doubts[s.num_doubts++] = {first_row + j * kFloats + __builtin_ctz(rest), first_item + i};
+            }
         }
     }
 }
