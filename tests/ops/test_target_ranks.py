@@ -24,6 +24,13 @@ def csr(rows, dtype=torch.int64):
     return offsets, torch.tensor([i for row in rows for i in row], dtype=dtype)
 
 
+def beginnings(items, most):
+    """Some of the first items of each row, as CSR."""
+    lengths = torch.randint(0, most + 1, (len(items),))
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    return offsets, items[torch.arange(items.shape[1]) < lengths[:, None]]
+
+
 def problem(B, V, D, *, seed=0, dtype=torch.float32, bias=True, seen=True, added=True):
     """Small integers, so that no sum rounds and ties are real; histories unordered, repeated, often with the target."""
     torch.manual_seed(seed)
@@ -33,12 +40,14 @@ def problem(B, V, D, *, seed=0, dtype=torch.float32, bias=True, seen=True, added
     if bias:
         arguments["bias"] = draw(V)
     if seen:
-        lengths = torch.randint(0, 21, (B,)).tolist()
-        rows = [torch.randint(V, (n,)).tolist() + [t] * (n % 3) for n, t in zip(lengths, targets.tolist(), strict=True)]
-        arguments["seen"] = csr(rows)
+        items = torch.randint(V, (B, 20))
+        items[:, 3:5] = torch.where(torch.rand(B, 2) < 0.5, targets[:, None], items[:, 3:5])
+        arguments["seen"] = beginnings(items, 20)
     if added:
-        rows = [torch.randperm(V)[: torch.randint(0, 12, (1,))].sort().values.tolist() for _ in range(B)]
-        offsets, items = csr(rows)
+        most = min(V, 11)
+        offsets, items = beginnings(torch.rand(B, V).topk(most).indices, most)
+        cases = torch.arange(B).repeat_interleave(offsets.diff())
+        items = (cases * V + items).sort().values % V
         arguments["added"] = offsets, items, draw(len(items))
     return arguments
 
