@@ -1,5 +1,5 @@
 // Scores by integers of 16 bits, at twice the rate of float32, with a bound on their error: most scores are so far from
-// the target's that the bound says which is larger. Needs VNNI.
+// the target's that the bound says which is larger.
 //
 // Let x be a row of h followed by 1, and y an item followed by its bias, of dim elements; a and b their scales, x' and
 // y' the nearest integers of x / a and y / b. The integer product I = x'.y' is exact, and with R >= ||x||, Q >= ||y||
@@ -23,7 +23,7 @@ struct Doubt {
 struct Screen {
     float* scale;     // [rows] a
     float* norm;      // [rows] R
-    int32_t* low;     // [rows] a lower I is a lower score than the target's
+    int32_t* low;     // [rows] this I or a lower one is a lower score than the target's
     int32_t* high;    // [rows] a higher I is a higher score
     int32_t* higher;  // [rows] how many were
     int32_t* rows;    // [panels, words, kScreenRows] pairs of integers
@@ -32,10 +32,10 @@ struct Screen {
     int64_t num_doubts;
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(METAREC_PAIRS)
 
 constexpr int64_t kScreenRows = 2 * kFloats;              // of a panel
-constexpr int kScreenItems = 12;                          // whose sums are in registers at a time
+constexpr int kScreenItems = kFloats == 16 ? 12 : 6;      // whose sums are in registers at a time
 constexpr int64_t kScreenLeast = 16, kScreenMost = 4096;  // elements of a row
 constexpr float kNorm = 44000.0f;                         // (kNorm + .51 sqrt(kScreenMost))^2 < 2^31
 constexpr int32_t kNever = 2147483000;                    // more than any I
@@ -68,12 +68,16 @@ inline float scale_of(Size size) {
 
 // A row and its last element as integers of `scale`.
 inline void to_integers(const float* row, int64_t D, bool has_last, float last, float scale, int16_t* out) {
-    const float inverse = 1 / scale;
-    int64_t d = 0;
-    for (; d < D; d += kFloats) {
-        const __m512i integers = _mm512_cvtps_epi32((__m512)(load_first(row + d, D - d) * inverse));
+    const float inverse = 1 / scale, round = 12582912.0f;  // 1.5 * 2^23: the sum's lowest bits are the nearest integer
+    for (int64_t d = 0; d < D; d += kFloats) {
+        const vint integers = (vint)(load_first(row + d, D - d) * inverse + round);
+#if defined(METAREC_ISA_avx512)
         const __mmask16 inside = D - d >= kFloats ? 0xFFFF : static_cast<__mmask16>((1u << (D - d)) - 1);
-        _mm512_mask_cvtepi32_storeu_epi16(out + d, inside, integers);
+        _mm512_mask_cvtepi32_storeu_epi16(out + d, inside, (__m512i)integers);
+#else
+        for (int64_t i = 0; i < (D - d < kFloats ? D - d : kFloats); ++i)
+            out[d + i] = static_cast<int16_t>(integers[i]);
+#endif
     }
     if (has_last) out[D] = static_cast<int16_t>(__builtin_rintf(last * inverse));
     if ((D + has_last) % 2 == 1) out[D + has_last] = 0;
@@ -119,7 +123,7 @@ inline void set_thresholds(const float* own, int64_t rows, int64_t dim, Size ite
     for (int64_t r = 0; r < rows; ++r) {
         const double a = s.scale[r], R = s.norm[r];
         const double E = 1.001 * (a * e * (Q + b * e) + R * b * e + g * R * Q + 1e-35);
-        s.low[r] = bounded(__builtin_ceil((own[r] - E) / (a * b)));
+        s.low[r] = bounded(__builtin_ceil((own[r] - E) / (a * b))) - 1;
         s.high[r] = bounded(__builtin_floor((own[r] + E) / (a * b)));
     }
 }
@@ -131,34 +135,29 @@ template <int N>
                                                 int64_t first_row, int64_t first_item, Screen& s) {
     vint sum[N][2] = {};
     for (int64_t w = 0; w < words; ++w, rows += kScreenRows, ++items) {
-        const __m512i x0 = _mm512_loadu_si512(rows), x1 = _mm512_loadu_si512(rows + kFloats);
+        const vint x0 = load(rows), x1 = load(rows + kFloats);
 #pragma GCC unroll 12
         for (int i = 0; i < N; ++i) {
-            const __m512i item = _mm512_set1_epi32(items[i * words]);
-            sum[i][0] = (vint)_mm512_dpwssd_epi32((__m512i)sum[i][0], x0, item);
-            sum[i][1] = (vint)_mm512_dpwssd_epi32((__m512i)sum[i][1], x1, item);
+            const vint item = items[i * words] - vint{};
+            sum[i][0] = add_pairs(sum[i][0], x0, item);
+            sum[i][1] = add_pairs(sum[i][1], x1, item);
         }
     }
-    const __m512i one = _mm512_set1_epi32(1);
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-        const __m512i least = _mm512_loadu_si512(low + j * kFloats), most = _mm512_loadu_si512(high + j * kFloats);
-        __m512i above = _mm512_setzero_si512(), possible = _mm512_setzero_si512();
+        const vint least = load(low + j * kFloats), most = load(high + j * kFloats);
+        vint above = {}, possible = {};
 #pragma GCC unroll 12
         for (int i = 0; i < N; ++i) {
-            const __m512i product = (__m512i)sum[i][j];
-            above = _mm512_mask_add_epi32(above, _mm512_cmpgt_epi32_mask(product, most), above, one);
-            possible = _mm512_mask_add_epi32(possible, _mm512_cmpge_epi32_mask(product, least), possible, one);
+            above = count_greater(above, sum[i][j], most);
+            possible = count_greater(possible, sum[i][j], least);
         }
-        int32_t* count = higher + j * kFloats;
-        _mm512_storeu_si512(count, _mm512_add_epi32(_mm512_loadu_si512(count), above));
-        if (_mm512_cmpneq_epi32_mask(above, possible) == 0) continue;
+        store(higher + j * kFloats, load(higher + j * kFloats) + above);
+        if (lane_bits(above != possible) == 0) continue;
 #pragma GCC unroll 12
         for (int i = 0; i < N; ++i) {
-            const __m512i product = (__m512i)sum[i][j];
-            const __mmask16 open = _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(product, least), product, most);
-            for (uint32_t rest = open; rest != 0; rest &= rest - 1) {
-                s.doubts[s.num_doubts++] = {first_row + j * kFloats + __builtin_ctz(rest), first_item + i};
+            for (uint32_t open = lane_bits((sum[i][j] > least) & (sum[i][j] <= most)); open != 0; open &= open - 1) {
+                s.doubts[s.num_doubts++] = {first_row + j * kFloats + __builtin_ctz(open), first_item + i};
             }
         }
     }

@@ -56,7 +56,7 @@ inline int64_t block_rows(int64_t D) {
     return min(fitting<T>(kBlockBytes, D, kPanel<T>), 2048);
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(METAREC_PAIRS)
 inline int64_t screen_tile(int64_t D) { return fitting<float>(kTileBytes, screen_words(D, true), kScreenItems); }
 #endif
 
@@ -89,7 +89,7 @@ inline Workspace<T> carve(void* memory, int64_t V, int64_t D) {
     w.at_least = reinterpret_cast<typename Lanes<T>::count*>(take(rows, sizeof(T)));
     w.finite = reinterpret_cast<typename Lanes<T>::count*>(take(rows, sizeof(T)));
     w.screen = {};
-#if defined(__AVX512VNNI__)
+#if defined(METAREC_PAIRS)
     if constexpr (sizeof(T) == 4) {
         w.screen.scale = reinterpret_cast<float*>(take(rows, 4));
         w.screen.norm = reinterpret_cast<float*>(take(rows, 4));
@@ -246,7 +246,7 @@ inline void count_tile(const RankProblem<T>& p, const Workspace<T>& w, int64_t r
 // A score is at most the norms' product and the bias: if their squares are below this, none needs a look.
 constexpr float kFar = 1e36f;
 
-#if defined(__AVX512VNNI__)
+#if defined(METAREC_PAIRS)
 // Computes the scores in doubt as they are defined, all of them or as many as fill the chains.
 inline void settle(const RankProblem<float>& p, const Workspace<float>& w, int64_t row_begin, bool all, Screen& s) {
     float scores[kChains];
@@ -326,7 +326,7 @@ inline void count_block(const RankProblem<T>& p, const RankCounts& out, const Wo
     const bool small_rows = sum_of_squares(p.h + row_begin * p.D, rows * p.D) < kFar;
     const int64_t tile = fitting<T>(kTileBytes, p.D, kItems);
     int64_t unchecked = 0, first = item_begin;
-#if defined(__AVX512VNNI__)
+#if defined(METAREC_PAIRS)
     if constexpr (sizeof(T) == 4) {
         if (small_rows) first = screen_block(p, w, row_begin, rows, item_begin, item_end);
         unchecked = first - item_begin;
