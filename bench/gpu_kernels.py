@@ -5,7 +5,8 @@
 
 Every result is checked before it is timed. The floor is the larger of two times: each input read and each output
 written once at the card's copy bandwidth, and the products at its matrix rate (three float16 products for a float32
-lookup, one for a half type), and for negatives 12 bytes written for each. Both rates are measured here.
+lookup, one for a half type; for target_ranks those of float32 itself), and for negatives 12 bytes written for each.
+These rates are measured here.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ COLUMNS = (
     "triton",
     "commit",
 )
-KERNELS = ("nearest_codeword", "vq_commit", "vq_statistics")
+KERNELS = ("nearest_codeword", "vq_commit", "vq_statistics", "target_ranks")
 DTYPES = (torch.float32, torch.bfloat16)
 CHECKED_ROWS = 4096
 
@@ -94,6 +95,7 @@ class Rates(NamedTuple):
 
     copy: float
     product: float
+    float32: float
 
 
 def lookup_by_product(x: Tensor, codebook: Tensor) -> Tensor:
@@ -121,6 +123,25 @@ def statistics_by_atomics(x: Tensor, indices: Tensor, K: int) -> tuple[Tensor, T
     return counts, sums.view(H, K, D)
 
 
+def ranks_by_product(h: Tensor, table: Tensor, targets: Tensor, *, chunk: int = 8192) -> Tensor:
+    """Counts, from the scores of some rows at a time."""
+    greater = []
+    for rows, target in zip(h.split(chunk), targets.split(chunk), strict=True):
+        scores = rows @ table.T
+        greater.append((scores > scores.gather(1, target[:, None])).sum(1))
+    return torch.cat(greater)
+
+
+def hits_by_topk(h: Tensor, table: Tensor, targets: Tensor, *, chunk: int = 8192) -> Tensor:
+    """What evaluations do that ask for the first ten only."""
+    pairs = zip(h.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([(rows @ table.T).topk(10).indices == target[:, None] for rows, target in pairs])
+
+
+def applies(kernel: str, shape: Shape, dtype: torch.dtype) -> bool:
+    return kernel != "target_ranks" or (shape.H == 1 and dtype == torch.float32)
+
+
 def our_kernel(kernel: str, device: str) -> Callable:
     """The Triton launcher on a card, the operator's CPU kernel in a dry run."""
     if device == "cpu":
@@ -146,6 +167,12 @@ def providers(kernel: str, x: Tensor, codebook: Tensor, indices: Tensor) -> Iter
     K, device = codebook.shape[1], x.device.type
     ours = our_kernel(kernel, device)
     compiled = lambda f: torch.compile(f, backend="inductor" if device == "cuda" else "eager")  # noqa: E731
+    if kernel == "target_ranks":  # rows are users, codes are items, and the nearest code is the target
+        h, table, targets = x[0], codebook[0], indices[0]
+        yield "metarec_fast", lambda: ops.target_ranks(h, table, targets)
+        yield "torch product+comparison", lambda: ranks_by_product(h, table, targets)
+        yield "torch product+topk(10)", lambda: hits_by_topk(h, table, targets)
+        return
     if kernel == "vq_statistics":
         yield "metarec_fast", lambda: ours(x, indices, K)
         yield "torch one_hot", lambda: statistics_by_one_hot(x, indices, K)
@@ -162,6 +189,15 @@ def providers(kernel: str, x: Tensor, codebook: Tensor, indices: Tensor) -> Iter
 
 def check(kernel: str, result: Any, x: Tensor, codebook: Tensor, indices: Tensor) -> None:
     """Raise AssertionError unless ours is right: indices exactly, on the first and the last rows; sums to rounding."""
+    if kernel == "target_ranks":
+        for rows in (slice(0, CHECKED_ROWS), slice(-CHECKED_ROWS, None)):
+            h, table, target = x[0, rows].double(), codebook[0].double(), indices[0, rows, None]
+            scores = h @ table.T
+            own = scores.gather(1, target)
+            error = 2 * (h.shape[1] + 2) * 2.0**-24 * h.norm(dim=1)[:, None] * table.norm(dim=1).max()
+            assert (result.greater[rows] >= (scores > own + error).sum(1)).all(), "too few items above the target"
+            assert (result.greater[rows] <= (scores > own - error).sum(1)).all(), "too many items above the target"
+        return
     if kernel == "vq_statistics":
         counts, sums = result
         expected = reference.vq_statistics(x.double(), indices, codebook.shape[1])
@@ -182,6 +218,8 @@ def floor_ms(kernel: str, shape: Shape, dtype: torch.dtype, rates: Rates) -> flo
     rows, codes = H * N * D * dtype.itemsize, H * K * D * dtype.itemsize
     if kernel == "vq_statistics":
         return 1e3 * (rows + H * N * 8 + H * K * (D + 1) * 4) / rates.copy
+    if kernel == "target_ranks":
+        return 1e3 * max((rows + codes + H * N * 4 * 8) / rates.copy, 2.0 * N * K * D / rates.float32)
     moved = rows + codes + H * N * (8 + 4) + (rows if kernel == "vq_commit" else 0)
     products = 2.0 * H * N * K * D * (3 if dtype == torch.float32 else 1)
     return 1e3 * max(moved / rates.copy, products / rates.product)
@@ -255,7 +293,8 @@ def measure_rates(device: str, measure: Callable) -> Rates:
     target = torch.empty_like(source)
     copy = 2 * size / (1e-3 * measure(lambda: target.copy_(source))[0])
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-    return Rates(copy, 2 * n**3 / (1e-3 * measure(lambda: a @ b)[0]))
+    c, d = a.float(), b.float()
+    return Rates(copy, *(2 * n**3 / (1e-3 * measure(lambda p=p: p[0] @ p[1])[0]) for p in ((a, b), (c, d))))
 
 
 def commit() -> str:
@@ -280,7 +319,7 @@ def cases(device: str, only: str, rates: Rates) -> Iterator[Case]:
             codebook = torch.randn(shape.H, shape.K, shape.D, device=device).to(dtype)
             for kernel in KERNELS:
                 names = {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "shape": str(shape)}
-                if only in " ".join(names.values()):
+                if only in " ".join(names.values()) and applies(kernel, shape, dtype):
                     indices = our_kernel("nearest_codeword", device)(x, codebook)[0]
                     arguments = kernel, x, codebook, indices
                     verify = lambda result, given=arguments: check(given[0], result, *given[1:])  # noqa: E731
@@ -299,7 +338,11 @@ def run(device: str, only: str) -> Iterator[dict[str, str]]:
     measure = measure_cuda if device == "cuda" else once
     rates = measure_rates(device, measure)
     if device == "cuda":
-        print(f"copy {rates.copy / 1e12:.3g} TB/s, bfloat16 product {rates.product / 1e12:.3g} TFLOP/s", flush=True)
+        print(
+            f"copy {rates.copy / 1e12:.3g} TB/s, bfloat16 product {rates.product / 1e12:.3g} TFLOP/s, "
+            f"float32 {rates.float32 / 1e12:.3g}",
+            flush=True,
+        )
     import triton
 
     about = {

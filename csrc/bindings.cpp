@@ -30,6 +30,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return 1;
 #endif
     });
+    bind_evaluation(m);
     bind_sampler(m);
     bind_sequence(m);
     bind_vq(m);

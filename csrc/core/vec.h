@@ -8,6 +8,8 @@
 
 #if defined(METAREC_ISA_avx512) || defined(METAREC_ISA_avx2)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #if defined(METAREC_ISA_avx512)
@@ -33,8 +35,41 @@ typedef double vdouble __attribute__((vector_size(METAREC_VECTOR_BYTES)));
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+[[maybe_unused]] inline vdouble load(const double* p) {
+    vdouble v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 [[maybe_unused]] inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 [[maybe_unused]] inline vfloat broadcast(float x) { return x - vfloat{}; }
+[[maybe_unused]] inline vdouble broadcast(double x) { return x - vdouble{}; }
+
+// a b + c with one rounding if the instruction set can, in vectors and alone: element for element the same bits.
+#if defined(METAREC_ISA_avx512)
+[[maybe_unused]] inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+    return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+[[maybe_unused]] inline vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
+    return (vdouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(METAREC_ISA_avx2)
+[[maybe_unused]] inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+    return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+[[maybe_unused]] inline vdouble multiply_add(vdouble a, vdouble b, vdouble c) {
+    return (vdouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+[[maybe_unused]] inline vfloat multiply_add(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+[[maybe_unused]] inline vdouble multiply_add(vdouble a, vdouble b, vdouble c) { return a * b + c; }
+#endif
+#if defined(METAREC_ISA_avx512) || defined(METAREC_ISA_avx2)
+[[maybe_unused]] inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+[[maybe_unused]] inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+[[maybe_unused]] inline float multiply_add(float a, float b, float c) { return a * b + c; }
+[[maybe_unused]] inline double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
 
 [[maybe_unused]] inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 [[maybe_unused]] inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
@@ -111,10 +146,52 @@ alignas(64) constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
 }
 
 [[maybe_unused]] inline uint32_t lane_bits(vint mask) {
+#if defined(METAREC_ISA_avx512)
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(METAREC_ISA_avx2)
+    return _mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)mask);
+#else
     uint32_t bits = 0;
     for (int lane = 0; lane < kFloats; ++lane) bits |= (mask[lane] & 1u) << lane;
     return bits;
+#endif
 }
+
+[[maybe_unused]] inline vint load(const int32_t* p) {
+    vint v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+[[maybe_unused]] inline void store(int32_t* p, vint v) { std::memcpy(p, &v, sizeof v); }
+
+// count + 1 in the lanes in which a > b.
+[[maybe_unused]] inline vint count_greater(vint count, vint a, vint b) {
+#if defined(METAREC_ISA_avx512)
+    const __mmask16 greater = _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+    return (vint)_mm512_mask_add_epi32((__m512i)count, greater, (__m512i)count, _mm512_set1_epi32(1));
+#else
+    return count - (a > b);
+#endif
+}
+
+// sum + a b, of pairs of 16-bit integers: twice the rate of float32. Without METAREC_PAIRS there is no such
+// instruction.
+#if defined(__SSE2__)
+#define METAREC_PAIRS
+[[maybe_unused]] inline vint add_pairs(vint sum, vint a, vint b) {
+#if defined(__AVX512VNNI__)
+    return (vint)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(METAREC_ISA_avx512)
+    return sum + (vint)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(METAREC_ISA_avx2)
+    return sum + (vint)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + (vint)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+#endif
 
 // A bit for each lane in which a >= b, or a < b.
 [[maybe_unused]] inline uint32_t lanes_at_least(vfloat a, vfloat b) {

@@ -80,61 +80,29 @@ class TransitionKernel:
         weights = self.weights / (row_sums[rows] ** row * column_sums[self.columns] ** column)
         return TransitionKernel(self.offsets, self.columns, weights.astype(np.float32))
 
-    def evidence(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> Evidence:
+    def evidence(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """What the last events of each history speak for: sum over age < last of fade**age * row of that event.
 
-        The newest event has age 0. The answer is a function of a stretch of the catalogue, see `Evidence`.
+        The newest event has age 0. Sums are taken in float64, newest event first. Returns all that is not zero as CSR:
+        offsets [B+1] int64, items int64 rising in each case, float32 values.
         """
         if last < 1:
             raise ValueError(f"last must be at least 1, got {last}")
-        taken = np.minimum(histories.lengths, last)
+        V, taken = self.num_items, np.minimum(histories.lengths, last)
         case = np.repeat(np.arange(len(histories)), taken)
         age = _csr.positions(np.zeros_like(taken), taken)
-        events = histories.items[histories.offsets[1:][case] - 1 - age].astype(np.int64)
-        return Evidence(self, len(histories), case, events, float(fade) ** age)
+        offsets, columns, weights = self.rows(histories.items[histories.offsets[1:][case] - 1 - age].astype(np.int64))
+        lengths = np.diff(offsets)
+        cells = columns + np.repeat(case * V, lengths)
+        order = np.argsort(cells, kind="stable")  # of runs that rise: they are merged
+        cells = cells[order]
+        first = np.flatnonzero(np.diff(cells, prepend=-1))
+        values = (weights * np.repeat(float(fade) ** age, lengths))[order]
+        values = np.add.reduceat(values, first) if len(first) else values
+        cells = cells[first]
+        offsets = np.searchsorted(cells, np.arange(len(histories) + 1) * V)
+        return torch.from_numpy(offsets), torch.from_numpy(cells % V), torch.from_numpy(values.astype(np.float32))
 
     @cached_property
     def _rows_of_entries(self) -> np.ndarray:
         return np.repeat(np.arange(self.num_items), np.diff(self.offsets))
-
-    @cached_property
-    def keys(self) -> np.ndarray:
-        """row * V + column of every entry, ascending: where a tile begins in a row is a binary search."""
-        return self._rows_of_entries * self.num_items + self.columns
-
-
-class Evidence:
-    """``evidence(begin, end) -> float32 [B, end - begin]``: evidence of B histories for items begin to end.
-
-    0 where there is none, as for every item after an empty history. Sums are taken in float64, newest event first.
-    """
-
-    def __init__(
-        self, kernel: TransitionKernel, num_cases: int, case: np.ndarray, events: np.ndarray, strength: np.ndarray
-    ) -> None:
-        self._kernel, self._num_cases = kernel, num_cases
-        self._case, self._events, self._strength = case, events, strength
-        self._total = np.zeros(0)  # zero between calls
-
-    def __call__(self, begin: int, end: int) -> Tensor:
-        evidence = torch.zeros(self._num_cases, end - begin)
-        cells, weights = self.entries(begin, end)
-        evidence.view(-1)[cells] = weights
-        return evidence
-
-    def entries(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Where the evidence is not zero: cells of the flattened [B, end - begin], int64, and their float32 values.
-
-        A cell may come more than once, always with the same value.
-        """
-        kernel, V, width = self._kernel, self._kernel.num_items, end - begin
-        first, stop = (np.searchsorted(kernel.keys, self._events * V + bound) for bound in (begin, end))
-        lengths = stop - first
-        entries = _csr.positions(first, lengths)
-        cells = kernel.columns[entries] + np.repeat(self._case * width - begin, lengths)
-        if len(self._total) < self._num_cases * width:
-            self._total = np.zeros(self._num_cases * width)
-        np.add.at(self._total, cells, kernel.weights[entries] * np.repeat(self._strength, lengths))
-        values = self._total[cells].astype(np.float32)
-        self._total[cells] = 0
-        return torch.from_numpy(cells), torch.from_numpy(values)

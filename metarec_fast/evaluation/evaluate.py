@@ -16,7 +16,7 @@ from metarec_fast.evaluation.scorer import Scorer
 
 
 def evaluate(
-    scorer: Scorer, cases: Cases, *, mask_history: bool, protocol: str, batch_size: int = 256, tile: int = TILE
+    scorer: Scorer, cases: Cases, *, mask_history: bool, protocol: str, batch_size: int = 1024, tile: int = TILE
 ) -> Metrics:
     """Rank each case's target among all items, ``batch_size`` cases and ``tile`` items at a time.
 

@@ -54,12 +54,14 @@ class Transitions:
         return self._kernel.num_items
 
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> ScoreTile:
-        evidence = self._kernel.evidence(histories, last=self._last, fade=self._fade)
+        offsets, items, x = self._kernel.evidence(histories, last=self._last, fade=self._fade)
+        case = torch.arange(len(histories)).repeat_interleave(offsets.diff())
+        known = x.double() * (1 + 2.0**-25 * self._popularity[items])
 
         def score_tile(begin: int, end: int) -> Tensor:
             scores = (self._popularity[begin:end] - 1).repeat(len(histories), 1)
-            cells, x = evidence.entries(begin, end)
-            scores.view(-1)[cells] = x.double() * (1 + 2.0**-25 * self._popularity[begin + cells % (end - begin)])
+            here = (items >= begin) & (items < end)
+            scores[case[here], items[here] - begin] = known[here]
             return scores
 
         return score_tile

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metarec_fast import ops, reference
 from metarec_fast.evaluation.scorer import ScoreTile
+from metarec_fast.models.linear_scores import LinearScores
 
 TILE = 2048
 
@@ -38,7 +40,8 @@ def target_ranks(
     A target's own score is read from the tile that also scores its neighbours, for a separate dot product rounds
     differently; then the target is left out of the counts by its index. Items seen are left out by taking their
     counts back, which costs their number and writes nothing into the scorer's tile. Cases whose targets lie close
-    together share tiles: with all of them in one tile every tile is computed once.
+    together share tiles: with all of them in one tile every tile is computed once. `LinearScores` need no tiles: all of
+    this happens in one operator, `ops.target_ranks`.
 
     Returns greater [B] and equal [B], int64, on the device of the tiles. Same as `reference.target_ranks`.
     Raises NonFiniteScoresError, and TypeError or ValueError for arguments or tiles that do not fit.
@@ -47,6 +50,8 @@ def target_ranks(
     _check(num_items, targets, seen, tile)
     if B == 0:
         return targets.new_zeros(0), targets.new_zeros(0)
+    if isinstance(score_tile, LinearScores):
+        return _linear_target_ranks(score_tile, num_items, targets, seen)
     rows, items = _left_out(targets, seen)
     begins = torch.arange(0, num_items, tile)
     cuts = torch.searchsorted(items, torch.cat((begins, begins.new_tensor([num_items])))).tolist()
@@ -84,6 +89,31 @@ def target_ranks(
     if not total.isfinite():
         _raise_if_not_finite(score_tile, tiles, B)
     return greater, equal
+
+
+def _linear_target_ranks(
+    scores: LinearScores, num_items: int, targets: Tensor, seen: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    states, table, bias = scores.states, scores.table, scores.bias
+    if (len(states), len(table)) != (len(targets), num_items):
+        raise ValueError(f"scores must be {(len(targets), num_items)}, got {(len(states), len(table))}")
+    targets, seen = targets.to(states.device), seen and tuple(x.to(states.device) for x in seen)
+    greater, equal, nonfinite = ops.target_ranks(states, table, targets, bias=bias, seen=seen, added=scores.added)
+    if nonfinite.any():
+        case = int(nonfinite.nonzero()[0])
+        row = _scores_of_case(scores, case)
+        # at the edge of overflow the last rounding decides: if all are finite here, the largest is at fault
+        item = int(row.abs().nan_to_num(nan=torch.inf).argmax())
+        raise NonFiniteScoresError(int(nonfinite.sum()), int((nonfinite > 0).sum()), case, item, float(row[item]))
+    return greater, equal
+
+
+def _scores_of_case(scores: LinearScores, case: int) -> Tensor:
+    added = scores.added
+    if added is not None:
+        begin, end = added[0][case : case + 2].tolist()
+        added = (added[0][case : case + 2] - begin, added[1][begin:end], added[2][begin:end])
+    return reference.linear_scores(scores.states[case : case + 1], scores.table, bias=scores.bias, added=added)[0]
 
 
 def _left_out(targets: Tensor, seen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from metarec_fast.data.domain import Sequences
+from metarec_fast.models.linear_scores import LinearScores
 
 ScoreTile = Callable[[int, int], Tensor]
 """``score_tile(begin, end) -> [B, end - begin]``: float32 or float64 scores of items begin to end, higher is better.
 
 It must be a function: the same bits whenever it is asked for the same stretch. The caller never writes to what it
-returns, so it may be a view.
+returns, so it may be a view. `LinearScores` are ranked without tiles, many times as fast.
 """
 
 
@@ -56,7 +57,10 @@ class LinearScorer:
             expected = (len(histories), self._table.shape[1])
             raise ValueError(f"encode must return states of shape {expected}, got {tuple(states.shape)}")
 
-        def score_tile(begin: int, end: int) -> Tensor:
+        if self._table.dtype == torch.float32:
+            return LinearScores(states, self._table, None if self._bias is None else self._bias.float())
+
+        def score_tile(begin: int, end: int) -> Tensor:  # the table is not copied as a whole
             table_TD = self._table[begin:end].float()
             if self._bias is None:
                 return states @ table_TD.T

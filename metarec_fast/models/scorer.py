@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from metarec_fast.data.domain import Sequences
 from metarec_fast.data.transitions import TransitionKernel
+from metarec_fast.models.linear_scores import LinearScores
 from metarec_fast.models.recommender import Recommender
 
 
@@ -31,9 +30,10 @@ class TransitionEvidence:
     def __init__(self, train: Sequences) -> None:
         self.kernel = TransitionKernel.fit(train, window=5, decay=0.8).normalised(row=0.5, column=0.5)
 
-    def __call__(self, histories: Sequences) -> Callable[[int, int], Tensor]:
-        tile = self.kernel.evidence(histories, last=3, fade=0.5)
-        return lambda begin, end: torch.log1p(20 * tile(begin, end))
+    def __call__(self, histories: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """CSR (offsets [B+1], items, evidence float32): the items that have any, rising in each case."""
+        offsets, items, c = self.kernel.evidence(histories, last=3, fade=0.5)
+        return offsets, items, torch.log1p(20 * c)
 
 
 class ModelScorer:
@@ -69,15 +69,9 @@ class ModelScorer:
         return h_TD[last] * known
 
     @torch.no_grad()
-    def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> Callable[[int, int], Tensor]:
-        state_BD = self.states(histories)
-        evidence = self.evidence(histories) if self.evidence is not None and self.evidence_weight else None
-
-        def score_tile(begin: int, end: int) -> Tensor:
-            table = self.table
-            scores = torch.addmm(table.bias[begin:end], state_BD, table.weight[begin:end].T).detach()
-            if evidence is not None:
-                scores += self.evidence_weight * evidence(begin, end).to(scores)
-            return scores
-
-        return score_tile
+    def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
+        states, weight, bias = self.states(histories), self.table.weight.detach(), self.table.bias.detach()
+        if self.evidence is None or not self.evidence_weight:
+            return LinearScores(states, weight, bias)
+        offsets, items, evidence = (x.to(weight.device) for x in self.evidence(histories))
+        return LinearScores(states, weight, bias, (offsets, items, self.evidence_weight * evidence.to(weight)))

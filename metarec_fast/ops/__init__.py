@@ -15,6 +15,7 @@ from metarec_fast.ops.sample_negatives import (
     sample_shared_negatives,
 )
 from metarec_fast.ops.sampled_cross_entropy import sampled_cross_entropy
+from metarec_fast.ops.target_ranks import TargetRanks, target_ranks
 from metarec_fast.ops.vq_commit import VQCommit, vq_commit
 from metarec_fast.ops.vq_ema_update import vq_ema_update_
 from metarec_fast.ops.vq_statistics import VQStatistics, vq_statistics
@@ -24,6 +25,7 @@ __all__ = [
     "NearestCodeword",
     "PopularityTable",
     "RowBounds",
+    "TargetRanks",
     "VQCommit",
     "VQStatistics",
     "backend_info",
@@ -38,6 +40,7 @@ __all__ = [
     "sample_negatives",
     "sample_shared_negatives",
     "sampled_cross_entropy",
+    "target_ranks",
     "vq_commit",
     "vq_ema_update_",
     "vq_statistics",

@@ -4,7 +4,7 @@ from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.reference.linear_scan import linear_scan
 from metarec_fast.reference.meta_step import meta_step
 from metarec_fast.reference.nearest_codeword import nearest_codeword
-from metarec_fast.reference.target_ranks import target_ranks
+from metarec_fast.reference.target_ranks import linear_scores, linear_target_ranks, target_ranks
 from metarec_fast.reference.vq_backward import vq_backward
 from metarec_fast.reference.vq_commit import vq_commit
 from metarec_fast.reference.vq_ema_update import vq_ema_update_
@@ -13,6 +13,8 @@ from metarec_fast.reference.vq_statistics import vq_statistics
 __all__ = [
     "linear_cross_entropy",
     "linear_scan",
+    "linear_scores",
+    "linear_target_ranks",
     "meta_step",
     "nearest_codeword",
     "target_ranks",

@@ -13,7 +13,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 def test_dry_run_checks_every_provider_and_writes_nothing(tmp_path):
     command = [sys.executable, BENCH / "gpu_kernels.py", "--dry-run", "--out", tmp_path, "--only", "float32 H1"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    for kernel in ("nearest_codeword", "vq_commit", "vq_statistics"):
+    for kernel in ("nearest_codeword", "vq_commit", "vq_statistics", "target_ranks"):
         lines = [line for line in run.stdout.splitlines() if line.startswith(kernel)]
         assert "metarec_fast" in lines[0]
         assert len(lines) >= 3

@@ -1,4 +1,5 @@
 import bisect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from metarec_fast import reference
 from metarec_fast.evaluation import NonFiniteScoresError, target_ranks
+from metarec_fast.models.linear_scores import LinearScores
 
 
 def problem(B, V, *, tied, seed=0, dtype=torch.float32):
@@ -135,6 +137,55 @@ def test_bad_arguments(change, error, message):
     arguments |= change
     with pytest.raises(error, match=message):
         target_ranks(arguments.pop("score_tile"), **arguments)
+
+
+def linear_problem(B=40, V=70, D=6):
+    """Scores of small integers, terms on a few items, and their tiles without the class that is ranked at once."""
+    torch.manual_seed(0)
+    states, table, bias = (torch.randint(-3, 4, shape).float() for shape in ((B, D), (V, D), (V,)))
+    items = torch.cat([torch.randperm(V)[:5].sort().values for _ in range(B)])
+    scores = LinearScores(states, table, bias, (torch.arange(B + 1) * 5, items, torch.randint(4, (5 * B,)).float()))
+    return scores, lambda begin, end: scores(begin, end)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_linear_scores_are_ranked_as_their_tiles(added):
+    scores, tiles = linear_problem()
+    if not added:
+        scores = replace(scores, added=None)
+        tiles = scores.__call__
+    _, targets, seen = problem(40, 70, tied=True)
+    for out in (None, seen):
+        expected = target_ranks(tiles, num_items=70, targets=targets, seen=out, tile=16)
+        ours = target_ranks(scores, num_items=70, targets=targets, seen=out)
+        assert torch.equal(ours[0], expected[0])
+        assert torch.equal(ours[1], expected[1])
+    assert expected[1].any()
+
+
+@pytest.mark.parametrize("at", ["table", "added"])
+def test_non_finite_linear_scores_are_refused(at):
+    scores, tiles = linear_problem()
+    targets = torch.zeros(40, dtype=torch.int64)
+    if at == "table":
+        scores.table[31] = float("nan")
+        count, cases, case, item = 40, 40, 0, 31
+    else:
+        scores.added[2][4 * 5 + 2] = float("inf")
+        count, cases, case, item = 1, 1, 4, int(scores.added[1][4 * 5 + 2])
+    message = rf"got {count} that are not, in {cases} cases; .* case {case} .* item {item}"
+    for score_tile in (scores, tiles):
+        with pytest.raises(NonFiniteScoresError, match=message):
+            target_ranks(score_tile, num_items=70, targets=targets)
+
+
+def test_linear_scores_of_another_shape_are_refused():
+    scores, _ = linear_problem()
+    with pytest.raises(ValueError, match=r"scores must be \(40, 69\), got \(40, 70\)"):
+        target_ranks(scores, num_items=69, targets=torch.zeros(40, dtype=torch.int64))
+    half = LinearScores(scores.states.bfloat16(), scores.table.bfloat16())
+    with pytest.raises(TypeError, match="must be float32 or float64, got bfloat16"):
+        target_ranks(half, num_items=70, targets=torch.zeros(40, dtype=torch.int64))
 
 
 @pytest.mark.gpu

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarec_fast import reference
-from metarec_fast.kernels import _common, nearest_codeword, sample_negatives, vq_backward, vq_commit, vq_statistics
+from metarec_fast.kernels import (
+    _common,
+    nearest_codeword,
+    sample_negatives,
+    target_ranks,
+    vq_backward,
+    vq_commit,
+    vq_statistics,
+)
 from metarec_fast.ops import popularity_table, sample_shared_negatives
 from metarec_fast.ops.gpu_negatives import GpuSeenItems, sample_unseen_on_gpu
 from metarec_fast.ops.sample_negatives import sample_unseen, seen_items
@@ -346,3 +354,34 @@ def test_shared_negatives(popular, count):
     expected = sample_shared_negatives(num_items=50, distribution=distribution, table=table, **options)
     assert torch.equal(negatives[0], expected[0])
     torch.testing.assert_close(logq[0], expected[1], rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (0, 5, 4), (70, 200, 16), (5, 130, 33), (3, 9, 0)], ids=str)
+@pytest.mark.parametrize("with_all", [False, True])
+@pytest.mark.parametrize("tiles", [1, 256])
+def test_target_ranks(monkeypatch, shape, with_all, tiles):
+    # integers, so that no order of sums shows, and ties are real
+    monkeypatch.setattr(target_ranks, "_TILES", tiles)
+    (B, V, D), draw = shape, lambda *size: torch.randint(-2, 3, size).float()
+    h, table, targets = draw(B, D), draw(V, D), torch.randint(V, (B,))
+    bias = seen = added = None
+    if with_all:
+        offsets = torch.arange(B + 1) * 3
+        bias, seen = draw(V), (offsets, torch.randint(V, (3 * B,)))
+        seen[1][::7] = targets[: len(seen[1][::7])] if B else seen[1][::7]
+        items = torch.stack([torch.randperm(max(V, 3))[:3].sort().values for _ in range(B)]) if B else offsets[:0]
+        added = (offsets, items.flatten(), draw(3 * B)) if V >= 3 else None
+    lists = (*(seen or (None, None)), *(added or (None, None, None)))
+    found = target_ranks.target_ranks(h, table, bias, targets, *lists)
+    expected = reference.linear_target_ranks(h, table, targets, bias=bias, seen=seen, added=added)
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours, right)
+
+
+def test_target_ranks_count_what_is_not_finite():
+    h, table, targets = torch.randn(5, 8), torch.randn(90, 8), torch.arange(5)
+    h[1, 2], h[3, 0] = float("nan"), 1.0
+    table[70, 0] = float("inf")
+    added = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([2, 30]), torch.tensor([float("inf"), float("nan")])
+    *_, nonfinite = target_ranks.target_ranks(h, table, None, targets, None, None, *added)
+    assert nonfinite.tolist() == [1, 90, 2, 2, 1]

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from metarec_fast.kernels.sample_negatives import Popularity, Words, sample_negatives
+from metarec_fast.kernels.target_ranks import target_ranks
 from metarec_fast.kernels.vq_backward import vq_backward
 from metarec_fast.kernels.vq_commit import vq_commit
 from metarec_fast.kernels.vq_statistics import vq_statistics
@@ -145,6 +146,26 @@ def test_no_spills_and_room_for_two(launches, capability, dtype, D):
             if launch.constants["RESIDENT"] and capability == 90:
                 threads = 32 * launch.options["num_warps"]
                 assert 2 * threads * usage.registers <= 65536, "two programs no longer fit a multiprocessor"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("D", [16, 50, 64])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_target_ranks(launches, capability, D, with_bias):
+    h, table = torch.zeros(1000, D), torch.zeros(5000, D)
+    target_ranks(h, table, torch.zeros(5000) if with_bias else None, torch.zeros(1000, dtype=torch.int64), *[None] * 5)
+    assert [launch.kernel.__name__ for launch in launches] == ["_pair_scores", "_count", "_pair_scores"]
+    print()
+    for launch in launches[:2]:
+        usage = compile_for(launch, capability)
+        print(f"sm_{capability} D={D:<4}{launch.kernel.__name__:<14}", end="")
+        print(f"{usage.registers:4} registers {usage.stack:4} B stack {usage.shared:7} B shared memory")
+        assert usage.stack == usage.local == 0
+        assert usage.shared <= 99 * 1024
+        # one chain of multiply-adds an element: a matrix unit would add in blocks, and a score apart would differ
+        assert "fma.rn.f32" in usage.ptx
+        assert "mma" not in usage.ptx
+        assert "mul.f32" not in usage.ptx
 
 
 def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launches):

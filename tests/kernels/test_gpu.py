@@ -196,3 +196,36 @@ def test_shared_negatives_have_the_bits_of_the_cpu(popular):
     expected = ops.sample_shared_negatives(num_items=5000, distribution=distribution, table=table, **options)
     assert torch.equal(negatives[0].cpu(), expected[0])
     torch.testing.assert_close(logq[0].cpu(), expected[1], rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 300, 16), (1000, 20000, 64), (50, 3000, 257)], ids=str)
+def test_target_ranks_of_integers(shape):
+    # no sum rounds, so that all backends agree, and ties are real
+    (B, V, D), draw = shape, lambda *size: torch.randint(-2, 3, size).float()
+    h, table, bias, targets = draw(B, D), draw(V, D), draw(V), torch.randint(V, (B,))
+    offsets = torch.arange(B + 1)
+    lists = {"seen": (offsets * 5, torch.randint(V, (5 * B,))), "added": (offsets, torch.randint(V, (B,)), draw(B))}
+    expected = ops.target_ranks(h, table, targets, bias=bias, **lists)
+    on_device = {name: tuple(x.cuda() for x in csr) for name, csr in lists.items()}
+    found = ops.target_ranks(h.cuda(), table.cuda(), targets.cuda(), bias=bias.cuda(), **on_device, backend="triton")
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours.cpu(), right)
+
+
+@pytest.mark.parametrize("D", [1, 50, 64, 300])
+def test_target_ranks_ties_to_the_bit_wherever_the_row_lies(D):
+    h, table, bias = torch.randn(1000, D).cuda(), torch.randn(777, D).cuda(), torch.randn(777).cuda()
+    targets = torch.randint(777, (1000,)).cuda()
+    once = ops.target_ranks(h, table, targets, bias=bias)
+    five = ops.target_ranks(h, table.repeat(5, 1), targets, bias=bias.repeat(5))
+    assert torch.equal(five.greater, 5 * once.greater)
+    assert torch.equal(five.equal, 5 * once.equal + 4)
+    everything = (torch.arange(1001).cuda() * 777, torch.arange(777).cuda().repeat(1000))
+    for counts in ops.target_ranks(h, table, targets, bias=bias, seen=everything):
+        assert not counts.any()
+
+
+def test_target_ranks_refuses_items_outside_the_table():
+    h, table = torch.randn(3, 8).cuda(), torch.randn(20, 8).cuda()
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 20\), the rows of table, got 0 to 20"):
+        ops.target_ranks(h, table, torch.tensor([0, 20, 1]).cuda())

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from metarec_fast.data import Sequences, leave_one_out
+from metarec_fast.evaluation import evaluate
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer, TransitionEvidence, pack_recent
 from tests.tiny import DOMAINS, config
@@ -59,11 +60,31 @@ def test_without_history_the_bias_decides(model, rows):
         assert torch.equal(score, model.table("target").bias) == (not row)
 
 
+def test_ranks_are_those_of_the_scores_as_they_are_given_in_tiles(model):
+    cases = TARGET.test
+    scorer = ModelScorer(model, "target", evidence=TransitionEvidence(TARGET.train), evidence_weight=2.0)
+
+    class InTiles:
+        num_items = scorer.num_items
+
+        def prepare(self, histories, users=None):
+            scores = scorer.prepare(histories, users)
+            assert len(scores.added[1]) > 0
+            return lambda begin, end: scores(begin, end)
+
+    for masked in (False, True):
+        ours, tiles = (evaluate(s, cases, mask_history=masked, protocol="") for s in (scorer, InTiles()))
+        assert ours.greater.tolist() == tiles.greater.tolist()
+        assert ours.equal.tolist() == tiles.equal.tolist()
+
+
 def test_evidence_is_added_by_its_weight(model):
     asked, evidence = histories([1, 2, 3], [4, 5]), TransitionEvidence(TARGET.train)
     plain = ModelScorer(model, "target").prepare(asked)(0, 30)
     scorer = ModelScorer(model, "target", evidence=evidence, evidence_weight=2.0)
-    found = evidence(asked)(0, 30)
+    offsets, items, values = evidence(asked)
+    found = torch.zeros(2, 30)
+    found[torch.arange(2).repeat_interleave(offsets.diff()), items] = values
     assert (found > 0).any() and (found >= 0).all()
     torch.testing.assert_close(scorer.prepare(asked)(0, 30), plain + 2 * found)
     torch.testing.assert_close(scorer.prepare(asked)(10, 20), (plain + 2 * found)[:, 10:20])

@@ -1,0 +1,33 @@
+"""Scores that are a product of states and items: what recommenders compute, and what can be ranked without a tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LinearScores:
+    """``scores(begin, end) -> [B, end - begin]``: states @ table.T + bias for items begin to end, plus ``added``.
+
+    states: [B, D]. table: [V, D]. bias: [V]. added: CSR (offsets [B+1], items, terms) of terms that belong to few
+    items; items rise within a case.
+    """
+
+    states: Tensor
+    table: Tensor
+    bias: Tensor | None = None
+    added: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, begin: int, end: int) -> Tensor:
+        table = self.table[begin:end].T
+        scores = self.states @ table if self.bias is None else torch.addmm(self.bias[begin:end], self.states, table)
+        if self.added is not None:
+            offsets, items, terms = self.added
+            cases = torch.arange(len(self.states), device=items.device).repeat_interleave(offsets.diff())
+            here = (items >= begin) & (items < end)
+            scores[cases[here], items[here] - begin] += terms[here]
+        return scores
