@@ -145,7 +145,7 @@ def test_exponential_within_two_units_in_the_last_place():
     x = torch.cat((x, torch.tensor([-88.0, -1e30, -torch.inf])))
     _, _, actual = torch.ops.metarec_fast.linear_cross_entropy_backward(
         torch.ones(1), torch.zeros(1, 1), torch.zeros(len(x), 1), torch.tensor([len(x) - 1]), x, torch.zeros(1),
-        False, False, True,
+        -100, False, False, True,
     )  # fmt: skip
     assert actual[-3:].tolist() == [0.0, 0.0, -1.0]  # the last one is the target, from which the gradient is taken
     expected = x[:-3].double().exp()
@@ -252,11 +252,12 @@ def test_functional_gradients_inside_compiled_code():
 def test_opcheck(bias):
     h, table, bias, targets, weight = problem(5, 30, 4, bias)
     ops = torch.ops.metarec_fast
-    _, lse = ops.linear_cross_entropy(h, table, targets, bias)
+    _, lse = ops.linear_cross_entropy(h, table, targets, bias, -100)
     first = (weight, h, table, targets, bias, lse)
-    torch.library.opcheck(ops.linear_cross_entropy.default, (h, table, targets, bias))
-    torch.library.opcheck(ops.linear_cross_entropy_backward.default, (*first, True, False, True))
-    torch.library.opcheck(ops.linear_cross_entropy_double_backward.default, (*first, h, table, None, True, True, False))
+    torch.library.opcheck(ops.linear_cross_entropy.default, (h, table, targets, bias, -100))
+    torch.library.opcheck(ops.linear_cross_entropy_sum.default, (*first[1:5], weight, -100, True, False, True))
+    torch.library.opcheck(ops.linear_cross_entropy_backward.default, (*first, -100, True, False, True))
+    torch.library.opcheck(ops.linear_cross_entropy_double_backward.default, (*first, h, table, None, -100, True, True, False))
 
 
 def test_third_derivative_names_the_option():
