@@ -20,9 +20,9 @@ constexpr int kMostRows = 768;  // rows that are taken through the table togethe
 constexpr int kGroups = 16;     // fixed, so that sums do not depend on the threads
 constexpr int kLine = 16;       // floats of a cache line
 
-// Exponentials that are kept from the first pass over the table to the second: rows at most, and floats.
-constexpr int64_t kMostKeptRows = 384;
-constexpr int64_t kKept = int64_t{6} << 20;
+// Exponentials of a block's rows that are kept from the first pass over the table to the second: floats at most, what
+// a last level cache has room for. Beyond, computing them again is as fast.
+constexpr int64_t kKept = int64_t{4} << 20;
 // Below so many multiply-adds, a second thread starts later than one thread ends.
 constexpr int64_t kWorthThreads = int64_t{1} << 19;
 
@@ -30,7 +30,6 @@ static_assert(kTile % kRows == 0 && kBlock % kRows == 0 && kBlock % kCols == 0);
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t tile_count(int64_t V) { return (V + kTile - 1) / kTile; }
 inline int64_t group_count(int64_t V) { return min(kGroups, tile_count(V)); }
 
@@ -78,30 +77,28 @@ inline void multiply(const float* items, int64_t width, int64_t n, const float* 
 }
 
 // sum[t] += sum_v p[v][t] items[v]
-inline void add_to_rows(const float* p, int64_t stride, const float* items, int64_t n, int64_t rows, int64_t width,
-                        float* sum) {
+inline void add_to_rows(const float* p, const float* items, int64_t n, int64_t rows, int64_t width, float* sum) {
     for (int64_t t = 0; t < rows; t += kRows) {
         for (int64_t d = 0; d < width; d += kCols) {
-            product<true>(p + t, stride, items + d, width, n, nullptr, sum + t * width + d, width);
+            product<true>(p + t, kBlock, items + d, width, n, nullptr, sum + t * width + d, width);
         }
     }
 }
 
 // sum[v] += sum_t p[v][t] rows[t]
-inline void add_to_items(const float* p, int64_t stride, const float* rows, int64_t n, int64_t count, int64_t width,
-                         float* sum) {
+inline void add_to_items(const float* p, const float* rows, int64_t n, int64_t count, int64_t width, float* sum) {
     for (int64_t d = 0; d < width; d += kCols) {
         for (int64_t v = 0; v < n; v += kRows) {
-            product<false>(p + v * stride, stride, rows + d, width, count, nullptr, sum + v * width + d, width);
+            product<false>(p + v * kBlock, kBlock, rows + d, width, count, nullptr, sum + v * width + d, width);
         }
     }
 }
 
 // sum[v] += sum_t p[v][t]; elements of rows of padding must be 0.
-inline void add_to_bias(const float* p, int64_t stride, int64_t n, int64_t count, float* sum) {
+inline void add_to_bias(const float* p, int64_t n, int64_t count, float* sum) {
     for (int64_t v = 0; v < n; ++v) {
         vfloat row{};
-        for (int64_t t = 0; t < count; t += kFloats) row += load(p + v * stride + t);
+        for (int64_t t = 0; t < count; t += kFloats) row += load(p + v * kBlock + t);
         sum[v] += sum_lanes(row);
     }
 }
@@ -120,29 +117,24 @@ struct Arena {
     int64_t* take_integers(int64_t n) { return reinterpret_cast<int64_t*>(take(2 * n)); }
 };
 
-// Rows of a block that keep their exponentials, or 0 if not even one block's find room.
-inline int64_t kept_rows(const LinearLogits& x) {
-    const int64_t most = kKept / (tile_count(x.V) * kTile) / kBlock * kBlock;
-    if (most == 0) return 0;
-    const int64_t blocks = round_up(x.T, min(most, kMostKeptRows)) / min(most, kMostKeptRows);
-    return round_up(round_up(x.T, max(blocks, 1)) / max(blocks, 1), kBlock);  // blocks of about one size
-}
+inline bool keeps_exponentials(const LinearLogits& x) { return tile_count(x.V) * kTile * kBlock <= kKept; }
 
 struct Workspace {
-    int64_t rows;      // room for the rows of a block, and the stride between what the block has of each item
-    int64_t width;     // D in whole vectors
-    int64_t *row, *target;                             // [T] rows that are not left out, and their targets
-    float *across_h, *across_u, *along_h, *along_u;    // rows of a block, see pack_across and pack_along
-    float *lse, *weight, *target_logit, *mean;         // [rows] of a block
-    float *group_top, *group_sum, *group_h;            // [groups][rows], the last one [groups][rows][width]
-    float *tops, *kept;                                // [tiles][rows], [tiles][kTile][rows]
-    float *items, *items_w, *tile_grad;                // [groups][kTile][width]
+    int64_t rows;           // room for the rows of a block, and the stride between what the block has of each item
+    int64_t width;          // D in whole vectors
+    int64_t *row, *target;  // [T] rows that are not left out, and their targets
+    float *across_h, *across_u, *along_h, *along_u;  // rows of a block, see pack_across and pack_along
+    float *lse, *weight, *target_logit, *mean;       // [rows] of a block
+    float *group_top, *group_sum, *group_h;          // [groups][rows], the last one [groups][rows][width]
+    float *tops, *kept;                              // [tiles][kBlock], [tiles][kTile][kBlock]
+    float *items, *items_w, *tile_grad;              // [groups][kTile][width]
     int64_t floats;
 
     Workspace(const LinearLogits& x, LinearPass pass, float* memory) {
-        const bool twice = pass == LinearPass::double_backward, keeps = pass == LinearPass::sum && kept_rows(x) > 0;
+        const bool twice = pass == LinearPass::double_backward,
+                   keeps = pass == LinearPass::sum && keeps_exponentials(x);
         const int64_t tiles = tile_count(x.V), groups = group_count(x.V);
-        rows = keeps ? kept_rows(x) : min(round_up(x.T, kBlock), kMostRows);
+        rows = keeps ? kBlock : min(round_up(x.T, kBlock), kMostRows);
         width = round_up(x.D, kCols);
         Arena arena{memory};
         row = arena.take_integers(x.T);
@@ -329,8 +321,8 @@ inline void gather_softmax(const LinearLogits& x, const Workspace& w, const int6
         float* top = w.group_top + tile.group * w.rows;
         float* sum = w.group_sum + tile.group * w.rows;
         for (int64_t t = 0; t < n; t += kCols) {
-            const int64_t stride = kKeep ? w.rows : kCols;
-            float* logits = kKeep ? w.kept + tile.index * kTile * w.rows + t : space;
+            const int64_t stride = kKeep ? kBlock : kCols;
+            float* logits = kKeep ? w.kept + tile.index * kTile * kBlock + t : space;
             multiply(items, w.width, tile.padded, w.across_h + t * x.D, x.D, start, logits, stride);
             for_each_target(target, t, min(t + kCols, n), tile,
                             [&](int64_t v, int64_t t1) { w.target_logit[t1] = logits[v * stride + t1 - t]; });
@@ -343,7 +335,7 @@ inline void gather_softmax(const LinearLogits& x, const Workspace& w, const int6
             add_exponentials<kKeep>(logits, stride, tile.padded, top + t, sum + t);
             if (kKeep) {
                 for (int64_t j = 0; j < kCols; j += kFloats) {
-                    store(w.tops + tile.index * w.rows + t + j, load(top + t + j));
+                    store(w.tops + tile.index * kBlock + t + j, load(top + t + j));
                 }
             }
         }
@@ -379,7 +371,6 @@ inline void gather_gradients(const LinearLogits& x, const Workspace& w, const in
                              const LinearGradients& out) {
     for_each_tile(x, n, [&](const Tile& tile) {
         alignas(64) float space[kTile * kBlock], start[kTile], scale[kBlock];
-        const int64_t stride = kKept ? w.rows : kBlock;
         const float* items = tile_rows(x.table, tile, x.D, w.width, w.items + tile.group * kTile * w.width);
         float* grad_items =
             open_gradient(out.table, tile, x.D, w.width, opens, w.tile_grad + tile.group * kTile * w.width);
@@ -389,35 +380,35 @@ inline void gather_gradients(const LinearLogits& x, const Workspace& w, const in
         if (out.h != nullptr && tile.opens) clear(group_h, round_up(n, kRows) * w.width);
         for (int64_t t0 = 0; t0 < n; t0 += kBlock) {
             const int64_t count = min(kBlock, n - t0), lanes = round_up(count, kCols);
-            float* p = kKept ? w.kept + tile.index * kTile * stride + t0 : space;
+            float* p = kKept ? w.kept + tile.index * kTile * kBlock : space;
             if (kKept) {
-                const float* top = w.tops + tile.index * stride + t0;
+                const float* top = w.tops + tile.index * kBlock;
                 for (int64_t t = 0; t < lanes; t += kFloats) {
                     store(scale + t, exp(load(top + t) - load(w.lse + t0 + t)) * load(w.weight + t0 + t));
                 }
                 for (int64_t v = 0; v < tile.padded; ++v) {
                     for (int64_t t = 0; t < lanes; t += kFloats) {
-                        store(p + v * stride + t, load(p + v * stride + t) * load(scale + t));
+                        store(p + v * kBlock + t, load(p + v * kBlock + t) * load(scale + t));
                     }
                 }
             } else {
                 for (int64_t t = 0; t < lanes; t += kCols) {
-                    multiply(items, w.width, tile.padded, w.across_h + (t0 + t) * x.D, x.D, start, p + t, stride);
+                    multiply(items, w.width, tile.padded, w.across_h + (t0 + t) * x.D, x.D, start, p + t, kBlock);
                 }
                 for (int64_t v = 0; v < tile.padded; ++v) {
                     for (int64_t t = 0; t < lanes; t += kFloats) {
-                        const vfloat probability = exp(load(p + v * stride + t) - load(w.lse + t0 + t));
-                        store(p + v * stride + t, probability * load(w.weight + t0 + t));
+                        const vfloat probability = exp(load(p + v * kBlock + t) - load(w.lse + t0 + t));
+                        store(p + v * kBlock + t, probability * load(w.weight + t0 + t));
                     }
                 }
             }
             for_each_target(target, t0, t0 + count, tile,
-                            [&](int64_t v, int64_t t) { p[v * stride + t - t0] -= w.weight[t]; });
-            if (out.h != nullptr) add_to_rows(p, stride, items, tile.n, count, w.width, group_h + t0 * w.width);
+                            [&](int64_t v, int64_t t) { p[v * kBlock + t - t0] -= w.weight[t]; });
+            if (out.h != nullptr) add_to_rows(p, items, tile.n, count, w.width, group_h + t0 * w.width);
             if (out.table != nullptr) {
-                add_to_items(p, stride, w.along_h + t0 * w.width, tile.padded, count, w.width, grad_items);
+                add_to_items(p, w.along_h + t0 * w.width, tile.padded, count, w.width, grad_items);
             }
-            if (out.bias != nullptr) add_to_bias(p, stride, tile.n, lanes, out.bias + tile.first);
+            if (out.bias != nullptr) add_to_bias(p, tile.n, lanes, out.bias + tile.first);
         }
         close_gradient(grad_items, out.table, tile, x.D, w.width);
     });
@@ -470,7 +461,7 @@ void linear_cross_entropy_backward(const LinearLogits& x, const float* lse, cons
 
 void linear_cross_entropy_sum(const LinearLogits& x, const float* weight, float* total, float* loss, float* lse,
                               const LinearGradients& out, float* scratch) {
-    if (!any(out) || kept_rows(x) == 0) {
+    if (!any(out) || !keeps_exponentials(x)) {
         linear_cross_entropy_forward(x, loss, lse, scratch);
         if (any(out)) linear_cross_entropy_backward(x, lse, weight, out, scratch);
     } else {
@@ -493,9 +484,7 @@ void linear_cross_entropy_sum(const LinearLogits& x, const float* weight, float*
         clear_other_rows(w, chosen, x.T, x.D, out.h);
     }
     double sum = 0;
-    for (int64_t t = 0; t < x.T; ++t) {
-        if (x.targets[t] != x.ignored) sum += static_cast<double>(weight[t]) * loss[t];
-    }
+    for (int64_t t = 0; t < x.T; ++t) sum += static_cast<double>(weight[t]) * loss[t];
     *total = static_cast<float>(sum);
 }
 
@@ -605,23 +594,21 @@ void linear_cross_entropy_double_backward(const LinearLogits& x, const float* ls
                                 [&](int64_t v, int64_t t) { p[v * kBlock + t - t0] -= w.weight[t]; });
                 if (out.h != nullptr) {
                     float* sum = w.group_h + (tile.group * w.rows + t0) * w.width;
-                    add_to_rows(q, kBlock, items, tile.n, count, w.width, sum);
-                    if (by.table != nullptr) add_to_rows(p, kBlock, items_w, tile.n, count, w.width, sum);
+                    add_to_rows(q, items, tile.n, count, w.width, sum);
+                    if (by.table != nullptr) add_to_rows(p, items_w, tile.n, count, w.width, sum);
                 }
                 if (out.table != nullptr) {
                     const int64_t at = t0 * w.width;
-                    add_to_items(q, kBlock, w.along_h + at, tile.padded, count, w.width, grad_items);
+                    add_to_items(q, w.along_h + at, tile.padded, count, w.width, grad_items);
                     if (by.h != nullptr) {
-                        add_to_items(p, kBlock, w.along_u + at, tile.padded, count, w.width, grad_items);
+                        add_to_items(p, w.along_u + at, tile.padded, count, w.width, grad_items);
                     }
                 }
                 if (out.bias != nullptr) {
-                    add_to_bias(q, kBlock, tile.n, round_up(count, kFloats), out.bias + tile.first);
+                    add_to_bias(q, tile.n, round_up(count, kFloats), out.bias + tile.first);
                 }
             },
-            [&](const Tile& tile, float* grad_items) {
-                close_gradient(grad_items, out.table, tile, x.D, w.width);
-            });
+            [&](const Tile& tile, float* grad_items) { close_gradient(grad_items, out.table, tile, x.D, w.width); });
         if (out.h != nullptr) write_rows(x, w, row, n, out.h);
     }
     clear_other_rows(w, chosen, x.T, 1, grad_grad);

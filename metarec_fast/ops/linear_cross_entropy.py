@@ -54,9 +54,7 @@ def _per_row(h: Tensor, count: int) -> list[Tensor]:
     return [empty((h.shape[0],), dtype=h.dtype, device=h.device) for _ in range(count)]
 
 
-def _forward_cpu(
-    h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int
-) -> tuple[Tensor, Tensor]:
+def _forward_cpu(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int) -> tuple[Tensor, Tensor]:
     h, table, targets, bias = _contiguous(h, table, targets, bias)
     loss, lse = _per_row(h, 2)
     _C.linear_cross_entropy_forward(_logits(h, table, targets, bias, ignored), _address(loss), _address(lse))
@@ -155,9 +153,7 @@ _backward = define(
     "linear_cross_entropy_backward(Tensor grad, Tensor h, Tensor table, Tensor targets, Tensor? bias, Tensor lse, "
     f"int ignored, {_NEEDS}) -> ({_GRADS})",
     cpu=_backward_cpu,
-    fake=lambda grad, h, table, targets, bias, lse, ignored, *needs: tuple(
-        map(h.new_empty, _shapes(h, table, *needs))
-    ),
+    fake=lambda grad, h, table, targets, bias, lse, ignored, *needs: tuple(map(h.new_empty, _shapes(h, table, *needs))),
     vmap=_batched(lambda: _backward, rows="0 1 3 5"),
 )
 _double_backward = define(
@@ -271,7 +267,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether a factor can be left out, and with it a pass over the table's gradient: known in plain backward() only."""
+    """Whether a factor can be left out, and a pass over the table's gradient with it; known in plain backward() only."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return False
     return grad.device.type == "cpu" and grad.item() == 1.0
@@ -299,11 +295,13 @@ class _Gradient(torch.autograd.Function):
         need_table: bool,
         need_bias: bool,
         scale: Tensor | None,
-        *known: Tensor | None,
+        known_h: Tensor | None,
+        known_table: Tensor | None,
+        known_bias: Tensor | None,
     ) -> Gradients:
         if scale is None:
             return _backward(grad, h, table, targets, bias, lse, ignored, need_h, need_table, need_bias)
-        needs = (need_h, need_table, need_bias)
+        known, needs = (known_h, known_table, known_bias), (need_h, need_table, need_bias)
         return tuple(scale * x if need else x.new_empty(0) for x, need in zip(known, needs, strict=True))
 
     @staticmethod
@@ -364,7 +362,7 @@ def linear_cross_entropy(
     row_weight: Tensor | None = None,
     reduction: Reduction = "none",
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,  # no float: torch.compile would make a symbol of it, and trace twice
     backend: Backend = "auto",
 ) -> Tensor:
     """Softmax cross-entropy of every row over all items, without a [T, V] tensor in memory.
