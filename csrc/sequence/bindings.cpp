@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "sequence/linear_cross_entropy.h"
 #include "sequence/linear_scan.h"
@@ -50,20 +51,42 @@ void bind_sequence(py::module_& m) {
         "linear_scan",
         [](uintptr_t a, uintptr_t u, uintptr_t offsets, uintptr_t h, int64_t segments, int64_t rows, int64_t width,
            bool reverse, bool is_double) {
-            check_offsets(pointer<const int64_t>(offsets), segments, rows);
-            py::gil_scoped_release release;
+            const auto* at = pointer<const int64_t>(offsets);
+            check_offsets(at, segments, rows);
+            const py::gil_scoped_release release;
             if (is_double) {
                 METAREC_DISPATCH(linear_scan_f64)
-                (pointer<const double>(a), pointer<const double>(u), pointer<const int64_t>(offsets),
-                 pointer<double>(h), segments, width, reverse);
+                (pointer<const double>(a), pointer<const double>(u), at, pointer<double>(h), segments, width, reverse);
             } else {
                 METAREC_DISPATCH(linear_scan_f32)
-                (pointer<const float>(a), pointer<const float>(u), pointer<const int64_t>(offsets), pointer<float>(h),
-                 segments, width, reverse);
+                (pointer<const float>(a), pointer<const float>(u), at, pointer<float>(h), segments, width, reverse);
             }
         },
         py::arg("a"), py::arg("u"), py::arg("offsets"), py::arg("h"), py::kw_only(), py::arg("segments"),
         py::arg("rows"), py::arg("width"), py::arg("reverse"), py::arg("is_double"));
+    m.def(
+        "linear_scan_backward",
+        [](uintptr_t a, uintptr_t h, uintptr_t grad_h, uintptr_t offsets, uintptr_t grad_a, uintptr_t grad_u,
+           int64_t segments, int64_t rows, int64_t width, bool reverse, bool is_double) {
+            const auto* at = pointer<const int64_t>(offsets);
+            check_offsets(at, segments, rows);
+            const py::gil_scoped_release release;
+            const int64_t partial = kScanGroups * 2 * width;
+            if (is_double) {
+                METAREC_DISPATCH(linear_scan_backward_f64)
+                (pointer<const double>(a), pointer<const double>(h), pointer<const double>(grad_h), at,
+                 pointer<double>(grad_a), pointer<double>(grad_u), std::vector<double>(partial).data(), segments, width,
+                 reverse);
+            } else {
+                METAREC_DISPATCH(linear_scan_backward_f32)
+                (pointer<const float>(a), pointer<const float>(h), pointer<const float>(grad_h), at,
+                 pointer<float>(grad_a), pointer<float>(grad_u), std::vector<float>(partial).data(), segments, width,
+                 reverse);
+            }
+        },
+        py::arg("a"), py::arg("h"), py::arg("grad_h"), py::arg("offsets"), py::arg("grad_a"), py::arg("grad_u"),
+        py::kw_only(), py::arg("segments"), py::arg("rows"), py::arg("width"), py::arg("reverse"),
+        py::arg("is_double"));
 
     py::class_<LinearLogits>(m, "LinearLogits")
         .def(py::init(&logits), py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::kw_only(),
