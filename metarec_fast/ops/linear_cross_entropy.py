@@ -267,7 +267,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether a factor can be left out, and a pass over the table's gradient with it; known in plain backward() only."""
+    """Whether a factor, and a pass over the table's gradient, can be left out; known in plain backward() only."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return False
     return grad.device.type == "cpu" and grad.item() == 1.0

@@ -39,14 +39,13 @@ def test_gradients_match_float64(dtype, width, lengths, reverse):
 
     def gradients(scan, dtype):
         inputs = [x.to(dtype).requires_grad_() for x in (a, u)]
-        return torch.autograd.grad(scan(*inputs, offsets, reverse=reverse), inputs, weight.to(dtype), allow_unused=True)
+        h = scan(*inputs, offsets, reverse=reverse)
+        return torch.autograd.grad((h * weight.to(dtype)).sum() + 0 * inputs[0].sum() + 0 * inputs[1].sum(), inputs)
 
-    actual, expected = gradients(linear_scan, dtype), gradients(reference.linear_scan, torch.float64)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(
-            x.double(), torch.zeros_like(x).double() if y is None else y, rtol=0, atol=tolerance * 20
-        )
+    # the definition of no rows depends on nothing, hence the zeros added to both
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-11  # sums over up to 780 products of size 1
+    for x, y in zip(gradients(linear_scan, dtype), gradients(reference.linear_scan, torch.float64), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=tolerance)
 
 
 def test_sums_over_long_segments_keep_their_digits():
