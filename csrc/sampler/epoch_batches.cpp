@@ -59,15 +59,19 @@ void EpochBatches::plan(int64_t step, int64_t* scratch) const {
     fetch(users, begins, n);
 }
 
-// Users lie anywhere in memory: what `fill` reads of them is asked for at once, not row by row.
+// Users lie anywhere in memory: what `fill` reads of them is asked for at once, not row by row. Most have two lines.
 void EpochBatches::fetch(const int64_t* users, const int64_t* begins, int64_t rows) const {
     const auto* const items = static_cast<const char*>(shown.items);
     const auto* const avoided = static_cast<const char*>(seen);
     for (int64_t b = 0; b < rows; ++b) {
-        __builtin_prefetch(items + begins[b] * (shown.wide ? 8 : 4));
+        const char* row = items + begins[b] * (shown.wide ? 8 : 4);
+        __builtin_prefetch(row);
+        __builtin_prefetch(row + 64);
         if (seen_offsets) {
+            const char* user = avoided + seen_offsets[users[b]] * (num_items > kNarrow ? 8 : 4);
             __builtin_prefetch(seen_counts + users[b]);
-            __builtin_prefetch(avoided + seen_offsets[users[b]] * (num_items > kNarrow ? 8 : 4));
+            __builtin_prefetch(user);
+            __builtin_prefetch(user + 64);
         }
     }
 }
@@ -226,7 +230,7 @@ void BatchPlan::fill(int64_t* windows, int64_t* negatives, float* logq) const {
         work += size.items + size.negatives;
     }
     std::exception_ptr failure;  // none may leave the parallel region
-#pragma omp parallel for schedule(dynamic, 1) if (parts.size() > 1 && work > 65536)
+#pragma omp parallel for schedule(dynamic, 1) if (parts.size() > 1 && work > 8192)
     for (size_t i = 0; i < parts.size(); ++i) {
         try {
             domains_[i]->fill(steps_[i], scratch_.data() + starts_[i], parts[i].windows, parts[i].negatives,

@@ -99,6 +99,10 @@ class EpochBatches:
         if target_shares is not None:
             float64 = (np.dtype(np.float64),)
             target_shares = as_array(target_shares, "target_shares", dtypes=float64, size=num_items)
+        # mostly the same numbers, and one array is in the cache already when the other would be read
+        seen_offsets = None if seen is None else seen.offsets.numpy()
+        if seen_offsets is not None and np.array_equal(seen_offsets, offsets):
+            seen_offsets = offsets
         random = check_randomness(seed, stream, 0)
         check_integer(world_size, "world_size", least=1, below=2**31)
         self.num_windows = int(starts[-1])
@@ -107,7 +111,7 @@ class EpochBatches:
         self.negatives = check_integer(negatives, "negatives", least=0, below=2**33)
         self.draws = bool(negatives or shared_negatives or target_shares is not None)
         # C++ holds their addresses
-        self._kept = offsets, begins, ends, items, starts, owners, seen, table, target_shares
+        self._kept = offsets, begins, ends, items, starts, owners, seen, seen_offsets, table, target_shares
         self.bound = _C.EpochBatches(
             offsets=address(offsets),
             begins=address(begins),
@@ -115,7 +119,7 @@ class EpochBatches:
             items=address(items),
             starts=address(starts),
             owners=0 if owners is None else address(owners),
-            seen_offsets=0 if seen is None else address(seen.offsets),
+            seen_offsets=0 if seen is None else address(seen_offsets),
             counts=0 if seen is None else address(seen.counts),
             seen=0 if seen is None else address(seen.items),
             cells=0 if table is None else address(table.cells),
