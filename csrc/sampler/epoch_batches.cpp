@@ -230,7 +230,7 @@ void BatchPlan::fill(int64_t* windows, int64_t* negatives, float* logq) const {
         work += size.items + size.negatives;
     }
     std::exception_ptr failure;  // none may leave the parallel region
-#pragma omp parallel for schedule(dynamic, 1) if (parts.size() > 1 && work > 8192)
+#pragma omp parallel for schedule(dynamic, 1) if (parts.size() > 1 && work > 65536)
     for (size_t i = 0; i < parts.size(); ++i) {
         try {
             domains_[i]->fill(steps_[i], scratch_.data() + starts_[i], parts[i].windows, parts[i].negatives,
