@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from metarec_fast.kernels import _common, nearest_codeword, vq_backward, vq_commit, vq_statistics
+from metarec_fast.kernels import _common, linear_scan, nearest_codeword, vq_backward, vq_commit, vq_statistics
 
 from metarec_fast import reference
 
@@ -234,3 +234,22 @@ def test_backward(shape, rotation, given):
     found = vq_backward.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
     expected = reference.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("width", [1, 5, 70])
+@pytest.mark.parametrize("lengths", [(3, 1, 5), (0, 2, 0, 4, 0), (0,), (), (40, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_scan(dtype, lengths, width, reverse):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    a = (torch.rand(2, width, dtype=dtype) - 0.5).requires_grad_()
+    u, grad_h = torch.randn(2, int(offsets[-1]), 2, width, dtype=dtype)
+    u.requires_grad_()
+    h = linear_scan.linear_scan(a.detach(), u.detach(), offsets, reverse=reverse)
+    expected = reference.linear_scan(a, u, offsets, reverse=reverse)
+    torch.testing.assert_close(h, expected.detach())
+    found = linear_scan.linear_scan_backward(a.detach(), h, grad_h, offsets, reverse=reverse)
+    # the definition of no rows depends on neither
+    expected = torch.autograd.grad((expected * grad_h).sum() + 0 * a.sum() + 0 * u.sum(), (a, u))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    torch.testing.assert_close(found, expected, **tolerance)

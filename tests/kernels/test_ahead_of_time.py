@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import triton
+from metarec_fast.kernels.linear_scan import linear_scan, linear_scan_backward
 from metarec_fast.kernels.vq_backward import vq_backward
 from metarec_fast.kernels.vq_commit import vq_commit
 from metarec_fast.kernels.vq_statistics import vq_statistics
@@ -140,6 +141,20 @@ def test_no_spills_and_room_for_two(launches, capability, dtype, D):
             if launch.constants["RESIDENT"] and capability == 90:
                 threads = 32 * launch.options["num_warps"]
                 assert 2 * threads * usage.registers <= 65536, "two programs no longer fit a multiprocessor"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_scan_does_not_spill(launches, capability, dtype):
+    a, u, offsets = torch.zeros(2, 128, dtype=dtype), torch.zeros(9, 2, 128, dtype=dtype), torch.tensor([0, 4, 9])
+    for reverse in (False, True):
+        linear_scan(a, u, offsets, reverse=reverse)
+        linear_scan_backward(a, u, u, offsets, reverse=reverse)
+    assert [launch.kernel.__name__ for launch in launches] == ["_scan", "_backward"] * 2
+    for launch in launches:
+        usage = compile_for(launch, capability)
+        assert usage.stack == usage.local == usage.shared == 0
+        assert usage.registers <= 64
 
 
 def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launches):

@@ -160,3 +160,19 @@ def test_backward_equals_the_reference(shape, rotation):
     exact = (t.double() for t in (grad, grad_error, x, quantized))
     expected = reference.vq_backward(*exact, rotation=rotation)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_linear_scan_equals_the_cpu_to_the_second_order(reverse, dtype):
+    offsets = torch.tensor([0, 3, 3, 200, 201])
+    a, u, weight = torch.rand(2, 83, dtype=dtype) - 0.5, *torch.randn(2, 201, 2, 83, dtype=dtype)
+
+    def results(device):
+        inputs = [x.to(device).requires_grad_() for x in (a, u)]
+        h = ops.linear_scan(*inputs, offsets.to(device), reverse=reverse)
+        first = torch.autograd.grad(h, inputs, weight.to(device), create_graph=True)
+        return [x.cpu() for x in (h, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs))]
+
+    for found, expected in zip(results("cuda"), results("cpu"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
