@@ -145,6 +145,17 @@ def test_a_mean_scales_with_what_follows_it():
         assert torch.equal(p, a)
 
 
+@pytest.mark.parametrize("shape", [(900, 5, 3), (900, 100, 64), (40, 2000, 9)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_without_gradients_the_value_is_the_same(shape):
+    h, table, bias, targets, _ = problem(*shape)
+    value = linear_cross_entropy(h, table, targets, bias, reduction="mean")
+    assert not value.requires_grad
+    for x in (h, table, bias):
+        x.requires_grad_()
+        assert torch.equal(linear_cross_entropy(h, table, targets, bias, reduction="mean"), value)
+
+
 def test_beyond_the_memory_for_exponentials():
     """A table too large for them computes its logits twice, with the results of the separate passes."""
     h, table, bias, targets, _ = problem(7, 45_000, 3)
