@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import triton
+from metarec_fast.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
 from metarec_fast.kernels.linear_scan import linear_scan, linear_scan_backward
 from metarec_fast.kernels.vq_backward import vq_backward
 from metarec_fast.kernels.vq_commit import vq_commit
@@ -155,6 +156,23 @@ def test_linear_scan_does_not_spill(launches, capability, dtype):
         usage = compile_for(launch, capability)
         assert usage.stack == usage.local == usage.shared == 0
         assert usage.registers <= 64
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("D", [16, 64, 128])
+def test_linear_cross_entropy_does_not_spill(launches, capability, D):
+    h, table, bias, targets = torch.zeros(900, D), torch.zeros(12_001, D), torch.zeros(12_001), torch.zeros(900).long()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metarec_fast.kernels._common.empty", torch.zeros)
+        _, lse = linear_cross_entropy(h, table, targets, bias, -100)
+        linear_cross_entropy_backward(lse, h, table, targets, bias, lse, -100, True, True, True)
+    assert [launch.kernel.__name__ for launch in launches] == ["_forward", "_rows", "_items"]
+    for launch in launches:
+        usage = compile_for(launch, capability)
+        assert usage.stack == usage.local == 0, f"{launch.kernel.__name__} spills {usage.stack} bytes"
+        assert usage.registers <= 255
+        assert usage.shared <= 99 * 1024
+        assert "mma" in usage.ptx
 
 
 def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launches):

@@ -176,3 +176,25 @@ def test_linear_scan_equals_the_cpu_to_the_second_order(reverse, dtype):
 
     for found, expected in zip(results("cuda"), results("cpu"), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("T", "V", "D"), [(1, 1, 1), (77, 1000, 17), (900, 12_001, 64), (200, 3000, 130)])
+def test_linear_cross_entropy_equals_float64_to_the_second_order(T, V, D, reduction):
+    h, table, bias = torch.randn(T, D), torch.randn(V, D) * 2 / D**0.5, torch.randn(V)
+    targets, weight = torch.randint(V, (T,)), torch.rand(T)
+    targets[3::7] = -100
+
+    def results(run, device, dtype):
+        inputs = [x.to(device, dtype).requires_grad_() for x in (h, table, bias)]
+        options = {"row_weight": weight.to(device, dtype), "reduction": reduction}
+        loss = run(inputs[0], inputs[1], targets.to(device), inputs[2], **options)
+        first = torch.autograd.grad(loss.sum(), inputs, create_graph=True)
+        return [x.cpu() for x in (loss, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs))]
+
+    found = results(ops.linear_cross_entropy, "cuda", torch.float32)
+    expected = results(reference.linear_cross_entropy, "cpu", torch.float64)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=0, atol=1e-4 * float(e.abs().max()))
+    again = results(ops.linear_cross_entropy, "cuda", torch.float32)
+    assert all(map(torch.equal, found[:4], again[:4]))  # loss and first gradients repeat to the bit
