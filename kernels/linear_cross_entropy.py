@@ -1,4 +1,4 @@
-"""linear_cross_entropy on a GPU: logits exist as tiles in registers, in the forward pass and again in the backward pass.
+"""linear_cross_entropy on a GPU: logits exist as tiles in registers, once forward and again in the backward pass.
 
 Products of float32 are made of three TF32 products each ("tf32x3"), whose error is of the order of float32's own. What
 several programs find about one row or item is summed in a fixed order, so that results repeat to the bit.
