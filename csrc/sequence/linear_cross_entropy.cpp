@@ -233,7 +233,7 @@ inline void pack_along(const float* x, const int64_t* row, int64_t n, int64_t D,
     }
 }
 
-// Lists the rows that count. For the others, nothing but their results exists: `result` of `size` floats a row is 0.
+// Lists the rows that count, and returns how many they are.
 inline int64_t choose_rows(const LinearLogits& x, const float* grad, const Workspace& w) {
     int64_t n = 0;
     for (int64_t t = 0; t < x.T; ++t) {
@@ -244,6 +244,7 @@ inline int64_t choose_rows(const LinearLogits& x, const float* grad, const Works
     return n;
 }
 
+// Of the other rows, the `size` floats of a result are 0.
 inline void clear_other_rows(const Workspace& w, int64_t chosen, int64_t T, int64_t size, float* out) {
     if (out == nullptr || chosen == T) return;
     for (int64_t t = 0, i = 0; t < T; ++t) {
@@ -272,7 +273,7 @@ inline void for_each_target(const int64_t* target, int64_t begin, int64_t end, c
 // grad_h[row[t]] = the sum over groups of group_h[group][t], in their order.
 inline void write_rows(const LinearLogits& x, const Workspace& w, const int64_t* row, int64_t n, float* grad_h) {
     const int64_t groups = group_count(x.V);
-#pragma omp parallel for schedule(static) if (groups * n * x.D > kWorthThreads)
+#pragma omp parallel for schedule(static) if (groups * n * x.D > kWorthThreads / 8)
     for (int64_t t = 0; t < n; ++t) {
         float* __restrict sum = grad_h + row[t] * x.D;
         for (int64_t d = 0; d < x.D; ++d) sum[d] = w.group_h[t * w.width + d];
@@ -425,7 +426,11 @@ inline bool any(const LinearGradients& out) { return out.h != nullptr || out.tab
 }  // namespace
 
 int64_t linear_cross_entropy_scratch(const LinearLogits& x, LinearPass pass) {
-    return Workspace(x, pass, nullptr).floats;
+    const int64_t floats = Workspace(x, pass, nullptr).floats;
+    if (pass != LinearPass::sum) return floats;
+    // without gradients, or without room for exponentials, a sum is made of the other passes
+    const int64_t apart = Workspace(x, LinearPass::backward, nullptr).floats;
+    return floats > apart ? floats : apart;
 }
 
 void linear_cross_entropy_forward(const LinearLogits& x, float* loss, float* lse, float* scratch) {

@@ -22,6 +22,7 @@ from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy as 
 
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = ("none", "mean", "sum")
+_ELEMENTS = 1 << 24  # of a composed [rows, V] tensor
 Gradients = tuple[Tensor, Tensor, Tensor]  # of h, table and bias; those that nobody needs are empty
 
 
@@ -109,6 +110,63 @@ def _double_backward_cpu(
     return grad_grad, *grads
 
 
+def _forward_cuda(
+    h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int
+) -> tuple[Tensor, Tensor]:
+    from metarec_fast.kernels.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(h, table, targets, bias, ignored)
+
+
+def _backward_cuda(*args: Any) -> Gradients:
+    from metarec_fast.kernels.linear_cross_entropy import linear_cross_entropy_backward
+
+    return linear_cross_entropy_backward(*args)
+
+
+def _sum_cuda(
+    h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor, ignored: int, *needs: bool
+) -> tuple[Tensor, ...]:
+    loss, lse = _forward_cuda(h, table, targets, bias, ignored)
+    return (weight * loss).sum(), loss, lse, *_backward_cuda(weight, h, table, targets, bias, lse, ignored, *needs)
+
+
+def _double_backward_cuda(
+    grad: Tensor,
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    u: Tensor | None,
+    w: Tensor | None,
+    c: Tensor | None,
+    ignored: int,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    """Composed of products for a few rows at a time. csrc/sequence/linear_cross_entropy.cpp has the formulas."""
+    keep = targets != ignored
+    h, grad, target = h.masked_fill(~keep[:, None], 0.0), grad.masked_fill(~keep, 0.0), targets.where(keep, 0)
+    grad_grad, grads = torch.zeros_like(grad), [h.new_zeros(shape) for shape in _shapes(h, table, *needs)]
+    rows = max(1, _ELEMENTS // table.shape[0])
+    for t in (slice(first, first + rows) for first in range(0, h.shape[0], rows)):
+        p = ((h[t] @ table.T if bias is None else torch.addmm(bias, h[t], table.T)) - lse[t, None]).exp()
+        q = torch.zeros_like(p) if c is None else c.expand_as(p)
+        q = q if u is None else q + u[t] @ table.T
+        q = q if w is None else q + h[t] @ w.T
+        mean, on_target = (p * q).sum(1, keepdim=True), target[t, None]
+        grad_grad[t] = (mean - q.gather(1, on_target)).squeeze(1).masked_fill(~keep[t], 0.0)
+        b = grad[t, None] * p * (q - mean)
+        a = (grad[t, None] * p).scatter_add(1, on_target, -grad[t, None])
+        if needs[0]:
+            grads[0][t] = b @ table if w is None else b @ table + a @ w
+        if needs[1]:
+            grads[1] += b.T @ h[t] if u is None else b.T @ h[t] + a.T @ u[t]
+        if needs[2]:
+            grads[2] += b.sum(0)
+    return grad_grad, *grads
+
+
 def _batched(run: Callable, rows: str, needs: bool = True) -> Callable:
     """vmap of an operator whose tensors named in ``rows``, by position, have a row for each state.
 
@@ -146,6 +204,7 @@ _forward = define(
     "linear_cross_entropy(Tensor h, Tensor table, Tensor targets, Tensor? bias, int ignored) -> (Tensor loss, "
     "Tensor lse)",
     cpu=_forward_cpu,
+    cuda=_forward_cuda,
     fake=lambda h, table, targets, bias, ignored: (h.new_empty(h.shape[0]), h.new_empty(h.shape[0])),
     vmap=_batched(lambda: _forward, rows="0 2", needs=False),
 )
@@ -153,6 +212,7 @@ _backward = define(
     "linear_cross_entropy_backward(Tensor grad, Tensor h, Tensor table, Tensor targets, Tensor? bias, Tensor lse, "
     f"int ignored, {_NEEDS}) -> ({_GRADS})",
     cpu=_backward_cpu,
+    cuda=_backward_cuda,
     fake=lambda grad, h, table, targets, bias, lse, ignored, *needs: tuple(map(h.new_empty, _shapes(h, table, *needs))),
     vmap=_batched(lambda: _backward, rows="0 1 3 5"),
 )
@@ -160,6 +220,7 @@ _double_backward = define(
     "linear_cross_entropy_double_backward(Tensor grad, Tensor h, Tensor table, Tensor targets, Tensor? bias, "
     f"Tensor lse, Tensor? u, Tensor? w, Tensor? c, int ignored, {_NEEDS}) -> (Tensor grad_grad, {_GRADS})",
     cpu=_double_backward_cpu,
+    cuda=_double_backward_cuda,
     fake=lambda grad, h, table, targets, bias, lse, u, w, c, ignored, *needs: (
         h.new_empty(h.shape[0]),
         *map(h.new_empty, _shapes(h, table, *needs)),
@@ -184,6 +245,7 @@ _sum = define(
     "linear_cross_entropy_sum(Tensor h, Tensor table, Tensor targets, Tensor? bias, Tensor weight, int ignored, "
     f"{_NEEDS}) -> (Tensor total, Tensor loss, Tensor lse, {_GRADS})",
     cpu=_sum_cpu,
+    cuda=_sum_cuda,
     fake=lambda h, table, targets, bias, weight, ignored, *needs: (
         h.new_empty(()),
         h.new_empty(h.shape[0]),
@@ -380,28 +442,29 @@ def linear_cross_entropy(
         already in the forward pass, with a quarter less arithmetic: prefer it to reducing the losses afterwards.
     ignore_index: rows of this target have loss and gradients 0 and cost nothing.
     label_smoothing: in [0, 1], the part of the target's probability that is spread evenly over all items.
-    backend: "auto", "reference" or "cpu".
+    backend: "auto", "reference", "cpu" or "triton".
 
     Returns loss: [T], or [] if reduced. Rows whose loss gets a gradient of zero cost nothing in the first backward
     pass of reduction "none".
 
-    The fused CPU path is for float32 and needs memory of order (T + V) D, and up to 24 MB for a block of rows. It is
-    differentiable twice in h, table, bias and row_weight, also under torch.func and, with backward(), under
-    torch.compile; a third derivative raises RuntimeError. Results do not depend on the number of threads.
+    The fused paths are for float32. They are differentiable twice in h, table, bias and row_weight, also under
+    torch.func and, with backward(), under torch.compile; a third derivative raises RuntimeError. The CPU path needs
+    memory of order (T + V) D and up to 16 MB for a block of rows, and does not depend on the number of threads. The
+    Triton path repeats to the bit; its second derivative is composed of torch's products, for a few rows at a time.
 
     float64 runs the reference composition, which keeps [T, V] tensors and is differentiable any number of times. So
     does "auto" where torch.compile traces a torch.func transform, as torch would lose the gradient of the fused path
-    there; "cpu" then raises RuntimeError.
+    there; "cpu" and "triton" then raise RuntimeError.
 
-    Raises TypeError or ValueError for arguments of another dtype, shape or device, and on the fused path ValueError
-    for a target outside [0, V) that is not ignore_index.
+    Raises TypeError or ValueError for arguments of another dtype, shape or device, and on the fused CPU path ValueError
+    for a target outside [0, V) that is not ignore_index; on a GPU targets are trusted, as a look would wait for it.
     """
     _check(h, table, targets, bias, row_weight, reduction, label_smoothing)
-    chosen = choose_backend(backend, h.device, operator="linear_cross_entropy", triton=False)
-    if chosen == "cpu" and traced_transform():
-        if backend == "cpu":
+    chosen = choose_backend(backend, h.device, operator="linear_cross_entropy", triton=True)
+    if chosen != "reference" and traced_transform():
+        if backend != "auto":
             raise RuntimeError(
-                "linear_cross_entropy: backend='cpu' has no gradient where torch.compile traces torch.func; use "
+                f"linear_cross_entropy: backend={backend!r} has no gradient where torch.compile traces torch.func; use "
                 "backend='auto' or 'reference', or leave this part out of the compiled code"
             )
         chosen = "reference"

@@ -36,9 +36,16 @@ def _backward_cpu(a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, reverse
     return tuple(outputs)
 
 
-def _backward_composed(a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    grad_u = reference_linear_scan(_conjugate(a), grad_h, offsets, reverse=not reverse)
-    return _product(_conjugate(_before(h, offsets, reverse)), grad_u).sum(0), grad_u
+def _cuda(a: Tensor, u: Tensor, offsets: Tensor, reverse: bool) -> Tensor:
+    from metarec_fast.kernels.linear_scan import linear_scan
+
+    return linear_scan(a, u, offsets, reverse=reverse)
+
+
+def _backward_cuda(a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    from metarec_fast.kernels.linear_scan import linear_scan_backward
+
+    return linear_scan_backward(a, h, grad_h, offsets, reverse=reverse)
 
 
 def _channels(info: Any, in_dims: tuple, args: tuple) -> tuple[Tensor, ...]:
@@ -65,7 +72,7 @@ def _backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor,
 _op = define(
     "linear_scan(Tensor a, Tensor u, Tensor offsets, bool reverse) -> Tensor",
     cpu=_cpu,
-    cuda=lambda a, u, offsets, reverse: reference_linear_scan(a, u, offsets, reverse=reverse),
+    cuda=_cuda,
     fake=lambda a, u, offsets, reverse: torch.empty_like(u, memory_format=torch.contiguous_format),
     vmap=_vmap,
 )
@@ -73,7 +80,7 @@ _backward_op = define(
     "linear_scan_backward(Tensor a, Tensor h, Tensor grad_h, Tensor offsets, bool reverse) "
     "-> (Tensor grad_a, Tensor grad_u)",
     cpu=_backward_cpu,
-    cuda=_backward_composed,
+    cuda=_backward_cuda,
     fake=lambda a, h, grad_h, offsets, reverse: tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, h)
     ),
@@ -158,11 +165,12 @@ def linear_scan(a: Tensor, u: Tensor, offsets: Tensor, *, reverse: bool = False,
     u: [T, 2, D] inputs, dtype of a.
     offsets: [B+1] int64, rising from 0 to T; segment b is rows offsets[b] to offsets[b+1].
     reverse: run from the end of each segment to its start.
-    backend: "auto", "reference" or "cpu".
+    backend: "auto", "reference", "cpu" or "triton".
 
     Returns h: [T, 2, D]. Differentiable any number of times in a and u, also under torch.func and, with backward(),
     under torch.compile. Raises TypeError or ValueError for arguments of another dtype, shape or device, and
-    RuntimeError where torch.compile traces a torch.func transform, as torch would lose the gradient there.
+    RuntimeError where torch.compile traces a torch.func transform, as torch would lose the gradient there. On a CPU
+    ValueError, too, for offsets that do not rise from 0 to T; on a GPU they are trusted, as a look would wait for it.
     """
     check_tensor(u, "u", dtypes=(torch.float32, torch.float64), dims=3)
     check_tensor(a, "a", dtypes=(u.dtype,), dims=2, device=u.device)
@@ -173,7 +181,7 @@ def linear_scan(a: Tensor, u: Tensor, offsets: Tensor, *, reverse: bool = False,
         raise ValueError(f"a must be [2, {u.shape[2]}] to match u, got {tuple(a.shape)}")
     if offsets.numel() < 1:
         raise ValueError("offsets must be [B+1] with B >= 0, got an empty tensor")
-    if choose_backend(backend, u.device, operator="linear_scan", triton=False) == "reference":
+    if choose_backend(backend, u.device, operator="linear_scan", triton=True) == "reference":
         return reference_linear_scan(a, u, offsets, reverse=reverse)
     if traced_transform():
         raise RuntimeError(

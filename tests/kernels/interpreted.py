@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from metarec_fast import reference
 from metarec_fast.kernels import (
     _common,
+    linear_cross_entropy,
+    linear_scan,
     nearest_codeword,
     sample_negatives,
     target_ranks,
@@ -385,3 +387,46 @@ def test_target_ranks_count_what_is_not_finite():
     added = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([2, 30]), torch.tensor([float("inf"), float("nan")])
     *_, nonfinite = target_ranks.target_ranks(h, table, None, targets, None, None, *added)
     assert nonfinite.tolist() == [1, 90, 2, 2, 1]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("width", [1, 5, 70])
+@pytest.mark.parametrize("lengths", [(3, 1, 5), (0, 2, 0, 4, 0), (0,), (), (40, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_scan(dtype, lengths, width, reverse):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    a = (torch.rand(2, width, dtype=dtype) - 0.5).requires_grad_()
+    u, grad_h = torch.randn(2, int(offsets[-1]), 2, width, dtype=dtype)
+    u.requires_grad_()
+    h = linear_scan.linear_scan(a.detach(), u.detach(), offsets, reverse=reverse)
+    expected = reference.linear_scan(a, u, offsets, reverse=reverse)
+    torch.testing.assert_close(h, expected.detach())
+    found = linear_scan.linear_scan_backward(a.detach(), h, grad_h, offsets, reverse=reverse)
+    # the definition of no rows depends on neither
+    expected = torch.autograd.grad((expected * grad_h).sum() + 0 * a.sum() + 0 * u.sum(), (a, u))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 65, 17), (5, 1100, 70), (0, 5, 4)], ids=str)
+def test_linear_cross_entropy(shape, bias):
+    T, V, D = shape
+    h, table = torch.randn(T, D), torch.randn(V, D) * 2 / D**0.5
+    b = torch.randn(V) if bias else None
+    targets, weight = torch.randint(V, (T,)), torch.randn(T)
+    if T > 3:
+        targets[2], h[2], weight[3] = -7, float("nan"), 0.0
+    inputs = [x.double().requires_grad_() for x in (h, table, b) if x is not None]
+    expected = reference.linear_cross_entropy(inputs[0], inputs[1], targets, *inputs[2:], ignore_index=-7)
+    gradients = torch.autograd.grad(expected, inputs, weight.double())
+
+    loss, lse = linear_cross_entropy.linear_cross_entropy(h, table, targets, b, -7)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    for needs in ((True, True, bias), (True, False, False), (False, False, bias)):
+        found = linear_cross_entropy.linear_cross_entropy_backward(weight, h, table, targets, b, lse, -7, *needs)
+        for f, e, need in zip(found, gradients, needs, strict=False):
+            if need:
+                torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-5)
+            else:
+                assert f.numel() == 0

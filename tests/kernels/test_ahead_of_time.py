@@ -20,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from metarec_fast.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
+from metarec_fast.kernels.linear_scan import linear_scan, linear_scan_backward
 from metarec_fast.kernels.sample_negatives import Popularity, Words, sample_negatives
 from metarec_fast.kernels.target_ranks import target_ranks
 from metarec_fast.kernels.vq_backward import vq_backward
@@ -166,6 +168,37 @@ def test_target_ranks(launches, capability, D, with_bias):
         assert "fma.rn.f32" in usage.ptx
         assert "mma" not in usage.ptx
         assert "mul.f32" not in usage.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_scan_does_not_spill(launches, capability, dtype):
+    a, u, offsets = torch.zeros(2, 128, dtype=dtype), torch.zeros(9, 2, 128, dtype=dtype), torch.tensor([0, 4, 9])
+    for reverse in (False, True):
+        linear_scan(a, u, offsets, reverse=reverse)
+        linear_scan_backward(a, u, u, offsets, reverse=reverse)
+    assert [launch.kernel.__name__ for launch in launches] == ["_scan", "_backward"] * 2
+    for launch in launches:
+        usage = compile_for(launch, capability)
+        assert usage.stack == usage.local == usage.shared == 0
+        assert usage.registers <= 64
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("D", [16, 64, 128])
+def test_linear_cross_entropy_does_not_spill(launches, capability, D):
+    h, table, bias, targets = torch.zeros(900, D), torch.zeros(12_001, D), torch.zeros(12_001), torch.zeros(900).long()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metarec_fast.kernels._common.empty", torch.zeros)
+        _, lse = linear_cross_entropy(h, table, targets, bias, -100)
+        linear_cross_entropy_backward(lse, h, table, targets, bias, lse, -100, True, True, True)
+    assert [launch.kernel.__name__ for launch in launches] == ["_forward", "_rows", "_items"]
+    for launch in launches:
+        usage = compile_for(launch, capability)
+        assert usage.stack == usage.local == 0, f"{launch.kernel.__name__} spills {usage.stack} bytes"
+        assert usage.registers <= 255
+        assert usage.shared <= 99 * 1024
+        assert "mma" in usage.ptx
 
 
 def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launches):

@@ -229,3 +229,41 @@ def test_target_ranks_refuses_items_outside_the_table():
     h, table = torch.randn(3, 8).cuda(), torch.randn(20, 8).cuda()
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 20\), the rows of table, got 0 to 20"):
         ops.target_ranks(h, table, torch.tensor([0, 20, 1]).cuda())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_linear_scan_equals_the_cpu_to_the_second_order(reverse, dtype):
+    offsets = torch.tensor([0, 3, 3, 200, 201])
+    a, u, weight = torch.rand(2, 83, dtype=dtype) - 0.5, *torch.randn(2, 201, 2, 83, dtype=dtype)
+
+    def results(device):
+        inputs = [x.to(device).requires_grad_() for x in (a, u)]
+        h = ops.linear_scan(*inputs, offsets.to(device), reverse=reverse)
+        first = torch.autograd.grad(h, inputs, weight.to(device), create_graph=True)
+        return [x.cpu() for x in (h, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs))]
+
+    for found, expected in zip(results("cuda"), results("cpu"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("T", "V", "D"), [(1, 1, 1), (77, 1000, 17), (900, 12_001, 64), (200, 3000, 130)])
+def test_linear_cross_entropy_equals_float64_to_the_second_order(T, V, D, reduction):
+    h, table, bias = torch.randn(T, D), torch.randn(V, D) * 2 / D**0.5, torch.randn(V)
+    targets, weight = torch.randint(V, (T,)), torch.rand(T)
+    targets[3::7] = -100
+
+    def results(run, device, dtype):
+        inputs = [x.to(device, dtype).requires_grad_() for x in (h, table, bias)]
+        options = {"row_weight": weight.to(device, dtype), "reduction": reduction}
+        loss = run(inputs[0], inputs[1], targets.to(device), inputs[2], **options)
+        first = torch.autograd.grad(loss.sum(), inputs, create_graph=True)
+        return [x.cpu() for x in (loss, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs))]
+
+    found = results(ops.linear_cross_entropy, "cuda", torch.float32)
+    expected = results(reference.linear_cross_entropy, "cpu", torch.float64)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=0, atol=1e-4 * float(e.abs().max()))
+    again = results(ops.linear_cross_entropy, "cuda", torch.float32)
+    assert all(map(torch.equal, found[:4], again[:4]))  # loss and first gradients repeat to the bit

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast import _C, reference
 from metarec_fast.ops import linear_cross_entropy
+from metarec_fast.ops.linear_cross_entropy import _double_backward_cuda
 
 SHAPES = [(1, 1, 1), (3, 17, 1), (17, 3, 3), (65, 130, 17), (130, 95, 64), (50, 97, 65), (64, 1700, 130), (0, 5, 4)]
 
@@ -145,6 +146,17 @@ def test_a_mean_scales_with_what_follows_it():
         assert torch.equal(p, a)
 
 
+@pytest.mark.parametrize("shape", [(900, 5, 3), (900, 100, 64), (40, 2000, 9)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_without_gradients_the_value_is_the_same(shape):
+    h, table, bias, targets, _ = problem(*shape)
+    value = linear_cross_entropy(h, table, targets, bias, reduction="mean")
+    assert not value.requires_grad
+    for x in (h, table, bias):
+        x.requires_grad_()
+        assert torch.equal(linear_cross_entropy(h, table, targets, bias, reduction="mean"), value)
+
+
 def test_beyond_the_memory_for_exponentials():
     """A table too large for them computes its logits twice, with the results of the separate passes."""
     h, table, bias, targets, _ = problem(7, 45_000, 3)
@@ -187,6 +199,20 @@ def test_errors_in_units_of_rounding(shape):
     ]
     assert errors[0] <= 2.0
     assert max(errors[1:]) <= 16.0
+
+
+@pytest.mark.parametrize("given", [(True, True, True), (True, False, False), (False, True, True)], ids=str)
+def test_composed_second_gradient_equals_the_fused_one(given, monkeypatch):
+    """What stands in for a kernel on a GPU, here on CPU tensors, in several runs of rows."""
+    monkeypatch.setattr(sys.modules["metarec_fast.ops.linear_cross_entropy"], "_ELEMENTS", 1000)
+    h, table, bias, targets, grad = problem(20, 130, 17)
+    targets[3], h[3] = -100, torch.nan
+    _, lse = torch.ops.metarec_fast.linear_cross_entropy(h, table, targets, bias, -100)
+    by = [torch.randn_like(x) if g else None for x, g in zip((h, table, bias), given, strict=True)]
+    for needs in ((True, True, True), (True, False, False)):
+        args = (grad, h, table, targets, bias, lse, *by, -100, *needs)
+        fused = torch.ops.metarec_fast.linear_cross_entropy_double_backward(*args)
+        assert_near(_double_backward_cuda(*args), fused)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=["h", "table", "bias", "h and bias"])
@@ -503,7 +529,7 @@ def test_bad_options(options, error, message):
 
 def test_bad_backends():
     h, table, bias, targets, _ = problem(5, 30, 4)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy has no Triton kernel"):
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: backend='triton' needs tensors on a CUDA device"):
         linear_cross_entropy(h, table, targets, bias, backend="triton")
     with pytest.raises(ValueError, match="backend must be one of"):
         linear_cross_entropy(h, table, targets, bias, backend="fast")
