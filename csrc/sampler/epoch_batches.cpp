@@ -56,6 +56,12 @@ void EpochBatches::plan(int64_t step, int64_t* scratch) const {
     check_users(users, n, shown, num_users, events);
     plan_windows(shown, users, index, n, at.planned_first, window, max_length, stride,
                  checked_randomness(seed, stream, step, Purpose::crop), begins, packed);
+    for (int64_t b = 0; b < n && last_target; ++b) {  // the target of an empty window would lie outside it
+        if (packed[b + 1] == packed[b]) {
+            throw std::invalid_argument("starts must give windows of one input at least where targets are the last, " +
+                                        std::string("got an empty one of user ") + std::to_string(users[b]));
+        }
+    }
     fetch(users, begins, n);
 }
 
