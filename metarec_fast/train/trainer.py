@@ -147,6 +147,8 @@ class Trainer:
         """``batches``, made while the step before ran."""
         if self._prefetch is None or self._prefetch[0] != stage:
             self._stop_prefetch()
+            for name, _ in self.schedule(stage, step):  # made here, so that their errors are raised as they are
+                self._sampler(name, stage)
             self._prefetch = stage, Prefetch(partial(self.batches, stage), start=step)
         return self._prefetch[1].get(step)
 
