@@ -25,7 +25,9 @@ class Prefetch(Generic[T]):
 
     make: a function of the step, such as ``sampler.batch`` or ``mixture.batches``; it may not write into buffers that
         an earlier result still shows: ``depth`` made ahead, the one handed over last and any that the caller keeps.
-        It runs beside the training step, on one thread of C++ and without the GIL.
+        It runs beside the training step, on one thread of C++ and without the GIL. torch's current device and stream
+        are a thread's own: name the GPU ("cuda:1"). The thread keeps ``make`` alive, so close a Prefetch that ``make``
+        itself holds.
     depth: results made ahead, the one being made included; 2 is double buffering.
     stop: the first step not made; None: no end.
 
