@@ -168,7 +168,8 @@ void bind_sampler(py::module_& m) {
                          uintptr_t cumulative, uintptr_t seen_weights, uintptr_t target_shares, int64_t num_users,
                          int64_t events, int64_t num_items, bool wide, int64_t batch_size, int64_t rank,
                          int64_t world_size, int window, int64_t max_length, int64_t stride, bool last_target,
-                         int64_t negatives, int64_t shared_negatives, uint64_t seed, uint64_t stream) {
+                         int64_t negatives, int64_t shared_negatives, uint64_t seed, uint64_t stream,
+                         uint64_t order_stream) {
                  EpochBatches domain;
                  domain.shown = {pointer<const int64_t>(begins), pointer<const int64_t>(ends),
                                  pointer<const void>(items), wide};
@@ -176,6 +177,7 @@ void bind_sampler(py::module_& m) {
                  domain.starts = pointer<const int64_t>(starts);
                  domain.owners = pointer<const int64_t>(owners);
                  domain.num_users = num_users;
+                 domain.windows = domain.starts[num_users];
                  domain.events = events;
                  domain.batch_size = batch_size;
                  domain.rank = rank;
@@ -186,6 +188,7 @@ void bind_sampler(py::module_& m) {
                  domain.last_target = last_target;
                  domain.seed = seed;
                  domain.stream = stream;
+                 domain.order_stream = order_stream;
                  domain.num_items = num_items;
                  domain.negatives = negatives;
                  domain.shared_negatives = shared_negatives;
@@ -202,7 +205,8 @@ void bind_sampler(py::module_& m) {
              py::arg("cumulative"), py::arg("seen_weights"), py::arg("target_shares"), py::arg("num_users"),
              py::arg("events"), py::arg("num_items"), py::arg("wide"), py::arg("batch_size"), py::arg("rank"),
              py::arg("world_size"), py::arg("window"), py::arg("max_length"), py::arg("stride"), py::arg("last_target"),
-             py::arg("negatives"), py::arg("shared_negatives"), py::arg("seed"), py::arg("stream"));
+             py::arg("negatives"), py::arg("shared_negatives"), py::arg("seed"), py::arg("stream"),
+             py::arg("order_stream"));
 
     // sizes: four to a domain, those of its parts of windows: users, offsets, items, targets. draws: its negatives.
     py::class_<BatchPlan>(m, "BatchPlan")

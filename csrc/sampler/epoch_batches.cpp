@@ -26,7 +26,7 @@ std::vector<int64_t> one_each(int64_t count) {
 }  // namespace
 
 EpochBatches::Place EpochBatches::place(int64_t step) const {
-    const int64_t windows = starts[num_users], per_epoch = (windows + batch_size - 1) / batch_size;
+    const int64_t per_epoch = (windows + batch_size - 1) / batch_size;
     Place at;
     at.epoch = step / per_epoch;
     at.first = step % per_epoch * batch_size;
@@ -46,8 +46,8 @@ void EpochBatches::plan(int64_t step, int64_t* scratch) const {
     int64_t *users = scratch, *begins = users + n, *packed = begins + n;
     int64_t *ids = begins, *index = packed + 1;  // until the windows themselves take their place
     METAREC_DISPATCH(epoch_order)
-    (checked_randomness(seed, stream, at.epoch, Purpose::permutation), starts[num_users], at.first + at.planned_first,
-     n, ids);
+    (checked_randomness(seed, order_stream, at.epoch, Purpose::permutation), windows, at.first + at.planned_first, n,
+     ids);
     if (owners) {
         for (int64_t b = 0; b < n; ++b) users[b] = owners[ids[b]], index[b] = 0;
     } else {
@@ -56,6 +56,12 @@ void EpochBatches::plan(int64_t step, int64_t* scratch) const {
     check_users(users, n, shown, num_users, events);
     plan_windows(shown, users, index, n, at.planned_first, window, max_length, stride,
                  checked_randomness(seed, stream, step, Purpose::crop), begins, packed);
+    for (int64_t b = 0; b < n && last_target; ++b) {  // the target of an empty window would lie outside it
+        if (packed[b + 1] == packed[b]) {
+            throw std::invalid_argument("starts must give windows of one input at least where targets are the last, " +
+                                        std::string("got an empty one of user ") + std::to_string(users[b]));
+        }
+    }
     fetch(users, begins, n);
 }
 

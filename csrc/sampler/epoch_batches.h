@@ -18,11 +18,11 @@ struct EpochBatches {
     Sequences whole;        // what negatives avoid
     const int64_t* starts;  // [num_users + 1]: user u has the windows starts[u] to starts[u + 1] - 1, the newest first
     const int64_t* owners;  // [windows]: whose each window is, where no user has two; null: found from starts
-    int64_t num_users, events, batch_size, rank, world_size;
+    int64_t num_users, windows, events, batch_size, rank, world_size;
     Window window;
     int64_t max_length, stride;
-    bool last_target;  // targets and negatives of a window's last position alone
-    uint64_t seed, stream;
+    bool last_target;                     // targets and negatives of a window's last position alone
+    uint64_t seed, stream, order_stream;  // order_stream: of the epochs' order alone
 
     int64_t num_items, negatives, shared_negatives;  // of a position, of the batch
     const int64_t* seen_offsets;                     // as in NegativeRows; null: a batch sorts what its users have seen

@@ -55,7 +55,9 @@ class PackedBatch:
         """The batch as rectangles of ``length`` positions, ``fill`` for the items, targets and negatives of padding.
 
         "left" puts the padding before the oldest event. Of longer rows the newest positions are kept. Item ids start
-        at 0: choose a fill outside them, or go by ``real``. Raises ValueError for targets of last positions alone.
+        at 0: choose a fill outside them, or go by ``real``. Only on the CPU.
+
+        Raises ValueError for batches elsewhere and for targets of last positions alone.
         """
         if len(self.targets) != len(self.items):
             raise ValueError("padded needs a target at every position, got targets of last positions alone")
@@ -63,10 +65,11 @@ class PackedBatch:
         def pad(values: Tensor, fill: int) -> Tensor:
             return pad_packed(values, self.offsets, length=length, side=side, fill=fill)
 
+        items, targets = pad(self.items, fill), pad(self.targets, fill)  # which checks the arguments
         lengths = self.offsets.diff().clamp(max=length)[:, None]
         place = torch.arange(length)
         real = place >= length - lengths if side == "left" else place < lengths
         negatives, logq = self.negatives, self.logq
         if negatives is not None and negatives.dim() == 2:
             negatives, logq = pad(negatives, fill), pad(logq, 0)
-        return PaddedBatch(pad(self.items, fill), pad(self.targets, fill), real, self.users, negatives, logq)
+        return PaddedBatch(items, targets, real, self.users, negatives, logq)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from metarec_fast.data.sampler import Sampler
+from metarec_fast.data.sampler import QUERY, Sampler
 from metarec_fast.ops.epoch_order import epoch_order
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def support_and_query(
         which the two sides have different numbers.
         "users": query has ``query_share`` of the users with windows, drawn by seed and stream, support has the others;
         each has epochs of its own.
-    options: of ``Sampler``.
+    The two draw negatives and crops apart. options: of ``Sampler``.
 
     Raises ValueError as ``Sampler`` does, and if a side would be left without users.
     """
@@ -46,4 +46,5 @@ def support_and_query(
         raise ValueError(f"query_share={query_share} of {len(able)} users with windows leaves one side without any")
     seed, stream = options.get("seed", 0), options.get("stream", 0)
     shuffled = able[epoch_order(len(able), 0, len(able), seed=seed, stream=stream, epoch=NO_EPOCH).numpy()]
-    return Sampler(sequences, users=shuffled[count:], **options), Sampler(sequences, users=shuffled[:count], **options)
+    support = Sampler(sequences, users=shuffled[count:], **options)
+    return support, Sampler(sequences, users=shuffled[:count], **{**options, "stream": stream ^ QUERY})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from metarec_fast.data.batch import PackedBatch
-from metarec_fast.data.sampler import Sampler, batch_buffers, draw
+from metarec_fast.data.sampler import Sampler, draw, empty_buffers
 from metarec_fast.ops._arrays import check_integer
 from metarec_fast.ops.epoch_batches import BatchBuffers
 from metarec_fast.ops.epoch_order import epoch_order
@@ -26,8 +26,8 @@ class Mixture:
     seed: of the draws.
 
     Draws come in blocks of 1,024 in which each domain has its share, rounded to whole draws and at least one, in an
-    order of the block's own. So every domain's batches follow one another, and its epochs stay complete, whatever was
-    drawn between. A domain drawn twice in a step gives two batches.
+    order of the block's own. Each of a domain's batches comes once, those of a block of draws in any order, so its
+    epochs stay complete, whatever was drawn between. A domain drawn twice in a step gives two batches.
 
     Raises ValueError for no or unknown names and options out of range.
     """
@@ -83,9 +83,11 @@ class Mixture:
 
     def buffers(self, *, pin_memory: bool = False) -> BatchBuffers:
         """Memory that any step's batches fit into."""
-        largest = max((self.samplers[name] for name in self.domains), key=lambda s: s.largest_batch(), default=None)
-        drawn = [self.samplers[n] for n in self.domains] if self.quotas is None else [largest] * self.draws
-        return batch_buffers([*drawn, *(self.samplers[name] for name in self.always)], pin_memory=pin_memory)
+        sizes = [self.samplers[name].largest_batch() for name in self.domains]
+        if self.quotas is not None:  # the most windows may be one domain's, the most negatives another's
+            sizes = [tuple(map(max, zip(*sizes, strict=True)))] * self.draws
+        sizes += [self.samplers[name].largest_batch() for name in self.always]
+        return empty_buffers(*map(sum, zip(*sizes, strict=True)), pin_memory=pin_memory)
 
 
 DRAWS = 2**64 - 1  # the stream of the draws; samplers count theirs from 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -24,8 +24,11 @@ class Prefetch(Generic[T]):
     """``make(step)`` for steps start, start + 1, ..., each made in a thread while earlier ones are used.
 
     make: a function of the step, such as ``sampler.batch`` or ``mixture.batches``; it may not write into buffers that
-        an earlier result still shows. It runs beside the training step, on one thread of C++ and without the GIL.
-    depth: results made ahead; 2 is double buffering.
+        an earlier result still shows: ``depth`` made ahead, the one handed over last and any that the caller keeps.
+        It runs beside the training step, on one thread of C++ and without the GIL. torch's current device and stream
+        are a thread's own: name the GPU ("cuda:1"). The thread keeps ``make`` alive, so close a Prefetch that ``make``
+        itself holds.
+    depth: results made ahead, the one being made included; 2 is double buffering.
     stop: the first step not made; None: no end.
 
     Iterate, or ask with ``get(step)``: the next step comes at once, any other restarts there. Use as a context manager
@@ -37,7 +40,6 @@ class Prefetch(Generic[T]):
 
     def __init__(self, make: Callable[[int], T], *, start: int = 0, stop: int | None = None, depth: int = 2) -> None:
         self._process = os.getpid()
-        self._thread: threading.Thread | None = None
         for name, value, least in (("start", start, 0), ("depth", depth, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -55,10 +57,11 @@ class Prefetch(Generic[T]):
     def get(self, step: int) -> T:
         """``make(step)``. Raises ValueError for a step outside [0, stop)."""
         if step < 0 or (self._stop_at is not None and step >= self._stop_at):
-            raise ValueError(f"step must be in [0, {self._stop_at}), got {step}")
+            wanted = "at least 0" if self._stop_at is None else f"in [0, {self._stop_at})"
+            raise ValueError(f"step must be {wanted}, got {step}")
         if step != self._next:
             self.close()
-            self._begin(step)
+            self._next = step
         return next(self)
 
     def __iter__(self) -> Iterator[T]:
@@ -70,10 +73,15 @@ class Prefetch(Generic[T]):
         if self._stop_at is not None and self._next >= self._stop_at:
             self.close()
             raise StopIteration
-        if self._thread is None:
+        if not self._end.alive:
             self._begin(self._next)
         asked = time.perf_counter()
-        step, result, error = self._ready.get()
+        try:
+            step, result, error = self._ready.get()
+            self._room.release()
+        except BaseException:  # an interrupt: what the queue has let go of is lost
+            self.close()
+            raise
         now = time.perf_counter()
         if self._handed_over is not None:  # the first batch is not counted: nothing could have hidden it
             self.waited_s += now - asked
@@ -87,18 +95,8 @@ class Prefetch(Generic[T]):
 
     def close(self) -> None:
         """Stop the thread; results made ahead are dropped. Asking again starts another."""
-        if self._thread is None or os.getpid() != self._process:
-            return
-        self._closing.set()
-        while self._thread.is_alive():  # it may be waiting for room
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.001)
-        self._thread.join()
-        self._thread = None
+        self._end()
         self._handed_over = None
-
-    def __del__(self) -> None:
-        self.close()
 
     def __enter__(self) -> Prefetch[T]:
         return self
@@ -108,18 +106,39 @@ class Prefetch(Generic[T]):
 
     def _begin(self, step: int) -> None:
         self._next = step
-        # a result in the thread's hands counts as made ahead
-        self._ready: queue.Queue = queue.Queue(maxsize=max(self._depth - 1, 1))
-        self._closing = threading.Event()
-        arguments = (self._make, step, self._stop_at, self._ready, self._closing)
-        self._thread = threading.Thread(target=_produce, args=arguments, daemon=True, name="metarec_fast.Prefetch")
-        self._thread.start()
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._room, closing = threading.Semaphore(self._depth), threading.Event()
+        arguments = (self._make, step, self._stop_at, self._ready, self._room, closing)
+        thread = threading.Thread(target=_produce, args=arguments, daemon=True, name="metarec_fast.Prefetch")
+        # Runs once: from close, when this is collected, or before the interpreter ends, which would otherwise tear the
+        # thread out of the C++ that it is in.
+        self._end = weakref.finalize(self, _end, self._process, thread, self._room, closing)
+        thread.start()
 
 
-def _produce(make: Callable, step: int, stop: int | None, ready: queue.Queue, closing: threading.Event) -> None:
+def _end(process: int, thread: threading.Thread, room: threading.Semaphore, closing: threading.Event) -> None:
+    if os.getpid() != process:  # a fork has no thread, and perhaps locks that nobody will release
+        return
+    closing.set()
+    room.release()  # it may be waiting for room
+    if thread.is_alive() and thread is not threading.current_thread():  # which may have collected the Prefetch
+        thread.join()
+
+
+def _produce(
+    make: Callable,
+    step: int,
+    stop: int | None,
+    ready: queue.SimpleQueue,
+    room: threading.Semaphore,
+    closing: threading.Event,
+) -> None:
     """Holds no reference to its Prefetch, which may so be collected."""
     limit_threads(1)  # the training step has the cores
-    while not closing.is_set() and (stop is None or step < stop):
+    while stop is None or step < stop:
+        room.acquire()
+        if closing.is_set():
+            return
         try:
             result, error = make(step), None
         except BaseException as caught:
@@ -127,4 +146,5 @@ def _produce(make: Callable, step: int, stop: int | None, ready: queue.Queue, cl
         ready.put((step, result, error))
         if error is not None:
             return
+        del result  # the caller's alone, while this waits for room
         step += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from metarec_fast.data.batch import PackedBatch
 from metarec_fast.data.target_shares import target_shares
+from metarec_fast.ops._arrays import INTEGERS, as_array, check_integer, check_offsets
 from metarec_fast.ops.epoch_batches import BatchBuffers, EpochBatches, draw_batches
 from metarec_fast.ops.pack_windows import Window, check_window
 from metarec_fast.ops.sample_negatives import Distribution, check_distribution, distribution_table, seen_items
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 Targets = Literal["every", "last"]
 Part = Literal["whole", "support", "query"]
 PARTS = ("whole", "support", "query")
+QUERY = 2**63  # sets the stream of a query's draws apart from its support's, which has the same rows
 SORTED_COPY = 2**28  # events up to which a sorted copy of them, 4 bytes each, is worth its memory
 
 
@@ -78,13 +81,9 @@ class Sampler:
         uniform_share: float = 0.5,
         sorted_copy: bool | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("negatives", negatives, 0),
-            ("shared_negatives", shared_negatives, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_integer(batch_size, "batch_size", least=1)
+        check_integer(negatives, "negatives", least=0)
+        check_integer(shared_negatives, "shared_negatives", least=0)
         if negatives and (shared_negatives or in_batch):
             raise ValueError(
                 f"negatives={negatives} excludes shared_negatives={shared_negatives} and in_batch={in_batch}"
@@ -95,13 +94,13 @@ class Sampler:
         check_distribution(distribution)
         if not 0 < query_share < 1:
             raise ValueError(f"query_share must be in (0, 1), got {query_share}")
+        sequences = _checked(sequences)
         self.sequences, self.batch_size, self.max_length, self.window = sequences, batch_size, max_length, window
         self.targets, self.part, self.seed, self.stream = targets, part, seed, stream
         self.rank, self.world_size = rank, world_size
         self.negatives, self.shared_negatives, self.in_batch = negatives, shared_negatives, in_batch
         self.distribution = distribution
         self.stride = check_window(window, max_length, stride)
-        _check_sequences(sequences)
 
         begins, ends = stretches(sequences.offsets, part=part, query_share=query_share)
         per_user = count_windows(ends - begins, max_length=max_length, window=window, stride=self.stride)
@@ -109,8 +108,9 @@ class Sampler:
             per_user = np.where(_chosen(users, len(sequences)), per_user, 0)
         self.num_windows = int(per_user.sum())
         if self.num_windows == 0:
+            whose = "user" if users is None else "one of users"
             needed = "two events" if part == "whole" else "four events"
-            raise ValueError(f"sequences hold no window: every user has fewer than {needed}")
+            raise ValueError(f"sequences hold no window: every {whose} has fewer than {needed}")
         self.steps_per_epoch = -(-self.num_windows // batch_size)
 
         num_items = sequences.num_items
@@ -158,7 +158,8 @@ class Sampler:
             table=self.table,
             target_shares=shares,
             seed=seed,
-            stream=stream,
+            stream=stream ^ QUERY if part == "query" else stream,
+            order_stream=stream,
         )
 
     def __repr__(self) -> str:
@@ -173,7 +174,7 @@ class Sampler:
         """The batch of ``step``, counted from 0 over all epochs.
 
         buffers: from ``buffers()``, or the caller's own; the batch is a view of them, valid until they are used again.
-        device: where the batch goes; for CUDA from pinned memory, without waiting.
+        device: where the batch goes; for CUDA from pinned memory without waiting, or from ``buffers`` when it is there.
         """
         return draw([self], [step], buffers=buffers, device=device)[0]
 
@@ -192,7 +193,11 @@ class Sampler:
 
 def batch_buffers(samplers: Sequence[Sampler], *, pin_memory: bool = False) -> BatchBuffers:
     """Memory that one batch of each of ``samplers`` fits into, pinned for copies to a GPU if ``pin_memory``."""
-    windows, drawn = (sum(sizes) for sizes in zip(*(s.largest_batch() for s in samplers), strict=True))
+    return empty_buffers(*map(sum, zip(*(s.largest_batch() for s in samplers), strict=True)), pin_memory=pin_memory)
+
+
+def empty_buffers(windows: int, drawn: int, *, pin_memory: bool = False) -> BatchBuffers:
+    """Memory for so many elements of windows, and of negatives."""
     return BatchBuffers(
         torch.empty(windows, dtype=torch.int64, pin_memory=pin_memory),
         torch.empty(drawn, dtype=torch.int64, pin_memory=pin_memory),
@@ -211,8 +216,6 @@ def draw(
 
     Arguments as in ``Sampler.batch``, with ``batch_buffers``.
     """
-    if min(steps) < 0:
-        raise ValueError(f"step must be at least 0, got {min(steps)}")
     drawn = draw_batches([sampler.batches for sampler in samplers], steps, buffers=buffers, device=device)
     return [
         PackedBatch(items, targets, offsets, users, negatives, logq)
@@ -231,10 +234,12 @@ def _chosen(users: np.ndarray, num_users: int) -> np.ndarray:
     return chosen
 
 
-def _check_sequences(sequences: Sequences) -> None:
+def _checked(sequences: Sequences) -> Sequences:
     """One pass over everything, so that batches need check their own rows alone."""
-    offsets, items, num_items = sequences.offsets, sequences.items, sequences.num_items
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or (offsets[1:] < offsets[:-1]).any():
+    offsets, items = check_offsets(sequences.offsets), as_array(sequences.items, "items", dtypes=INTEGERS)
+    num_items = sequences.num_items
+    if offsets[0] != 0 or offsets[-1] != len(items) or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"offsets must rise from 0 to the number of items ({len(items)})")
     if len(items) and (items.min() < 0 or items.max() >= num_items):
         raise ValueError(f"items must be in [0, {num_items}), got {items.min()} to {items.max()}")
+    return replace(sequences, offsets=offsets, items=items)

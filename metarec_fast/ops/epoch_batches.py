@@ -44,15 +44,18 @@ class EpochBatches:
     batch_size: windows of a step, over all ranks. An epoch's last batch holds what is left.
     rank, world_size: this rank gets rows [R * rank // world_size, R * (rank + 1) // world_size) of a batch of R.
     last_target: targets and negatives of each window's last position alone.
-    negatives: of each target, unseen by the user. seen: what users have seen; if None, each batch sorts what its own
-        users have, which costs time and saves the sorted copy of everything.
+    negatives: of each target, unseen by the user; not together with those that a batch shares.
+    seen: what users have seen; if None, each batch sorts what its own users have, which costs time and saves the
+        sorted copy of everything.
     shared_negatives: for the whole batch. table: the distribution of both; uniform if None.
     target_shares: float64 [num_items]: the share of each item among the targets of an epoch. Given, the targets of
         the batch of all ranks are negatives too, and logq is the log of the probability of a draw from the mixture of
         them and the shared negatives.
-    seed, stream: as in each of the three operators.
+    seed, stream: as in each of the three operators. order_stream: the stream of the epochs' order, if another: domains
+        that show the same users in the same rows and draw apart.
 
-    Raises TypeError or ValueError as they do, and for starts that fall.
+    Raises TypeError or ValueError as they do, and for starts that fall. With ``last_target``, ``draw_batches`` raises
+    ValueError for windows that starts give to users of fewer than two events, or past a user's oldest event.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class EpochBatches:
         target_shares: Array | None = None,
         seed: int = 0,
         stream: int = 0,
+        order_stream: int | None = None,
     ) -> None:
         offsets, items = check_offsets(offsets), as_array(items, "items", dtypes=INTEGERS)
         U = len(offsets) - 1
@@ -103,12 +107,18 @@ class EpochBatches:
         seen_offsets = None if seen is None else seen.offsets.numpy()
         if seen_offsets is not None and np.array_equal(seen_offsets, offsets):
             seen_offsets = offsets
+        self.negatives = check_integer(negatives, "negatives", least=0, below=2**33)
+        check_integer(shared_negatives, "shared_negatives", least=0, below=2**33)
+        if negatives and (shared_negatives or target_shares is not None):
+            raise ValueError(
+                f"negatives={negatives} excludes shared_negatives={shared_negatives} and target_shares "
+                f"({'absent' if target_shares is None else 'given'})"
+            )
         random = check_randomness(seed, stream, 0)
         check_integer(world_size, "world_size", least=1, below=2**31)
         self.num_windows = int(starts[-1])
         windows = np.diff(starts)
         owners = np.flatnonzero(windows) if windows.max() == 1 else None  # found without a search
-        self.negatives = check_integer(negatives, "negatives", least=0, below=2**33)
         self.draws = bool(negatives or shared_negatives or target_shares is not None)
         # C++ holds their addresses
         self._kept = offsets, begins, ends, items, starts, owners, seen, seen_offsets, table, target_shares
@@ -138,9 +148,12 @@ class EpochBatches:
             max_length=max_length,
             last_target=bool(last_target),
             negatives=self.negatives,
-            shared_negatives=check_integer(shared_negatives, "shared_negatives", least=0, below=2**33),
+            shared_negatives=shared_negatives,
             seed=random["seed"],
             stream=random["stream"],
+            order_stream=random["stream"]
+            if order_stream is None
+            else check_randomness(seed, order_stream, 0)["stream"],
         )
 
 
@@ -154,7 +167,8 @@ def draw_batches(
     """The batch of ``domains[i]`` at ``steps[i]``, for every i: a function of the domains and steps alone.
 
     buffers: the batches are views of these, valid until they are written again; of fresh memory if None.
-    device: where the batches go. For CUDA, the memory is pinned, and three copies that do not wait bring them over.
+    device: where the batches go. For CUDA, three copies bring them over: from fresh pinned memory without waiting;
+        from ``buffers``, which may be written again at once, when they are done.
 
     Returns of each batch, R rows and T positions, int64 but logq float32:
 
@@ -163,14 +177,20 @@ def draw_batches(
     - negatives and logq, [P, K] of each target; or [M + N], the M targets of the batch of all ranks if they are
       negatives, then N shared ones; or None.
 
-    Raises ValueError for a step outside [0, 2**48), buffers too small, and users who have seen every item.
+    Raises TypeError or ValueError for a step that is no integer in [0, 2**48), buffers too small, and users who have
+    seen every item.
     """
-    plan = _C.BatchPlan([domain.bound for domain in domains], steps)
+    try:
+        plan = _C.BatchPlan([domain.bound for domain in domains], steps)
+    except TypeError:
+        for step in steps:
+            check_integer(step, "step", least=0, below=2**48)
+        raise
     sizes, draws = plan.sizes, plan.draws
     memory = _memory((sum(sizes), sum(draws), sum(draws)), buffers, device)
     plan.fill(*(part.data_ptr() for part in memory))
     if torch.device(device) != CPU:
-        memory = [part.to(device, non_blocking=True) for part in memory]
+        memory = [part.to(device, non_blocking=buffers is None) for part in memory]
     windows = torch.split_with_sizes(memory[0], sizes)
     counts = {domain.negatives for domain in domains}
     count = counts.pop() if len(counts) == 1 else None

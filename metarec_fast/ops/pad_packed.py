@@ -25,10 +25,11 @@ def pad_packed(values: Tensor, offsets: Tensor, *, length: int, side: Side = "le
     Returns [B, length] or [B, length, K]. The same as ``reference.windows.pad_packed``. Raises TypeError or
     ValueError for other dtypes, shapes, devices, and offsets that fall.
     """
-    check_tensor(values, "values", dtypes=(torch.int64, torch.float32), dims=values.dim(), device=torch.device("cpu"))
-    check_tensor(offsets, "offsets", dtypes=(torch.int64,), dims=1, device=values.device)
-    if values.dim() not in (1, 2):
+    dims = values.dim() if isinstance(values, Tensor) else 1
+    if dims not in (1, 2):
         raise ValueError(f"values must be [T] or [T, K], got {tuple(values.shape)}")
+    check_tensor(values, "values", dtypes=(torch.int64, torch.float32), dims=dims, device=torch.device("cpu"))
+    check_tensor(offsets, "offsets", dtypes=(torch.int64,), dims=1, device=values.device)
     if side not in ("left", "right"):
         raise ValueError(f"side must be left or right, got {side!r}")
     if len(offsets) == 0:

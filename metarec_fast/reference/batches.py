@@ -30,6 +30,7 @@ def epoch_batch(
     weights: np.ndarray | None = None,
     seed: int = 0,
     stream: int = 0,
+    order_stream: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """users, offsets, items, targets, negatives and logq, as ``metarec_fast.ops.epoch_batches`` describes them.
 
@@ -41,7 +42,8 @@ def epoch_batch(
     size = int(starts[-1])
     epoch, place = divmod(step, -(-size // batch_size))
     rows = min(batch_size, size - place * batch_size)
-    ids = epoch_order(size, place * batch_size, rows, seed=seed, stream=stream, epoch=epoch)
+    order = stream if order_stream is None else order_stream
+    ids = epoch_order(size, place * batch_size, rows, seed=seed, stream=order, epoch=epoch)
     users = np.searchsorted(starts, ids, side="right") - 1
     random = {"seed": seed, "stream": stream, "step": step}
 

@@ -113,6 +113,8 @@ def sample_shared_negatives(
 
 
 def _draw(randomness, seen, num_items, row, count, weights) -> tuple[list[int], list[float]]:
+    if count == 0:  # also for one who has seen everything
+        return [], []
     if weights is None:
         draw, unseen = _uniform, num_items - len(seen)
         return [draw(randomness, seen, num_items, row, s) for s in range(count)], [-math.log(unseen)] * count

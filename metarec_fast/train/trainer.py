@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,7 +147,10 @@ class Trainer:
         """``batches``, made while the step before ran."""
         if self._prefetch is None or self._prefetch[0] != stage:
             self._stop_prefetch()
-            self._prefetch = stage, Prefetch(partial(self.batches, stage), start=step)
+            for name, _ in self.schedule(stage, step):  # made here, so that their errors are raised as they are
+                self._sampler(name, stage)
+            batches = weakref.WeakMethod(self.batches)  # a trainer that is dropped ends its thread
+            self._prefetch = stage, Prefetch(lambda step: batches()(stage, step), start=step)
         return self._prefetch[1].get(step)
 
     def _stop_prefetch(self) -> None:

@@ -36,6 +36,14 @@ def test_two_disjoint_windows_of_each_user(window, query_share):
                 assert not np.isin(x.negatives[r].numpy(), data[user]).any()
 
 
+@pytest.mark.parametrize("by", ["windows", "users"])
+def test_the_two_sides_draw_apart(by):
+    data = sequences([10] * 40)
+    sides = support_and_query(data, by=by, batch_size=20, max_length=3, negatives=4)
+    drawn = [side.batch(0).negatives[:40] for side in sides]
+    assert (drawn[0] == drawn[1]).float().mean() < 0.1  # of 401 items
+
+
 @pytest.mark.parametrize("window", ["last", "sliding"])
 def test_two_disjoint_sets_of_users(window):
     lengths = np.random.default_rng(1).integers(0, 12, 200)

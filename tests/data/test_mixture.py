@@ -73,6 +73,18 @@ def test_buffers_hold_any_step(draws):
             assert a.items.untyped_storage().data_ptr() == buffers.windows.data_ptr()
 
 
+def test_buffers_hold_the_windows_of_one_domain_and_the_negatives_of_another():
+    data = Sequences(np.arange(41) * 5, np.zeros(200, np.int64), 60)
+    made = {
+        "windows": Sampler(data, batch_size=16),
+        "negatives": Sampler(data, batch_size=4, shared_negatives=900, stream=1),
+    }
+    mixture = Mixture(made, draws=1)
+    buffers = mixture.buffers()
+    shown = {mixture.batches(step, buffers=buffers)[0][0] for step in range(40)}
+    assert shown == set(made)
+
+
 @pytest.mark.parametrize("sizes", [[1], [1, 10**9], [5] * 1024, [3, 1, 4, 1, 5]])
 def test_quotas(sizes):
     counts = quotas(sizes, beta=0.7)

@@ -1,7 +1,10 @@
 import gc
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +16,13 @@ from metarec_fast.data.prefetch import PrefetchError
 
 def threads() -> int:
     return sum(t.name == "metarec_fast.Prefetch" for t in threading.enumerate())
+
+
+def wait_for_no_thread():
+    deadline = time.monotonic() + 20
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() == 0
 
 
 def test_steps_come_in_order_and_equal_what_is_made_in_place():
@@ -41,9 +51,12 @@ def test_no_more_than_depth_is_made_ahead(depth):
     with Prefetch(lambda step: made.append(step), depth=depth) as batches:
         for step in range(5):
             batches.get(step)
-            time.sleep(0.02)
-            assert len(made) - (step + 1) <= depth + 1  # the one being handed over is no longer ahead
-    assert len(made) >= 5
+            deadline = time.monotonic() + 20
+            while len(made) < step + 1 + depth and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.01)
+            assert len(made) == step + 1 + depth
+    assert len(made) == 5 + depth
 
 
 def test_an_error_names_its_step_and_stops():
@@ -83,11 +96,70 @@ def test_closing_is_quick_and_a_dropped_one_leaves_no_thread():
     assert next(batches) == 1
     del batches
     gc.collect()
-    for _ in range(100):
-        if threads() == 0:
-            break
-        time.sleep(0.01)
-    assert threads() == 0
+    wait_for_no_thread()
+
+
+def test_one_that_its_own_thread_collects_leaves_no_thread():
+    class Owner:
+        def __init__(self):
+            self.collect = threading.Event()
+            self.collected = threading.Event()
+            self.batches = Prefetch(partial(make, self.collect, self.collected))
+            self.batches.owner = self  # only the garbage collector ends this
+
+    def make(collect, collected, step):
+        if step == 1:
+            collect.wait(20)
+            gc.collect()
+            collected.set()
+        return step
+
+    gc.disable()
+    try:
+        owner = Owner()
+        assert next(owner.batches) == 0
+        collect, collected = owner.collect, owner.collected
+        del owner
+        collect.set()
+        assert collected.wait(20)
+    finally:
+        gc.enable()
+    wait_for_no_thread()
+
+
+def test_an_interrupted_request_loses_no_step():
+    with Prefetch(lambda step: step, depth=1) as batches:
+        assert next(batches) == 0
+        taken = batches._ready.get
+
+        class Interrupting:
+            def get(self):
+                taken()
+                raise KeyboardInterrupt
+
+        batches._ready = Interrupting()
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+        assert [next(batches), next(batches)] == [1, 2]
+
+
+def test_the_interpreter_ends_while_a_batch_is_made():
+    # a thread that the interpreter ends inside C++ takes the whole process down
+    script = """
+import numpy as np
+from metarec_fast import _C
+from metarec_fast.data import Prefetch
+order = np.empty(30_000_000, np.int64)
+def make(step):
+    if step:
+        print("making", flush=True)
+    size = len(order) if step else 1
+    _C.epoch_order(order.ctypes.data, size=len(order), first=0, count=size, seed=0, stream=0, epoch=step)
+batches = Prefetch(make)
+next(batches)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def in_child(batches, answers):
@@ -115,3 +187,5 @@ def test_bad_arguments():
         Prefetch(lambda step: step, start=-1)
     with Prefetch(lambda step: step, stop=3) as batches, pytest.raises(ValueError, match=r"step must be in \[0, 3\)"):
         batches.get(3)
+    with Prefetch(lambda step: step) as batches, pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        batches.get(-1)

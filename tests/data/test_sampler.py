@@ -392,5 +392,27 @@ def test_bad_arguments(change, options, message):
 
 
 def test_a_negative_step():
-    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"step must be in \[0, 2\*\*48\), got -1"):
         Sampler(geometric(), batch_size=4).batch(-1)
+
+
+def test_arguments_of_other_types():
+    data = geometric()
+    for options in ({"batch_size": 1.5}, {"negatives": "2"}, {"shared_negatives": 1.0}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be an integer, got"):
+            Sampler(data, **{"batch_size": 4, **options})
+    for step in (1.5, "2"):
+        with pytest.raises(TypeError, match="step must be an integer, got"):
+            Sampler(data, batch_size=4).batch(step)
+    with pytest.raises(TypeError, match=r"offsets must be a numpy array or a torch\.Tensor, got list"):
+        Sampler(Sequences(data.offsets.tolist(), data.items, 500), batch_size=4)
+    with pytest.raises(ValueError, match="sequences hold no window: every one of users has fewer than two events"):
+        Sampler(data, batch_size=4, users=[])
+    with pytest.raises(ValueError, match="length must be in"):
+        Sampler(data, batch_size=4).batch(0).padded(-1)
+
+
+def test_sequences_may_be_tensors():
+    data = geometric()
+    tensors = Sequences(torch.from_numpy(data.offsets), torch.from_numpy(data.items), 500)
+    assert same(*(Sampler(d, batch_size=20, negatives=2).batch(1) for d in (data, tensors)))

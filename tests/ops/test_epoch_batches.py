@@ -66,6 +66,8 @@ def test_a_batch_has_the_bits_of_the_reference(problem):
         return
     batch = sampler.batch(step)
     weights = None if sampler.table is None else sampler.table.weights
+    if options["part"] == "query":  # draws apart from the support of the same rows
+        options = {**options, "stream": options["stream"] ^ 2**63, "order_stream": options["stream"]}
     users, offsets, items, targets, negatives, logq = epoch_batch(
         data.offsets, data.items, num_items=data.num_items, step=step, last_target=last, weights=weights, **options
     )
@@ -156,6 +158,11 @@ def test_bad_buffers(buffers, error, message):
         ({"world_size": 0}, "world_size must be in"),
         ({"batch_size": 0}, "batch_size must be in"),
         ({"num_items": 0}, "num_items must be in"),
+        (
+            {"negatives": 1, "shared_negatives": 3},
+            r"negatives=1 excludes shared_negatives=3 and target_shares \(absent\)",
+        ),
+        ({"negatives": 1, "target_shares": np.ones(40)}, r"shared_negatives=0 and target_shares \(given\)"),
         ({"begins": np.zeros(3, np.int64)}, "begins must have 7 elements, got 3"),
         ({"target_shares": np.ones(39)}, "target_shares must have 40 elements, got 39"),
         ({"table": popularity_table(np.ones(4, np.int64))}, "table must be over num_items=40 items, got one over 4"),
@@ -181,8 +188,28 @@ def test_bad_starts_and_steps():
     for step in (-1, 2**48):
         with pytest.raises(ValueError, match=r"step must be in \[0, 2\*\*48\), got"):
             draw_batches([bound()], [step])
+    with pytest.raises(ValueError, match=r"step must be in \[0, 281474976710656\), got"):
+        draw_batches([bound()], [2**64])
+    assert draw_batches([], []) == []
     with pytest.raises(ValueError, match=r"steps must be one to a domain \(1\), got 2"):
         draw_batches([bound()], [0, 1])
+
+
+def test_an_empty_window_has_no_last_target():
+    offsets, items = np.array([0, 3, 3]), np.arange(3)
+    for starts, user in (([0, 0, 1], 1), ([0, 2, 2], 0)):
+        domain = EpochBatches(
+            offsets,
+            items,
+            np.array(starts),
+            num_items=3,
+            batch_size=2,
+            max_length=2,
+            window="sliding",
+            last_target=True,
+        )
+        with pytest.raises(ValueError, match=f"got an empty one of user {user}"):
+            draw_batches([domain], [0])
 
 
 def test_users_and_items_are_checked_when_they_are_read():

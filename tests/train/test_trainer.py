@@ -1,6 +1,9 @@
 """A run is a function of its step number: stopping, skipping and choosing leave no trace that a reader cannot see."""
 
+import gc
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -221,3 +224,36 @@ def test_weights_of_sources_are_traced():
     assert entry["step"] == 10
     assert sum(entry["weight"].values()) == pytest.approx(1)
     assert set(entry["similarity"]) == {"source0", "source1"}
+
+
+def prefetching() -> int:
+    return sum(t.name == "metarec_fast.Prefetch" for t in threading.enumerate())
+
+
+def test_no_thread_is_left_behind(tmp_path):
+    gc.collect()
+    assert prefetching() == 0
+    with pytest.raises(Interrupted):
+        trainer(RUN, folder=tmp_path, should_stop=after(2)).run()
+    assert prefetching() == 0
+    alone = trainer(RUN)
+    alone.train_step("warmup", 0)
+    assert prefetching() == 1
+    del alone
+    gc.collect()
+    for _ in range(1000):  # its thread may be the one that holds it last
+        if prefetching() == 0:
+            break
+        time.sleep(0.01)
+    assert prefetching() == 0
+
+
+def test_sequences_that_cannot_be_sampled_are_reported_as_they_are():
+    run = trainer(RUN)
+    items = run.target.train.items
+    first, items[0] = items[0], -1
+    try:
+        with pytest.raises(ValueError, match=r"items must be in \[0, \d+\), got -1"):
+            run.train_step("finetune", 0)
+    finally:
+        items[0] = first
