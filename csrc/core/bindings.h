@@ -28,6 +28,7 @@ inline void check_offsets(const int64_t* offsets, int64_t segments, int64_t rows
 void bind_bounded_lookup(pybind11::module_& m);
 void bind_sampler(pybind11::module_& m);
 void bind_sequence(pybind11::module_& m);
+void bind_train(pybind11::module_& m);
 void bind_vq(pybind11::module_& m);
 
 }  // namespace metarec

@@ -3,6 +3,7 @@
 from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.reference.linear_scan import linear_scan
 from metarec_fast.reference.meta_step import meta_step
+from metarec_fast.reference.missed_steps import missed_steps_
 from metarec_fast.reference.nearest_codeword import nearest_codeword
 from metarec_fast.reference.target_ranks import target_ranks
 from metarec_fast.reference.vq_backward import vq_backward
@@ -14,6 +15,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_scan",
     "meta_step",
+    "missed_steps_",
     "nearest_codeword",
     "target_ranks",
     "vq_backward",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from metarec_fast.train import optimizer as module
-from metarec_fast.train.optimizer import TableAdamW, series
+from metarec_fast.train.optimizer import TableAdamW
 
 V, D = 30, 4
 
@@ -86,8 +86,7 @@ def test_float32_is_as_near_to_the_real_numbers_as_dense():
         both_step(*exact, ids, grad.double())
     four[3].flush()
     ours, theirs = (float((p.double() - exact[0]).abs().max()) for p in (four[2], four[0]))
-    print(ours, theirs)
-    assert ours < 2e-6 and ours < 2 * theirs  # values of about 1; each touch rounds to 6e-8 or so
+    assert ours < 1e-5 and ours < theirs  # values of about 2; each of 60 touches rounds
 
 
 def test_the_learning_rate_may_change():
@@ -188,13 +187,5 @@ def test_stale_rows_and_dense_gradients_are_refused():
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         TableAdamW([torch.zeros(V, D)], **options)
-    with pytest.raises(ValueError, match="float32 or float64, got torch.float16"):
+    with pytest.raises(ValueError, match="float32 or float64 on cpu, got torch.float16"):
         TableAdamW([torch.zeros(V, D, dtype=torch.float16)])
-
-
-def test_the_series_is_short_and_starts_early():
-    single, double = series(0.9, 0.999, torch.float32), series(0.9, 0.999, torch.float64)
-    assert (single.terms, double.terms) == (10, 18)
-    assert single.window < 250 and double.window < 450
-    assert single.start < 100 and double.start < 300
-    assert series(0.9, 0.95, torch.float32).start is None
