@@ -16,6 +16,7 @@ The moments M_j grow by one term a step (`Past.record`), so a row is made up in 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache
 
@@ -66,14 +67,18 @@ def series(betas: tuple[float, float], dtype: torch.dtype) -> Series:
     # the sum from k on is at most ratio^k / (1 - ratio), times 1 / sqrt(1 - beta2) by which bias corrections may grow
     window = math.ceil(math.log(tolerance * (1 - ratio) * math.sqrt(1 - betas[1])) / math.log(ratio))
     k = torch.arange(1, window + 1, dtype=torch.float64)
-    for start in range(1, 2000):
+
+    def holds(start: int) -> bool:
         weight, e = _weights(start, k, *betas)
         x = e / _center(start, k, *betas) - 1
         # what 1/(1 + x) = 1 - x + x^2 ... leaves after some terms is x^terms / (1 + x)
         rest = (weight * x.abs() ** terms / (1 + x.clamp(max=0))).cumsum(0)
-        if float((rest / (weight / (1 + x.clamp(min=0))).cumsum(0)).max()) <= tolerance:
-            return Series(window, terms, start, tolerance)
-    return Series(window, terms, None, tolerance)
+        return float((rest / (weight / (1 + x.clamp(min=0))).cumsum(0)).max()) <= tolerance
+
+    # bias corrections settle, so that what holds from one step on holds later
+    latest = 4096
+    start = bisect_left(range(latest), True, key=holds)
+    return Series(window, terms, start if start < latest else None, tolerance)
 
 
 class Past:
@@ -82,9 +87,7 @@ class Past:
     facts: [capacity + 1, 3 + terms] float64; row i is of step first + i.
     """
 
-    def __init__(
-        self, betas: tuple[float, float], dtype: torch.dtype, *, first: int, step: int, facts: Tensor
-    ) -> None:
+    def __init__(self, betas: tuple[float, float], dtype: torch.dtype, *, first: int, step: int, facts: Tensor) -> None:
         self.betas, self.series, self.first, self.step, self.facts = betas, series(betas, dtype), first, step, facts
         self._k = torch.arange(1, self.series.window + 1, dtype=torch.float64)
 

@@ -137,10 +137,11 @@ class TableAdamW(torch.optim.Optimizer):
         past.record(lr=group["lr"], weight_decay=group["weight_decay"])
         state["step"] += 1
         (beta1, beta2), eps, lr, step = group["betas"], group["eps"], group["lr"], past.step
-        m = state["exp_avg"][ids].lerp_(g, 1 - beta1)
-        v = state["exp_avg_sq"][ids].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        state["exp_avg"][ids], state["exp_avg_sq"][ids] = m, v
+        m = state["exp_avg"].index_select(0, ids).lerp_(g, 1 - beta1)
+        v = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        state["exp_avg"].index_copy_(0, ids, m)
+        state["exp_avg_sq"].index_copy_(0, ids, v)
         denominator = v.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(eps)
-        rows = table[ids].mul_(1 - lr * group["weight_decay"])
-        table[ids] = rows.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+        rows = table.index_select(0, ids).mul_(1 - lr * group["weight_decay"])
+        table.index_copy_(0, ids, rows.addcdiv_(m, denominator, value=-lr / (1 - beta1**step)))
         state["last"][ids] = step

@@ -159,7 +159,7 @@ def test_tables_without_gradient_take_no_step():
 def test_stale_rows_and_dense_gradients_are_refused():
     *_, lazy, ours = pair(torch.float32)
     lazy.grad = torch.zeros_like(lazy)
-    with pytest.raises(ValueError, match="sparse in rows alone, got torch.strided"):
+    with pytest.raises(ValueError, match=r"sparse in rows alone, got torch\.strided"):
         ours.step()
     one, two = torch.tensor([1]), torch.tensor([2])
     for ids in (one, two):
@@ -187,5 +187,5 @@ def test_stale_rows_and_dense_gradients_are_refused():
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         TableAdamW([torch.zeros(V, D)], **options)
-    with pytest.raises(ValueError, match="float32 or float64 on cpu, got torch.float16"):
+    with pytest.raises(ValueError, match=r"float32 or float64 on cpu, got torch\.float16"):
         TableAdamW([torch.zeros(V, D, dtype=torch.float16)])
