@@ -28,6 +28,7 @@ from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.train import checkpoint
 from metarec_fast.train.optimizer import TableAdamW
+from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 
 # Tables from this many items on pay for the rows that a step touches, where its loss does not touch all. A step of
@@ -111,7 +112,9 @@ class Trainer:
         folder: Path | None = None,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        profiler: StepProfiler | None = None,
     ) -> None:
+        self.profiler = profiler
         self.model, self.sources, self.target, self.config = model, sources, target, config
         self.folder, self.reporter, self.should_stop = folder, reporter or Silent(), should_stop
         self.progress = Progress()
@@ -234,23 +237,30 @@ class Trainer:
         # dropout is a function of where the run stands
         torch.manual_seed((self.config.train.seed << 40) + (self.progress.stage << 32) + step)
         self.model.train()
-        optimizers = [o for o in (self.optimizer, self.table_optimizer) if o is not None]
-        for optimizer in optimizers:
+        for optimizer in self._optimizers():
             optimizer.zero_grad(set_to_none=True)
         averages = dict(self.averages.steps), dict(self.averages.answers)
         batches = self._ready(stage, step)
         facts = self._meta(batches) if stage == "meta" else self._joint(batches)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.shared.parameters(), self.config.train.clip)
         facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
-        if all(map(math.isfinite, [float(norm), *facts["losses"].values()])):
-            for optimizer in optimizers:
-                optimizer.step()
-        else:
+        if not self._update(facts["losses"]):
             self.averages.steps, self.averages.answers = averages  # one bad step would stay in them for ever
             self.progress.skipped += 1
             facts["skipped"] = True
         facts["data_wait_share"] = round(self._prefetch[1].wait_share, 5)
         return facts
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o for o in (self.optimizer, self.table_optimizer) if o is not None]
+
+    def _update(self, losses: dict[str, float]) -> bool:
+        """Clip and step, if everything is finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.shared.parameters(), self.config.train.clip)
+        if not all(map(math.isfinite, [float(norm), *losses.values()])):
+            return False
+        for optimizer in self._optimizers():
+            optimizer.step()
+        return True
 
     def _flush_tables(self) -> None:
         if self.table_optimizer is not None:
@@ -304,7 +314,10 @@ class Trainer:
                     self._keep_if_better(stage.name)
                     if p.waited >= self.config.train.patience:
                         break
-                facts = self.train_step(stage.name, p.step)
+                if self.profiler is None:
+                    facts = self.train_step(stage.name, p.step)
+                else:
+                    facts = self.profiler.step(self, stage.name, p.step)
                 p.step += 1
                 if "weights" in facts and p.step % 10 == 0:
                     p.trace.append({"step": p.step, "similarity": facts["similarities"], "weight": facts["weights"]})
