@@ -1,6 +1,6 @@
 """What an outer step costs as it grows: more sources, larger catalogues, longer sequences, larger batches.
 
-    python bench/scaling.py [--quick] [--rounds 7] [--order 1]
+    python bench/scaling.py [--quick] [--rounds 5] [--order 1] [--threads 2]
 
 One axis grows while the others stay at 4 sources, 12,000 items in every domain, the last 50 events and batches of 128
 windows. Domains are random; users have about as many events as the axis asks for (of length 50: about nine, as in
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import html
 import json
 import math
 import os
@@ -218,21 +219,26 @@ def svg(rows: list[dict[str, Any]], caption: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="780" height="{bottom + 30}" font-family="sans-serif" '
         f'font-size="11">\n<rect width="100%" height="100%" fill="white"/>\n'
         + "\n".join(body)
-        + f'\n<text x="{left}" y="{bottom}">{legend}</text>\n<text x="{left}" y="{bottom + 16}">{caption}</text>\n</svg>\n'
+        + f'\n<text x="{left}" y="{bottom}">{legend}</text>\n'
+        + f'<text x="{left}" y="{bottom + 16}">{html.escape(caption)}</text>\n'
+        + "</svg>\n"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three sizes an axis, up to 100,000 items")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--order", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--threads", type=int, help="torch's own number if not given")
     parser.add_argument("--out", type=Path, help="folder of both files, in place of bench/results and docs")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(json.loads(args.worker), args.order)
         return
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the workers, and of torch here, which asks it
     import torch
 
     from bench.machine import RESULTS, commit, device_name, slug, versions
