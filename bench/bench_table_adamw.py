@@ -13,7 +13,7 @@ D, EVERY = 64, 25  # the trainer reads the whole table to evaluate it every 25 s
 
 
 @pytest.mark.parametrize("touched", [1000, 3000])
-@pytest.mark.parametrize("V", [12_000, 57_000, 250_000, 1_000_000])
+@pytest.mark.parametrize("V", [12_000, 57_000, 1_000_000])
 def bench_table_adamw(compare, V, touched):
     steps = []
     for _ in range(EVERY):

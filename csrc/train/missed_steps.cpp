@@ -38,11 +38,16 @@ inline void one_by_one(const MissedSteps& missed, int64_t last, const T* __restr
     const double* then = missed.past + (last - missed.first) * columns;
     const int64_t steps = missed.step - last < missed.window ? missed.step - last : missed.window;
     for (int64_t i = 0; i < count; ++i) sum[i] = 0;
+    // beta1^k and q^k, and with `last` for k in the exponent what the bias corrections lack of one
+    const double q = sqrt(missed.beta2);
+    double first = 1, second = 1;
+    double lacks_first = pow(missed.beta1, static_cast<double>(last));
+    double lacks_second = pow(missed.beta2, static_cast<double>(last));
     for (int64_t k = 1; k <= steps; ++k) {
+        first *= missed.beta1, second *= q, lacks_first *= missed.beta1, lacks_second *= missed.beta2;
         const double* now = then + k * columns;
-        const double step = static_cast<double>(last + k);
-        const double e = sqrt(1 - pow(missed.beta2, step)) / pow(missed.beta2, 0.5 * static_cast<double>(k));
-        const double share = now[0] * e * pow(missed.beta1, static_cast<double>(k)) / (1 - pow(missed.beta1, step));
+        const double e = sqrt(1 - lacks_second) / second;
+        const double share = now[0] * e * first / (1 - lacks_first);
         const T weight = static_cast<T>(share * exp(then[1] - now[1])), shift = static_cast<T>(missed.eps * e);
         for (int64_t i = 0; i < count; ++i) sum[i] += weight / (s[i] + shift);
     }

@@ -43,8 +43,8 @@ def test_parts_hold_the_operators_that_belong_to_them(found):
             assert parts[name].flops > 0, name
         for name in ("data", "optimizer"):
             assert parts[name].forward_ms > 0 and parts[name].backward_ms == 0
-        # a step is little else than its parts: Python between them
-        assert parts["other"].ms < 0.25 * stage.step_ms
+        # steps this small are largely Python, some of it between the parts
+        assert parts["other"].ms < 0.5 * stage.step_ms
 
 
 def test_the_traced_total_is_the_time_of_the_traced_step(monkeypatch):
