@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/fma_peak.h"
 #include "core/isa.h"
 
 #ifdef _OPENMP
@@ -31,8 +32,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
     });
     bind_evaluation(m);
+    m.def(
+        "fma_peak", [](int64_t steps) { return METAREC_DISPATCH(fma_peak)(steps); },
+        py::call_guard<py::gil_scoped_release>());
     bind_sampler(m);
     bind_sequence(m);
+    bind_train(m);
     bind_vq(m);
     bind_bounded_lookup(m);
 }

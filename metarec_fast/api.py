@@ -21,6 +21,7 @@ from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer, TransitionEvidence
 from metarec_fast.report.table import Row
 from metarec_fast.train.checkpoint import write_atomically
+from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.trainer import Reporter, Trainer
 
 FORMAT = 1  # of the saved folder
@@ -69,11 +70,13 @@ class MetaRec:
         resume: bool = False,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        profiler: StepProfiler | None = None,
     ) -> MetaRec:
         """Train on ``sources`` and ``target``; the best model by validation NDCG@10 on the target is returned.
 
         run_dir: receives config, checkpoints and metrics. resume: go on from its checkpoint if it has one.
         should_stop: asked before every step; if true the state is saved and ``Interrupted`` is raised.
+        profiler: watches some steps of each stage and tells where their time goes.
         Raises ValueError for domains of one name, a domain without training events, or no source where one is needed.
         """
         config = config or Config()
@@ -102,6 +105,7 @@ class MetaRec:
             folder=Path(run_dir) / "checkpoint" if run_dir is not None else None,
             reporter=reporter,
             should_stop=should_stop,
+            profiler=profiler,
         )
         if resume:
             trainer.restore()
@@ -296,6 +300,7 @@ def compare(
     resume: bool = False,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    profiler: StepProfiler | None = None,
 ) -> tuple[list[Row], dict[str, MetaRec]]:
     """Train several methods on the same split and budget: rows for a table, untrained floor first, and the models.
 
@@ -310,6 +315,8 @@ def compare(
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
         if reporter is not None:
             reporter.begin(METHODS[method])
+        if profiler is not None:
+            profiler.begin(METHODS[method])
         model = MetaRec.fit(
             sources,
             target,
@@ -318,6 +325,7 @@ def compare(
             resume=resume,
             reporter=reporter,
             should_stop=should_stop,
+            profiler=profiler,
         )
         models[method] = model
         rows.append(Row(METHODS[method], model.evaluate(), seconds=model.history["seconds"]))

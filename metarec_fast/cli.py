@@ -33,6 +33,8 @@ class Demo(Config):
     """Run folder."""
     resume: bool = False
     """Go on from the run folder's checkpoints."""
+    profile: bool = False
+    """Show where the time of a step goes, and put profile.json and profile.svg into the run folder."""
     methods: tuple[Method, ...] = ("target_only", "pretrain", "metarec")
 
 
@@ -58,6 +60,8 @@ class Train(Config):
     """Run folder; runs/<target> if not given."""
     resume: bool = False
     """Go on from the run folder's checkpoints."""
+    profile: bool = False
+    """Show where the time of a step goes, and put profile.json and profile.svg into the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,15 +254,26 @@ def run_folder_facts(config: Config, rows: Sequence, models: dict) -> dict:
 
 
 def train_and_show(
-    sources: list, target: object, config: Config, methods: Sequence[str], out: Path, *, resume: bool, title: str
+    sources: list,
+    target: object,
+    config: Config,
+    methods: Sequence[str],
+    out: Path,
+    *,
+    resume: bool,
+    profile: bool,
+    title: str,
 ) -> int:
     """Train, print the table, write the run folder. Returns the exit status."""
     from metarec_fast.api import compare
+    from metarec_fast.report import profile as profile_report
     from metarec_fast.report.console import ConsoleReporter
     from metarec_fast.report.table import COLUMNS, markdown
     from metarec_fast.train.checkpoint import write_atomically
+    from metarec_fast.train.profile import StepProfiler
     from metarec_fast.train.trainer import Interrupted
 
+    profiler = StepProfiler() if profile else None
     console = Console()
     started = time.perf_counter()
     with StopAsked() as stop:
@@ -273,10 +288,14 @@ def train_and_show(
                     resume=resume,
                     reporter=reporter,
                     should_stop=stop,
+                    profiler=profiler,
                 )
         except Interrupted as reason:
             console.print(f"{reason}; saved in {out}. Go on with the same command and --resume.", highlight=False)
             return 130
+    if profiler is not None:
+        profile_report.show(profiler.stages, console)
+        profile_report.write(profiler.stages, out)
     show_rows(console, rows, title)
     write_atomically(out / "config.json", config.to_json().encode())
     write_atomically(out / "metrics.json", json.dumps(run_folder_facts(config, rows, models), indent=2).encode())
@@ -296,6 +315,7 @@ def demo(command: Demo) -> int:
         command.methods,
         command.out,
         resume=command.resume,
+        profile=command.profile,
         title="synthetic domains: transfer against target only",
     )
 
@@ -316,7 +336,16 @@ def train(command: Train) -> int:
     target, sources = load(command.target), [load(name) for name in command.source]
     methods = command.methods or (command.train.method,)
     out = command.out or Path("runs") / target.name
-    return train_and_show(sources, target, config, methods, out, resume=command.resume, title=f"target {target.name}")
+    return train_and_show(
+        sources,
+        target,
+        config,
+        methods,
+        out,
+        resume=command.resume,
+        profile=command.profile,
+        title=f"target {target.name}",
+    )
 
 
 def import_(command: Import) -> int:

@@ -112,6 +112,17 @@ def test_the_run_folder(run):
     assert f"{metrics.ndcg[10]:.4f}" in table[4] and table[-1] == metrics.protocol
 
 
+def test_a_profiled_run_shows_where_its_time_goes(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["train", "--target=shop", f"--folder={folder}", f"--out={tmp_path}", *TINY, "--profile"]
+    command += ["--train.finetune-steps=10", "--train.method=target_only"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "target only finetune:" in shown and "Floor:" in shown
+    assert json.loads((tmp_path / "profile.json").read_text())[0]["parts"]["loss"]["ms"] > 0
+    assert (tmp_path / "profile.svg").read_text().startswith("<svg")
+
+
 @pytest.fixture
 def model(run):
     return str(run[1] / "metarec" / "model")

@@ -29,6 +29,7 @@ void bind_bounded_lookup(pybind11::module_& m);
 void bind_evaluation(pybind11::module_& m);
 void bind_sampler(pybind11::module_& m);
 void bind_sequence(pybind11::module_& m);
+void bind_train(pybind11::module_& m);
 void bind_vq(pybind11::module_& m);
 
 }  // namespace metarec

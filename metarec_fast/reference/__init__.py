@@ -3,6 +3,7 @@
 from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.reference.linear_scan import linear_scan
 from metarec_fast.reference.meta_step import meta_step
+from metarec_fast.reference.missed_steps import missed_steps_
 from metarec_fast.reference.nearest_codeword import nearest_codeword
 from metarec_fast.reference.target_ranks import linear_scores, linear_target_ranks, target_ranks
 from metarec_fast.reference.vq_backward import vq_backward
@@ -16,6 +17,7 @@ __all__ = [
     "linear_scores",
     "linear_target_ranks",
     "meta_step",
+    "missed_steps_",
     "nearest_codeword",
     "target_ranks",
     "vq_backward",

@@ -2,13 +2,16 @@
 
 import io
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 from rich.console import Console
 
 from metarec_fast.evaluation import Metrics
+from metarec_fast.report import profile
 from metarec_fast.report.console import ConsoleReporter, describe
 from metarec_fast.report.table import COLUMNS, Row, markdown, values
+from metarec_fast.train.profile import PARTS, Part, StageProfile
 
 FACTS = {"losses": {"source": 3.5, "target": 2.25}, "weights": {"source": 1.0}}
 
@@ -80,3 +83,35 @@ def test_a_terminal_gets_a_bar_a_stage():
         reporter.step("meta", 1, 5, FACTS)
     shown = out.getvalue()
     assert "2/2" in shown and "1/5" in shown
+
+
+def stage_profile() -> StageProfile:
+    parts = {name: Part() for name in PARTS}
+    parts["loss"] = Part(forward_ms=2.0, backward_ms=4.0, flops=2e9, bytes=1e6)
+    parts["data"] = Part(forward_ms=4.0)
+    return StageProfile("MetaRec", "meta <1>", 10.0, 14.0, 2, 1e12, 1e10, parts)
+
+
+def test_a_profile_for_people_and_for_programs(tmp_path):
+    out = io.StringIO()
+    profile.show([stage_profile()], Console(file=out, width=120))
+    shown = out.getvalue()
+    assert "MetaRec meta <1>: 10.0 ms a step" in shown
+    loss = next(line for line in shown.splitlines() if "loss" in line)
+    assert all(figure in loss for figure in ("60.0%", "2.00", "4.00")) and "█████▒▒▒▒▒▒▒▒▒▒" in loss
+    assert "Floor: 20% of the step, at 1000 GFLOP/s and 10 GB/s measured on 2 threads" in " ".join(shown.split())
+    profile.write([stage_profile()], tmp_path)
+    (written,) = json.loads((tmp_path / "profile.json").read_text())
+    assert written["parts"]["loss"] == {
+        "forward_ms": 2.0,
+        "backward_ms": 4.0,
+        "flops": 2e9,
+        "bytes": 1e6,
+        "ms": 6.0,
+        "floor_ms": 2.0,
+    }
+    assert written["floor_share"] == 0.2
+    svg = ElementTree.fromstring((tmp_path / "profile.svg").read_text())
+    bars = [e for e in svg.iter("{http://www.w3.org/2000/svg}rect") if e.get("height") == "14"]
+    assert len(bars) == 2 * len(PARTS)
+    assert max(float(bar.get("x")) + float(bar.get("width")) for bar in bars) == 640

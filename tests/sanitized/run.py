@@ -21,6 +21,7 @@ KERNELS = (
     "tests/ops/test_epoch_order.py",
     "tests/ops/test_linear_cross_entropy.py::test_loss_and_gradients_match_float64",
     "tests/ops/test_linear_scan.py::test_matches_reference",
+    "tests/ops/test_missed_steps.py",
     "tests/ops/test_nearest_codeword.py::test_equals_reference",
     "tests/ops/test_sample_negatives.py",
     "tests/ops/test_target_ranks.py",

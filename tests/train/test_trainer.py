@@ -10,6 +10,7 @@ import torch
 
 from metarec_fast.api import build
 from metarec_fast.data import leave_one_out
+from metarec_fast.train import trainer as trainer_module
 from metarec_fast.train.trainer import Interrupted, Trainer, stages
 from tests.tiny import DOMAINS, config
 
@@ -257,3 +258,40 @@ def test_sequences_that_cannot_be_sampled_are_reported_as_they_are():
             run.train_step("finetune", 0)
     finally:
         items[0] = first
+
+
+SAMPLED = {"loss": "sampled", "negatives": 4, "meta_steps": 11, "batch_size": 4}
+
+
+@pytest.mark.parametrize("changes", [{}, {"meta": {"inner_steps": 2, "order": 2}}, {"train": {"method": "pretrain"}}])
+def test_large_tables_are_trained_by_rows_with_the_results_of_dense_steps(monkeypatch, changes):
+    options = config(train=SAMPLED, model={"dropout": 0.0}).replace(**changes)
+    dense = trainer(options)
+    progress = dense.run()
+    monkeypatch.setattr(trainer_module, "LARGE_TABLE", 1)
+    by_rows = trainer(options)
+    assert dense.table_optimizer is None and by_rows.table_optimizer is not None
+    assert by_rows.run().best == pytest.approx(progress.best, rel=1e-3)
+    for name, tensor in dense.model.state_dict().items():
+        torch.testing.assert_close(by_rows.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("calls", [2, 9, 13, 17])
+def test_a_stopped_run_by_rows_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path, calls):
+    monkeypatch.setattr(trainer_module, "LARGE_TABLE", 35)  # the sources' tables of 40 items, not the target's of 30
+    options = config(train=SAMPLED)
+    straight = trainer(options)
+    progress = straight.run()
+    assert len(straight.table_optimizer.param_groups[0]["params"]) == 2
+    with pytest.raises(Interrupted):
+        trainer(options, folder=tmp_path, should_stop=after(calls)).run()
+    resumed = trainer(options, folder=tmp_path)
+    assert resumed.restore()
+    assert resumed.run() == progress
+    assert_same_state(resumed.model.state_dict(), straight.model.state_dict())
+
+
+def test_tables_stay_dense_where_every_row_is_touched_or_remembered(monkeypatch):
+    monkeypatch.setattr(trainer_module, "LARGE_TABLE", 1)
+    assert trainer(config()).table_optimizer is None
+    assert trainer(config(train={"loss": "sampled", "remember_codes": True})).table_optimizer is None
