@@ -1,15 +1,26 @@
-"""The loss over an item table against torch's composition of it: a product, then cross_entropy on the [T, V] logits.
+"""The loss over an item table and the scan of the encoder, against what torch makes of them.
 
-The shapes are packed batches of a small, a mid-sized and a large domain; the composition gets valid rows only, too.
+linear_cross_entropy: against a product, then cross_entropy on the [T, V] logits, eager and compiled. The shapes are
+packed batches of a small, a mid-sized and a large domain; the composition gets valid rows only, too.
+linear_scan: against a loop over time on padded rows, one step for all segments at once, eager.
+
+python -m bench.bench_sequence prints what the processor's multiply-adds would take and the fraction that is reached.
 """
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from metarec_fast.ops import linear_cross_entropy
+from metarec_fast.ops import linear_cross_entropy, linear_scan
 
-SHAPES = [(300, 2_420, 64), (900, 12_000, 64), (900, 57_289, 64)]
+SHAPES = [(300, 2_420, 64), (900, 12_000, 64), (900, 57_289, 64), (3_600, 12_000, 64)]
+SCANS = [(900, 128, 128), (20_000, 128, 128), (20_000, 4, 128)]  # events, segments of one length, width
 
 
 def problem(T, V, D):
@@ -20,7 +31,7 @@ def problem(T, V, D):
 
 
 def fused(h, table, bias, targets):
-    return linear_cross_entropy(h, table, targets, bias).mean()
+    return linear_cross_entropy(h, table, targets, bias, reduction="mean")
 
 
 def dense(h, table, bias, targets):
@@ -44,15 +55,18 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_and_gradients(compare, shape):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_loss_and_gradients(compare, compiled, shape):
     case = problem(*shape)
+    baseline = torch.compile(dense) if compiled else dense
     compare(
         lambda: first_order(fused, *case),
-        lambda: first_order(dense, *case),
+        lambda: first_order(baseline, *case),
         subject="linear_cross_entropy forward+backward",
         shape="T={} V={} D={}".format(*shape),
-        against="torch addmm + cross_entropy",
+        against="torch addmm + cross_entropy" + (", compiled" if compiled else ""),
         check=same,
+        rounds=9,
     )
 
 
@@ -67,3 +81,78 @@ def test_second_order(compare, shape):
         against="torch addmm + cross_entropy",
         check=same,
     )
+
+
+def scan_problem(T, segments, width):
+    generator = torch.Generator().manual_seed(0)
+    modulus, phase = torch.rand(width, generator=generator) * 0.9, torch.rand(width, generator=generator) * 6
+    a = torch.stack((modulus * phase.cos(), modulus * phase.sin()))
+    u, weight = (torch.randn(T, 2, width, generator=generator) for _ in range(2))
+    return (a.requires_grad_(), u.requires_grad_()), torch.linspace(0, T, segments + 1).long(), weight
+
+
+def loop_over_time(a: Tensor, u: Tensor, offsets: Tensor) -> Tensor:
+    """The recurrence, one step of all segments at a time."""
+    lengths = offsets.diff()
+    u_LB = torch.nn.utils.rnn.pad_sequence(torch.complex(*u.unbind(1)).split(lengths.tolist()))
+    a_D = torch.complex(*a.unbind(0))
+    steps = [u_LB[0]]
+    for u_B in u_LB[1:]:
+        steps.append(a_D * steps[-1] + u_B)
+    inside = torch.arange(len(steps)) < lengths[:, None]
+    return torch.view_as_real(torch.stack(steps, 1)[inside]).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("shape", SCANS, ids=str)
+def test_scan(compare, shape):
+    inputs, offsets, weight = scan_problem(*shape)
+
+    def run(scan: Callable) -> tuple[Tensor, ...]:
+        h = scan(*inputs, offsets)
+        return h.detach(), *torch.autograd.grad(h, inputs, weight)
+
+    compare(
+        lambda: run(linear_scan),
+        lambda: run(loop_over_time),
+        subject="linear_scan forward+backward",
+        shape="T={} segments={} D={}".format(*shape),
+        against="torch loop over time",
+        check=same,
+        rounds=9 if shape[1] > 10 else 3,
+    )
+
+
+def main() -> None:
+    """Time in the least of several runs against 6 T V D operations at the peak measured just before."""
+    from bench.fma_peak import compiled
+    from metarec_fast.ops import backend_info
+
+    def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+        times = []
+        for _ in range(9):
+            begin = clock()
+            run()
+            times.append(clock() - begin)
+        return min(times)
+
+    multiply_adds = 500_000_000
+    peak_of = compiled(backend_info()["cpu"]["isa"])
+    for threads in range(1, torch.get_num_threads() + 1):
+        torch.set_num_threads(threads)
+        clock = (
+            time.thread_time if threads == 1 else time.perf_counter
+        )  # one thread's time is its own on a busy machine
+        for shape in SHAPES:
+            T, V, D = shape
+            peak = 2 * multiply_adds / seconds(lambda n=threads: peak_of(multiply_adds, n), clock)
+            case = problem(*shape)
+            taken = seconds(lambda case=case: first_order(fused, *case), clock)
+            print(
+                f"{threads} threads, T={T} V={V} D={D}: {1e3 * taken:.2f} ms, "
+                f"{100 * 6 * T * V * D / taken / peak:.0f} % of {1e-9 * peak:.0f} GFLOP/s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "sequence/linear_cross_entropy.h"
 #include "sequence/linear_scan.h"
@@ -21,14 +22,26 @@ Scratch allocate(int64_t floats) {
     return Scratch(static_cast<float*>(memory), &std::free);
 }
 
-// A target is an address within the table.
-void check_targets(const int64_t* targets, int64_t T, int64_t V) {
-    for (int64_t t = 0; t < T; ++t) {
-        if (targets[t] < 0 || targets[t] >= V) {
+// The tensors that logits come from, as Python hands them over: addresses, sizes, and the target that marks a row left
+// out. Null addresses stand for no bias and for gradients that nobody asked for.
+LinearLogits logits(uintptr_t h, uintptr_t table, uintptr_t targets, uintptr_t bias, int64_t T, int64_t V, int64_t D,
+                    int64_t ignored) {
+    const auto* target = pointer<const int64_t>(targets);
+    for (int64_t t = 0; t < T; ++t) {  // a target is an address within the table
+        if (target[t] != ignored && (target[t] < 0 || target[t] >= V)) {
             throw std::invalid_argument("targets must lie in [0, " + std::to_string(V) + "), the rows of table, got " +
-                                        std::to_string(targets[t]) + " at position " + std::to_string(t));
+                                        std::to_string(target[t]) + " at position " + std::to_string(t));
         }
     }
+    return {pointer<const float>(h), pointer<const float>(table), target, pointer<const float>(bias), T, V, D, ignored};
+}
+
+LinearGradients gradients(uintptr_t h, uintptr_t table, uintptr_t bias) {
+    return {pointer<float>(h), pointer<float>(table), pointer<float>(bias)};
+}
+
+Scratch allocate(const LinearLogits& x, LinearPass pass) {
+    return allocate(METAREC_DISPATCH(linear_cross_entropy_scratch)(x, pass));
 }
 
 }  // namespace
@@ -38,67 +51,84 @@ void bind_sequence(py::module_& m) {
         "linear_scan",
         [](uintptr_t a, uintptr_t u, uintptr_t offsets, uintptr_t h, int64_t segments, int64_t rows, int64_t width,
            bool reverse, bool is_double) {
-            check_offsets(pointer<const int64_t>(offsets), segments, rows);
-            py::gil_scoped_release release;
+            const auto* at = pointer<const int64_t>(offsets);
+            check_offsets(at, segments, rows);
+            const py::gil_scoped_release release;
             if (is_double) {
                 METAREC_DISPATCH(linear_scan_f64)
-                (pointer<const double>(a), pointer<const double>(u), pointer<const int64_t>(offsets),
-                 pointer<double>(h), segments, width, reverse);
+                (pointer<const double>(a), pointer<const double>(u), at, pointer<double>(h), segments, width, reverse);
             } else {
                 METAREC_DISPATCH(linear_scan_f32)
-                (pointer<const float>(a), pointer<const float>(u), pointer<const int64_t>(offsets), pointer<float>(h),
-                 segments, width, reverse);
+                (pointer<const float>(a), pointer<const float>(u), at, pointer<float>(h), segments, width, reverse);
             }
         },
         py::arg("a"), py::arg("u"), py::arg("offsets"), py::arg("h"), py::kw_only(), py::arg("segments"),
         py::arg("rows"), py::arg("width"), py::arg("reverse"), py::arg("is_double"));
+    m.def(
+        "linear_scan_backward",
+        [](uintptr_t a, uintptr_t h, uintptr_t grad_h, uintptr_t offsets, uintptr_t grad_a, uintptr_t grad_u,
+           int64_t segments, int64_t rows, int64_t width, bool reverse, bool is_double) {
+            const auto* at = pointer<const int64_t>(offsets);
+            check_offsets(at, segments, rows);
+            const py::gil_scoped_release release;
+            const int64_t partial = kScanGroups * 2 * width;
+            if (is_double) {
+                METAREC_DISPATCH(linear_scan_backward_f64)
+                (pointer<const double>(a), pointer<const double>(h), pointer<const double>(grad_h), at,
+                 pointer<double>(grad_a), pointer<double>(grad_u), std::vector<double>(partial).data(), segments, width,
+                 reverse);
+            } else {
+                METAREC_DISPATCH(linear_scan_backward_f32)
+                (pointer<const float>(a), pointer<const float>(h), pointer<const float>(grad_h), at,
+                 pointer<float>(grad_a), pointer<float>(grad_u), std::vector<float>(partial).data(), segments, width,
+                 reverse);
+            }
+        },
+        py::arg("a"), py::arg("h"), py::arg("grad_h"), py::arg("offsets"), py::arg("grad_a"), py::arg("grad_u"),
+        py::kw_only(), py::arg("segments"), py::arg("rows"), py::arg("width"), py::arg("reverse"),
+        py::arg("is_double"));
 
-    // Null addresses stand for no bias and for gradients that nobody asked for.
+    py::class_<LinearLogits>(m, "LinearLogits")
+        .def(py::init(&logits), py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::kw_only(),
+             py::arg("T"), py::arg("V"), py::arg("D"), py::arg("ignored"));
+    py::class_<LinearGradients>(m, "LinearGradients")
+        .def(py::init(&gradients), py::arg("h"), py::arg("table"), py::arg("bias"));
     m.def(
         "linear_cross_entropy_forward",
-        [](uintptr_t h, uintptr_t table, uintptr_t targets, uintptr_t bias, uintptr_t loss, uintptr_t lse, int64_t T,
-           int64_t V, int64_t D) {
-            check_targets(pointer<const int64_t>(targets), T, V);
-            py::gil_scoped_release release;
-            const Scratch scratch = allocate(METAREC_DISPATCH(linear_cross_entropy_scratch)(T, V, D));
+        [](const LinearLogits& x, uintptr_t loss, uintptr_t lse) {
+            const py::gil_scoped_release release;
             METAREC_DISPATCH(linear_cross_entropy_forward)
-            (pointer<const float>(h), pointer<const float>(table), pointer<const int64_t>(targets),
-             pointer<const float>(bias), pointer<float>(loss), pointer<float>(lse), scratch.get(), T, V, D);
+            (x, pointer<float>(loss), pointer<float>(lse), allocate(x, LinearPass::forward).get());
         },
-        py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::arg("loss"), py::arg("lse"),
-        py::kw_only(), py::arg("T"), py::arg("V"), py::arg("D"));
+        py::arg("x"), py::arg("loss"), py::arg("lse"));
     m.def(
         "linear_cross_entropy_backward",
-        [](uintptr_t grad, uintptr_t h, uintptr_t table, uintptr_t targets, uintptr_t bias, uintptr_t lse,
-           uintptr_t grad_h, uintptr_t grad_table, uintptr_t grad_bias, int64_t T, int64_t V, int64_t D) {
-            check_targets(pointer<const int64_t>(targets), T, V);
-            py::gil_scoped_release release;
-            const Scratch scratch = allocate(METAREC_DISPATCH(linear_cross_entropy_scratch)(T, V, D));
+        [](const LinearLogits& x, uintptr_t lse, uintptr_t grad, const LinearGradients& out) {
+            const py::gil_scoped_release release;
             METAREC_DISPATCH(linear_cross_entropy_backward)
-            (pointer<const float>(grad), pointer<const float>(h), pointer<const float>(table),
-             pointer<const int64_t>(targets), pointer<const float>(bias), pointer<const float>(lse),
-             pointer<float>(grad_h), pointer<float>(grad_table), pointer<float>(grad_bias), scratch.get(), T, V, D);
+            (x, pointer<const float>(lse), pointer<const float>(grad), out, allocate(x, LinearPass::backward).get());
         },
-        py::arg("grad"), py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::arg("lse"),
-        py::arg("grad_h"), py::arg("grad_table"), py::arg("grad_bias"), py::kw_only(), py::arg("T"), py::arg("V"),
-        py::arg("D"));
+        py::arg("x"), py::arg("lse"), py::arg("grad"), py::arg("out"));
+    m.def(
+        "linear_cross_entropy_sum",
+        [](const LinearLogits& x, uintptr_t weight, uintptr_t total, uintptr_t loss, uintptr_t lse,
+           const LinearGradients& out) {
+            const py::gil_scoped_release release;
+            METAREC_DISPATCH(linear_cross_entropy_sum)
+            (x, pointer<const float>(weight), pointer<float>(total), pointer<float>(loss), pointer<float>(lse), out,
+             allocate(x, LinearPass::sum).get());
+        },
+        py::arg("x"), py::arg("weight"), py::arg("total"), py::arg("loss"), py::arg("lse"), py::arg("out"));
     m.def(
         "linear_cross_entropy_double_backward",
-        [](uintptr_t grad, uintptr_t h, uintptr_t table, uintptr_t targets, uintptr_t bias, uintptr_t lse, uintptr_t u,
-           uintptr_t w, uintptr_t c, uintptr_t grad_grad, uintptr_t grad_h, uintptr_t grad_table, uintptr_t grad_bias,
-           int64_t T, int64_t V, int64_t D) {
-            check_targets(pointer<const int64_t>(targets), T, V);
-            py::gil_scoped_release release;
-            const Scratch scratch = allocate(METAREC_DISPATCH(linear_cross_entropy_scratch)(T, V, D));
+        [](const LinearLogits& x, uintptr_t lse, uintptr_t grad, const LinearGradients& by, uintptr_t grad_grad,
+           const LinearGradients& out) {
+            const py::gil_scoped_release release;
             METAREC_DISPATCH(linear_cross_entropy_double_backward)
-            (pointer<const float>(grad), pointer<const float>(h), pointer<const float>(table),
-             pointer<const int64_t>(targets), pointer<const float>(bias), pointer<const float>(lse),
-             pointer<const float>(u), pointer<const float>(w), pointer<const float>(c), pointer<float>(grad_grad),
-             pointer<float>(grad_h), pointer<float>(grad_table), pointer<float>(grad_bias), scratch.get(), T, V, D);
+            (x, pointer<const float>(lse), pointer<const float>(grad), by, pointer<float>(grad_grad), out,
+             allocate(x, LinearPass::double_backward).get());
         },
-        py::arg("grad"), py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::arg("lse"),
-        py::arg("u"), py::arg("w"), py::arg("c"), py::arg("grad_grad"), py::arg("grad_h"), py::arg("grad_table"),
-        py::arg("grad_bias"), py::kw_only(), py::arg("T"), py::arg("V"), py::arg("D"));
+        py::arg("x"), py::arg("lse"), py::arg("grad"), py::arg("by"), py::arg("grad_grad"), py::arg("out"));
 }
 
 }  // namespace metarec

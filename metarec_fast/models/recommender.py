@@ -140,10 +140,10 @@ class Recommender(nn.Module):
         h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets)
         table, bias = private["weight"], private["bias"]
         if batch.negatives is None:
-            task = linear_cross_entropy(h_TD, table, batch.targets, bias)
+            task = linear_cross_entropy(h_TD, table, batch.targets, bias, reduction="mean")
         else:
-            task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias)
-        return task.mean() + self.config.vq_loss_weight * vq_loss
+            task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias).mean()
+        return task + self.config.vq_loss_weight * vq_loss
 
     @torch.no_grad()
     def start_table(self, domain: str, train: Sequences, *, seed: int) -> None:

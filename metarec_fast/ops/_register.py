@@ -72,13 +72,13 @@ def choose_backend(backend: Backend, device: torch.device, *, operator: str, tri
     return backend
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a torch.func transform is active, also while torch.compile traces."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 # what torch.compiler.assume_constant_result does, without its import of torch._dynamo (and of Triton with it)
-_transformed._dynamo_marked_constant = True
+transformed._dynamo_marked_constant = True
 
 
 def traced_transform() -> bool:
@@ -86,7 +86,7 @@ def traced_transform() -> bool:
 
     It would reduce the Function to operators without gradient, silently (torch 2.13).
     """
-    return torch.compiler.is_compiling() and _transformed()
+    return torch.compiler.is_compiling() and transformed()
 
 
 def check_tensor(

@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty, traced_transform
+from metarec_fast.ops._register import (
+    Backend,
+    check_tensor,
+    choose_backend,
+    define,
+    empty,
+    traced_transform,
+    transformed,
+)
 from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy as reference_linear_cross_entropy
+
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = ("none", "mean", "sum")
+Gradients = tuple[Tensor, Tensor, Tensor]  # of h, table and bias; those that nobody needs are empty
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _forward_cpu(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    h, table, targets, bias = (x if x is None else x.contiguous() for x in (h, table, targets, bias))
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+def _logits(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int) -> _C.LinearLogits:
+    """The addresses of contiguous tensors, which must outlive it."""
     (T, D), V = h.shape, table.shape[0]
-    loss, lse = (empty((T,), dtype=h.dtype, device=h.device) for _ in range(2))
-    _C.linear_cross_entropy_forward(*map(_address, (h, table, targets, bias, loss, lse)), T=T, V=V, D=D)
+    return _C.LinearLogits(*map(_address, (h, table, targets, bias)), T=T, V=V, D=D, ignored=ignored)
+
+
+def _shapes(h: Tensor, table: Tensor, need_h: bool, need_table: bool, need_bias: bool) -> tuple[tuple[int, ...], ...]:
+    (T, D), V = h.shape, table.shape[0]
+    return (T, D) if need_h else (0,), (V, D) if need_table else (0,), (V,) if need_bias else (0,)
+
+
+def _gradients(h: Tensor, table: Tensor, *needs: bool) -> tuple[Gradients, _C.LinearGradients]:
+    """Room for the gradients that are needed, and its addresses."""
+    tensors = tuple(empty(shape, dtype=h.dtype, device=h.device) for shape in _shapes(h, table, *needs))
+    return tensors, _C.LinearGradients(*(x.data_ptr() if need else 0 for x, need in zip(tensors, needs, strict=True)))
+
+
+def _per_row(h: Tensor, count: int) -> list[Tensor]:
+    return [empty((h.shape[0],), dtype=h.dtype, device=h.device) for _ in range(count)]
+
+
+def _forward_cpu(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int) -> tuple[Tensor, Tensor]:
+    h, table, targets, bias = _contiguous(h, table, targets, bias)
+    loss, lse = _per_row(h, 2)
+    _C.linear_cross_entropy_forward(_logits(h, table, targets, bias, ignored), _address(loss), _address(lse))
     return loss, lse
 
 
@@ -32,17 +68,24 @@ def _backward_cpu(
     targets: Tensor,
     bias: Tensor | None,
     lse: Tensor,
-    need_h: bool,
-    need_table: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = [x if x is None else x.contiguous() for x in (grad, h, table, targets, bias, lse)]
-    needs = (need_h, need_table, need_bias)
-    outputs = [empty(shape, dtype=h.dtype, device=h.device) for shape in _shapes(h, table, *needs)]
-    asked = (x if need else None for x, need in zip(outputs, needs, strict=True))
-    (T, D), V = h.shape, table.shape[0]
-    _C.linear_cross_entropy_backward(*map(_address, inputs), *map(_address, asked), T=T, V=V, D=D)
-    return tuple(outputs)
+    ignored: int,
+    *needs: bool,
+) -> Gradients:
+    grad, h, table, targets, bias, lse = _contiguous(grad, h, table, targets, bias, lse)
+    grads, out = _gradients(h, table, *needs)
+    _C.linear_cross_entropy_backward(_logits(h, table, targets, bias, ignored), _address(lse), _address(grad), out)
+    return grads
+
+
+def _sum_cpu(
+    h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor, ignored: int, *needs: bool
+) -> tuple[Tensor, ...]:
+    h, table, targets, bias, weight = _contiguous(h, table, targets, bias, weight)
+    total, (loss, lse) = empty((), dtype=h.dtype, device=h.device), _per_row(h, 2)
+    grads, out = _gradients(h, table, *needs)
+    logits = _logits(h, table, targets, bias, ignored)
+    _C.linear_cross_entropy_sum(logits, *map(_address, (weight, total, loss, lse)), out)
+    return total, loss, lse, *grads
 
 
 def _double_backward_cpu(
@@ -55,93 +98,187 @@ def _double_backward_cpu(
     u: Tensor | None,
     w: Tensor | None,
     c: Tensor | None,
-    need_h: bool,
-    need_table: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = [x if x is None else x.contiguous() for x in (grad, h, table, targets, bias, lse, u, w, c)]
-    needs = (True, need_h, need_table, need_bias)
-    shapes = (grad.shape, *_shapes(h, table, *needs[1:]))
-    outputs = [empty(tuple(shape), dtype=h.dtype, device=h.device) for shape in shapes]
-    asked = (x if need else None for x, need in zip(outputs, needs, strict=True))
-    (T, D), V = h.shape, table.shape[0]
-    _C.linear_cross_entropy_double_backward(*map(_address, inputs), *map(_address, asked), T=T, V=V, D=D)
-    return tuple(outputs)
+    ignored: int,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    grad, h, table, targets, bias, lse, u, w, c = _contiguous(grad, h, table, targets, bias, lse, u, w, c)
+    (grad_grad,), (grads, out) = _per_row(h, 1), _gradients(h, table, *needs)
+    by = _C.LinearGradients(*map(_address, (u, w, c)))
+    logits = _logits(h, table, targets, bias, ignored)
+    _C.linear_cross_entropy_double_backward(logits, _address(lse), _address(grad), by, _address(grad_grad), out)
+    return grad_grad, *grads
 
 
-def _shapes(h: Tensor, table: Tensor, need_h: bool, need_table: bool, need_bias: bool) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the gradients of h, table and bias; those that nobody needs are empty."""
-    (T, D), V = h.shape, table.shape[0]
-    return (T, D) if need_h else (0,), (V, D) if need_table else (0,), (V,) if need_bias else (0,)
+def _batched(run: Callable, rows: str, needs: bool = True) -> Callable:
+    """vmap of an operator whose tensors named in ``rows``, by position, have a row for each state.
 
-
-def _loop(run: Callable) -> Callable:
-    """A batch of problems has a table each: one call for each is already as parallel as the machine."""
+    Batches that share the table are one call over all their rows, unless each wants a table's gradient of its own. Such
+    calls, and those with a table each, run one after the other: each is already as parallel as the machine.
+    """
 
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        calls = [
-            run()(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+        S = info.batch_size
+        by_row = [str(i) in rows.split() for i in range(len(args))]
+        one_table = all(dim is None for dim, row in zip(in_dims, by_row, strict=True) if not row)
+        if one_table and not (needs and any(args[-2:])):
+            flat = [
+                (x.expand(S, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+                if row and x is not None
+                else x
+                for x, dim, row in zip(args, in_dims, by_row, strict=True)
+            ]
+            outputs = tuple(x.unflatten(0, (S, -1)) if x.numel() else x.expand(S, 0) for x in run()(*flat))
+        else:
+            calls = [
+                run()(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+                for i in range(S)
+            ]
+            outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
         return outputs, (0,) * len(outputs)
 
     return vmap
 
 
+_NEEDS = "bool need_h, bool need_table, bool need_bias"
+_GRADS = "Tensor grad_h, Tensor grad_table, Tensor grad_bias"
+
 _forward = define(
-    "linear_cross_entropy(Tensor h, Tensor table, Tensor targets, Tensor? bias) -> (Tensor loss, Tensor lse)",
+    "linear_cross_entropy(Tensor h, Tensor table, Tensor targets, Tensor? bias, int ignored) -> (Tensor loss, "
+    "Tensor lse)",
     cpu=_forward_cpu,
-    fake=lambda h, table, targets, bias: (h.new_empty(h.shape[0]), h.new_empty(h.shape[0])),
-    vmap=_loop(lambda: _forward),
+    fake=lambda h, table, targets, bias, ignored: (h.new_empty(h.shape[0]), h.new_empty(h.shape[0])),
+    vmap=_batched(lambda: _forward, rows="0 2", needs=False),
 )
 _backward = define(
     "linear_cross_entropy_backward(Tensor grad, Tensor h, Tensor table, Tensor targets, Tensor? bias, Tensor lse, "
-    "bool need_h, bool need_table, bool need_bias) -> (Tensor grad_h, Tensor grad_table, Tensor grad_bias)",
+    f"int ignored, {_NEEDS}) -> ({_GRADS})",
     cpu=_backward_cpu,
-    fake=lambda grad, h, table, targets, bias, lse, *needs: tuple(map(h.new_empty, _shapes(h, table, *needs))),
-    vmap=_loop(lambda: _backward),
+    fake=lambda grad, h, table, targets, bias, lse, ignored, *needs: tuple(map(h.new_empty, _shapes(h, table, *needs))),
+    vmap=_batched(lambda: _backward, rows="0 1 3 5"),
 )
-
-
 _double_backward = define(
     "linear_cross_entropy_double_backward(Tensor grad, Tensor h, Tensor table, Tensor targets, Tensor? bias, "
-    "Tensor lse, Tensor? u, Tensor? w, Tensor? c, bool need_h, bool need_table, bool need_bias) "
-    "-> (Tensor grad_grad, Tensor grad_h, Tensor grad_table, Tensor grad_bias)",
+    f"Tensor lse, Tensor? u, Tensor? w, Tensor? c, int ignored, {_NEEDS}) -> (Tensor grad_grad, {_GRADS})",
     cpu=_double_backward_cpu,
-    fake=lambda grad, h, table, targets, bias, lse, u, w, c, *needs: (
+    fake=lambda grad, h, table, targets, bias, lse, u, w, c, ignored, *needs: (
         h.new_empty(h.shape[0]),
         *map(h.new_empty, _shapes(h, table, *needs)),
     ),
-    vmap=_loop(lambda: _double_backward),
+    vmap=_batched(lambda: _double_backward, rows="0 1 3 5 6"),
+)
+
+
+def _sum_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def rows_of_sums(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor, *rest: Any):
+        """Without the total, of which every batch has its own."""
+        return _sum(h, table, targets, bias, weight, *rest)[1:]
+
+    outputs, dims = _batched(lambda: rows_of_sums, rows="0 2 4")(info, in_dims, *args)
+    weight, dim = args[4], in_dims[4]
+    weight = weight if dim is None else weight.movedim(dim, 0)
+    total = (weight.double() * outputs[0]).sum(1).to(weight.dtype)
+    return (total, *outputs), (0, *dims)
+
+
+_sum = define(
+    "linear_cross_entropy_sum(Tensor h, Tensor table, Tensor targets, Tensor? bias, Tensor weight, int ignored, "
+    f"{_NEEDS}) -> (Tensor total, Tensor loss, Tensor lse, {_GRADS})",
+    cpu=_sum_cpu,
+    fake=lambda h, table, targets, bias, weight, ignored, *needs: (
+        h.new_empty(()),
+        h.new_empty(h.shape[0]),
+        h.new_empty(h.shape[0]),
+        *map(h.new_empty, _shapes(h, table, *needs)),
+    ),
+    vmap=_sum_vmap,
 )
 
 
 class _Loss(torch.autograd.Function):
-    """(h, table, targets, bias) -> (loss, lse)."""
+    """(h, table, targets, bias, ignored) -> (loss, lse)."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _forward(h, table, targets, bias)
+    def forward(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int) -> tuple[Tensor, Tensor]:
+        return _forward(h, table, targets, bias, ignored)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.ignored = inputs
         _, lse = output
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(*inputs, lse)
+        ctx.save_for_backward(*tensors, lse)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        grads = _Gradient.apply(grad_loss, *ctx.saved_tensors, *needs)
+        grads = _Gradient.apply(grad_loss, *ctx.saved_tensors, ctx.ignored, *needs, None, None, None, None)
         grad_h, grad_table, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return grad_h, grad_table, None, grad_bias
+        return grad_h, grad_table, None, grad_bias, None
+
+
+class _Sum(torch.autograd.Function):
+    """(h, table, targets, bias, weight, ignored, three needs) -> <weight, loss>, with the gradients found on the way.
+
+    The other outputs are lse and the gradients for a cotangent of 1: what the backward pass of a scalar has to scale.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        h: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        ignored: int,
+        need_h: bool,
+        need_table: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, ...]:
+        total, _, lse, *grads = _sum(h, table, targets, bias, weight, ignored, need_h, need_table, need_bias)
+        return total, lse, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.ignored, ctx.known = inputs[5], inputs[6:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        h, table, targets, bias, weight, lse, *known = ctx.saved_tensors
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        if any(need and not has for need, has in zip(needs, ctx.known, strict=True)):
+            known = None  # a transform hid from the forward pass what would be differentiated
+        if known is not None and _is_one(grad):
+            grads = known
+        else:
+            scale_and_known = (None, None, None, None) if known is None else (grad, *known)
+            inputs = (h, table, targets, bias, lse, ctx.ignored)
+            grads = _Gradient.apply(grad * weight, *inputs, *needs, *scale_and_known)
+        grad_h, grad_table, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+        grad_weight = None
+        if ctx.needs_input_grad[4]:
+            grad_weight = grad * _Loss.apply(h, table, targets, bias, ctx.ignored)[0]
+        return grad_h, grad_table, None, grad_bias, grad_weight, None, None, None, None
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether a factor, and a pass over the table's gradient, can be left out; known in plain backward() only."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+        return False
+    return grad.device.type == "cpu" and grad.item() == 1.0
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradients of <grad, loss>, and as its own gradient the whole derivative: lse counts as a function of h."""
+    """The gradients of <grad, loss>, and as its own gradient the whole derivative: lse counts as a function of h.
+
+    known: these gradients up to the factor scale, if they have been found already. They count as constants here, as
+    what they depend on comes in by the other arguments.
+    """
 
     generate_vmap_rule = True
 
@@ -153,26 +290,34 @@ class _Gradient(torch.autograd.Function):
         targets: Tensor,
         bias: Tensor | None,
         lse: Tensor,
+        ignored: int,
         need_h: bool,
         need_table: bool,
         need_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(grad, h, table, targets, bias, lse, need_h, need_table, need_bias)
+        scale: Tensor | None,
+        known_h: Tensor | None,
+        known_table: Tensor | None,
+        known_bias: Tensor | None,
+    ) -> Gradients:
+        if scale is None:
+            return _backward(grad, h, table, targets, bias, lse, ignored, need_h, need_table, need_bias)
+        known, needs = (known_h, known_table, known_bias), (need_h, need_table, need_bias)
+        return tuple(scale * x if need else x.new_empty(0) for x, need in zip(known, needs, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.needs = inputs[6:]
+        ctx.ignored, ctx.needs = inputs[6], inputs[7:10]
         ctx.save_for_backward(*inputs[:6])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         u, w, c = (x if need else None for x, need in zip(cotangents, ctx.needs, strict=True))
         needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[4])
-        grads = _SecondGradient.apply(*ctx.saved_tensors, u, w, c, *needs)
+        grads = _SecondGradient.apply(*ctx.saved_tensors, u, w, c, ctx.ignored, *needs)
         grad_grad, grad_h, grad_table, grad_bias = (
             grad if need else None for grad, need in zip(grads, (ctx.needs_input_grad[0], *needs), strict=True)
         )
-        return grad_grad, grad_h, grad_table, None, grad_bias, None, None, None, None
+        return grad_grad, grad_h, grad_table, None, grad_bias, *(None,) * 9
 
 
 class _SecondGradient(torch.autograd.Function):
@@ -189,11 +334,12 @@ class _SecondGradient(torch.autograd.Function):
         u: Tensor | None,
         w: Tensor | None,
         c: Tensor | None,
+        ignored: int,
         need_h: bool,
         need_table: bool,
         need_bias: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _double_backward(grad, h, table, targets, bias, lse, u, w, c, need_h, need_table, need_bias)
+        return _double_backward(grad, h, table, targets, bias, lse, u, w, c, ignored, need_h, need_table, need_bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -208,23 +354,39 @@ class _SecondGradient(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_weight: Tensor | None = None,
+    reduction: Reduction = "none",
+    ignore_index: int = -100,
+    label_smoothing: float = 0,  # no float: torch.compile would make a symbol of it, and trace twice
+    backend: Backend = "auto",
 ) -> Tensor:
     """Softmax cross-entropy of every row over all items, without a [T, V] tensor in memory.
 
     loss_t = log sum_v exp(logit_tv) - logit_(t, target_t), with logit_tv = <h_t, table_v> + bias_v.
 
-    h: [T, D] float32 or float64, for example the packed states of an encoder.
+    h: [T, D] float32 or float64, for example the packed states of an encoder. States of several batches over one
+        table are cheapest as one call: h.flatten(0, 1), which is also what vmap over h does.
     table: [V, D] item vectors, V >= 1, dtype of h.
-    targets: [T] int64 in [0, V).
+    targets: [T] int64 in [0, V), or ignore_index.
     bias: [V], dtype of h, or None. An item of bias -inf is left out.
+    row_weight: [T], dtype of h, multiplies the losses.
+    reduction: "none"; "sum" of the weighted losses; or "mean", the sum over the sum of the weights (without
+        row_weight, over the number) of rows that are not ignored, NaN if there is none. A scalar finds its gradients
+        already in the forward pass, with a quarter less arithmetic: prefer it to reducing the losses afterwards.
+    ignore_index: rows of this target have loss and gradients 0 and cost nothing.
+    label_smoothing: in [0, 1], the part of the target's probability that is spread evenly over all items.
     backend: "auto", "reference" or "cpu".
 
-    Returns loss: [T], not weighted or averaged. Rows whose loss gets a gradient of zero cost nothing in the first
-    backward pass, so rows are ignored by a weight of zero.
+    Returns loss: [T], or [] if reduced. Rows whose loss gets a gradient of zero cost nothing in the first backward
+    pass of reduction "none".
 
-    The fused CPU path is for float32. It computes the logits of a tile again in the backward pass and needs memory of
-    order (T + V) D. It is differentiable twice in h, table and bias, also under torch.func and, with backward(), under
+    The fused CPU path is for float32 and needs memory of order (T + V) D, and up to 24 MB for a block of rows. It is
+    differentiable twice in h, table, bias and row_weight, also under torch.func and, with backward(), under
     torch.compile; a third derivative raises RuntimeError. Results do not depend on the number of threads.
 
     float64 runs the reference composition, which keeps [T, V] tensors and is differentiable any number of times. So
@@ -232,22 +394,9 @@ def linear_cross_entropy(
     there; "cpu" then raises RuntimeError.
 
     Raises TypeError or ValueError for arguments of another dtype, shape or device, and on the fused path ValueError
-    for a target outside [0, V).
+    for a target outside [0, V) that is not ignore_index.
     """
-    check_tensor(h, "h", dtypes=(torch.float32, torch.float64), dims=2)
-    check_tensor(table, "table", dtypes=(h.dtype,), dims=2, device=h.device)
-    check_tensor(targets, "targets", dtypes=(torch.int64,), dims=1, device=h.device)
-    T, D = h.shape
-    if table.shape[1] != D:
-        raise ValueError(f"table must be [V, {D}] to match h, got {tuple(table.shape)}")
-    if table.shape[0] == 0:
-        raise ValueError(f"table must have at least one row, got {tuple(table.shape)}")
-    if targets.shape[0] != T:
-        raise ValueError(f"targets must be [{T}] to match h, got {tuple(targets.shape)}")
-    if bias is not None:
-        check_tensor(bias, "bias", dtypes=(h.dtype,), dims=1, device=h.device)
-        if bias.shape[0] != table.shape[0]:
-            raise ValueError(f"bias must be [{table.shape[0]}] to match table, got {tuple(bias.shape)}")
+    _check(h, table, targets, bias, row_weight, reduction, label_smoothing)
     chosen = choose_backend(backend, h.device, operator="linear_cross_entropy", triton=False)
     if chosen == "cpu" and traced_transform():
         if backend == "cpu":
@@ -257,6 +406,70 @@ def linear_cross_entropy(
             )
         chosen = "reference"
     if chosen == "reference" or h.dtype == torch.float64:
-        return reference_linear_cross_entropy(h, table, targets, bias)
-    loss, _ = _Loss.apply(h, table, targets, bias)
+        return reference_linear_cross_entropy(
+            h,
+            table,
+            targets,
+            bias,
+            row_weight=row_weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+    if reduction == "none":
+        loss, _ = _Loss.apply(h, table, targets, bias, ignore_index)
+        if label_smoothing:
+            loss = loss + label_smoothing * _target_excess(h, table, targets, bias, ignore_index)
+        return loss if row_weight is None else row_weight * loss
+    weight = (targets != ignore_index).to(h.dtype)
+    if row_weight is not None:
+        weight = weight * row_weight
+    if reduction == "mean":
+        weight = weight / weight.sum()
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (h, table, bias)]
+    loss = _Sum.apply(h, table, targets, bias, weight, ignore_index, *needs)[0]
+    if label_smoothing:
+        loss = loss + label_smoothing * (weight * _target_excess(h, table, targets, bias, ignore_index)).sum()
     return loss
+
+
+def _target_excess(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int) -> Tensor:
+    """The target's logit over the mean of all items': [T], 0 where ignored. It needs no other logits."""
+    keep = targets != ignored
+    target = targets.where(keep, 0)
+    direction = torch.nn.functional.embedding(target, table) - table.mean(0)
+    excess = (h.masked_fill(~keep[:, None], 0.0) * direction).sum(1)
+    return (excess if bias is None else excess + (bias[target] - bias.mean())).masked_fill(~keep, 0.0)
+
+
+def _check(
+    h: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    check_tensor(h, "h", dtypes=(torch.float32, torch.float64), dims=2)
+    check_tensor(table, "table", dtypes=(h.dtype,), dims=2, device=h.device)
+    check_tensor(targets, "targets", dtypes=(torch.int64,), dims=1, device=h.device)
+    (T, D), V = h.shape, table.shape[0]
+    if table.shape[1] != D:
+        raise ValueError(f"table must be [V, {D}] to match h, got {tuple(table.shape)}")
+    if V == 0:
+        raise ValueError(f"table must have at least one row, got {tuple(table.shape)}")
+    if targets.shape[0] != T:
+        raise ValueError(f"targets must be [{T}] to match h, got {tuple(targets.shape)}")
+    if bias is not None:
+        check_tensor(bias, "bias", dtypes=(h.dtype,), dims=1, device=h.device)
+        if bias.shape[0] != V:
+            raise ValueError(f"bias must be [{V}] to match table, got {tuple(bias.shape)}")
+    if row_weight is not None:
+        check_tensor(row_weight, "row_weight", dtypes=(h.dtype,), dims=1, device=h.device)
+        if row_weight.shape[0] != T:
+            raise ValueError(f"row_weight must be [{T}] to match h, got {tuple(row_weight.shape)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")

@@ -12,32 +12,54 @@ from metarec_fast.ops._register import Backend, check_tensor, choose_backend, de
 from metarec_fast.reference.linear_scan import linear_scan as reference_linear_scan
 
 
+def _sizes(u: Tensor, offsets: Tensor, reverse: bool) -> dict[str, Any]:
+    return {
+        "segments": offsets.numel() - 1,
+        "rows": u.shape[0],
+        "width": u.shape[2],
+        "reverse": reverse,
+        "is_double": u.dtype == torch.float64,
+    }
+
+
 def _cpu(a: Tensor, u: Tensor, offsets: Tensor, reverse: bool) -> Tensor:
     a, u, offsets = a.contiguous(), u.contiguous(), offsets.contiguous()
     h = empty(tuple(u.shape), dtype=u.dtype, device=u.device)
-    _C.linear_scan(
-        a.data_ptr(),
-        u.data_ptr(),
-        offsets.data_ptr(),
-        h.data_ptr(),
-        segments=offsets.numel() - 1,
-        rows=u.shape[0],
-        width=u.shape[2],
-        reverse=reverse,
-        is_double=u.dtype == torch.float64,
-    )
+    _C.linear_scan(*(x.data_ptr() for x in (a, u, offsets, h)), **_sizes(u, offsets, reverse))
     return h
 
 
-def _vmap(info: Any, in_dims: tuple, a: Tensor, u: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, int]:
-    # The recurrence is diagonal: a batch of scans is one scan over more channels.
-    S, (T, _, D) = info.batch_size, u.shape if in_dims[1] is None else u.select(in_dims[1], 0).shape
-    if in_dims[2] is not None:
+def _backward_cpu(a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (a, h, grad_h, offsets)]
+    outputs = [empty(tuple(x.shape), dtype=h.dtype, device=h.device) for x in (a, h)]
+    _C.linear_scan_backward(*(x.data_ptr() for x in (*inputs, *outputs)), **_sizes(h, offsets, reverse))
+    return tuple(outputs)
+
+
+def _backward_composed(a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    grad_u = reference_linear_scan(_conjugate(a), grad_h, offsets, reverse=not reverse)
+    return _product(_conjugate(_before(h, offsets, reverse)), grad_u).sum(0), grad_u
+
+
+def _channels(info: Any, in_dims: tuple, args: tuple) -> tuple[Tensor, ...]:
+    """A batch of scans as one: the recurrence is diagonal, so the batch goes into the channels."""
+    *tensors, offsets, reverse = args
+    if in_dims[len(tensors)] is not None:
         raise RuntimeError("linear_scan cannot be vmapped over offsets; vmap over a and u, or pack the segments")
-    a_2SD = a.unsqueeze(1).expand(2, S, D) if in_dims[0] is None else a.movedim(in_dims[0], 1)
-    u_T2SD = u.unsqueeze(2).expand(T, 2, S, D) if in_dims[1] is None else u.movedim(in_dims[1], 2)
-    h = _op(a_2SD.reshape(2, S * D), u_T2SD.reshape(T, 2, S * D), offsets, reverse)
-    return h.view(T, 2, S, D), 2
+    joined = [
+        (x.unsqueeze(-2).expand(*x.shape[:-1], info.batch_size, -1) if dim is None else x.movedim(dim, -2)).flatten(-2)
+        for x, dim in zip(tensors, in_dims, strict=False)
+    ]
+    return *joined, offsets, reverse
+
+
+def _vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+    return _op(*_channels(info, in_dims, args)).unflatten(-1, (info.batch_size, -1)), 2
+
+
+def _backward_vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    grad_a, grad_u = _backward_op(*_channels(info, in_dims, args))
+    return tuple(x.unflatten(-1, (info.batch_size, -1)) for x in (grad_a, grad_u)), (1, 2)
 
 
 _op = define(
@@ -47,11 +69,38 @@ _op = define(
     fake=lambda a, u, offsets, reverse: torch.empty_like(u, memory_format=torch.contiguous_format),
     vmap=_vmap,
 )
+_backward_op = define(
+    "linear_scan_backward(Tensor a, Tensor h, Tensor grad_h, Tensor offsets, bool reverse) "
+    "-> (Tensor grad_a, Tensor grad_u)",
+    cpu=_backward_cpu,
+    cuda=_backward_composed,
+    fake=lambda a, h, grad_h, offsets, reverse: tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, h)
+    ),
+    vmap=_backward_vmap,
+)
+
+
+def _conjugate(x: Tensor) -> Tensor:
+    re, im = x.unbind(-2)
+    return torch.stack((re, -im), -2)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    (x_re, x_im), (y_re, y_im) = x.unbind(-2), y.unbind(-2)
+    return torch.stack((x_re * y_re - x_im * y_im, x_re * y_im + x_im * y_re), -2)
+
+
+def _before(h: Tensor, offsets: Tensor, reverse: bool) -> Tensor:
+    """What an event of a scan continues from: the row visited before it, 0 at the first of a segment."""
+    T = h.shape[0]
+    # T+1 slots, one of them dropped, keep empty segments right
+    inside = torch.ones(T + 1, dtype=h.dtype, device=h.device)
+    inside = inside.index_fill(0, offsets[1:], 0.0)[1:] if reverse else inside.index_fill(0, offsets[:-1], 0.0)[:T]
+    return h.roll(-1 if reverse else 1, 0) * inside[:, None, None]
 
 
 class _LinearScan(torch.autograd.Function):
-    """The gradient of a scan is a scan the other way, so it can be differentiated again."""
-
     generate_vmap_rule = True
 
     @staticmethod
@@ -66,24 +115,40 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
         a, offsets, h = ctx.saved_tensors
-        conjugate = torch.stack((a[0], -a[1]))
-        grad_u = _LinearScan.apply(conjugate, grad_h, offsets, not ctx.reverse)
-        # grad_a = sum_t grad_u_t * conj(h_(t-1)), nothing flowing into the first event of a segment
-        # (a mask of T+1 slots, one of them dropped, keeps empty segments right)
-        T = h.shape[0]
-        inside = torch.ones(T + 1, dtype=h.dtype, device=h.device)
-        inside = (
-            inside.index_fill(0, offsets[1:], 0.0)[1:] if ctx.reverse else inside.index_fill(0, offsets[:-1], 0.0)[:T]
-        )
-        g = grad_u * inside[:, None, None]
-        before = h.roll(-1 if ctx.reverse else 1, 0)
-        grad_a = torch.stack(
-            (
-                (g[:, 0] * before[:, 0] + g[:, 1] * before[:, 1]).sum(0),
-                (g[:, 1] * before[:, 0] - g[:, 0] * before[:, 1]).sum(0),
-            )
-        )
-        return grad_a, grad_u, None, None
+        return *_Gradient.apply(a, h, grad_h, offsets, ctx.reverse), None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """(a, h, grad_h, offsets, reverse) -> (grad_a, grad_u), in complex numbers
+
+    grad_u = the scan of grad_h by conj(a), the other way;  grad_a = sum_t grad_u_t conj(h_(t-1)).
+
+    Its own gradient has another scan in it, whose gradient is this one: so any number of derivatives.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+        return _backward_op(a, h, grad_h, offsets, reverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        a, h, _, offsets, ctx.reverse = inputs
+        ctx.save_for_backward(a, h, offsets, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, by_a: Tensor, by_u: Tensor) -> tuple[Tensor | None, ...]:
+        a, h, offsets, grad_u = ctx.saved_tensors
+        by_u = by_u + _product(by_a, _before(h, offsets, ctx.reverse))
+        conjugate_a, by_grad_h = _Gradient.apply(_conjugate(a), grad_u, by_u, offsets, not ctx.reverse)
+        by_h = _product(_conjugate(by_a), _after(grad_u, offsets, ctx.reverse))
+        return _conjugate(conjugate_a), by_h, by_grad_h, None, None
+
+
+def _after(x: Tensor, offsets: Tensor, reverse: bool) -> Tensor:
+    """The transpose of _before: the row visited next, 0 at the last of a segment."""
+    return _before(x, offsets, not reverse)
 
 
 def linear_scan(a: Tensor, u: Tensor, offsets: Tensor, *, reverse: bool = False, backend: Backend = "auto") -> Tensor:

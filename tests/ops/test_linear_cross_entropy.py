@@ -59,6 +59,136 @@ def test_second_gradients_match_float64(shape, bias):
     assert_near(actual, second_gradients(reference.linear_cross_entropy, *case, dtype=torch.float64))
 
 
+OPTIONS = {
+    "sum": {"reduction": "sum"},
+    "mean": {"reduction": "mean"},
+    "weighted mean": {"reduction": "mean", "weighted": True},
+    "ignored": {"ignored": 0.4},
+    "ignored mean": {"reduction": "mean", "ignored": 0.4},
+    "smooth": {"label_smoothing": 0.2},
+    "everything": {"reduction": "mean", "weighted": True, "ignored": 0.4, "label_smoothing": 0.1},
+}
+
+
+def with_options(run, case, options, *, second=False, dtype=torch.float32):
+    """Loss and gradients in h, table, bias and the row weights, or gradients of a function of those."""
+    h, table, bias, targets, weight = case
+    inputs = [x.to(dtype).requires_grad_() for x in (h, table, bias, weight) if x is not None]
+    keywords = {name: value for name, value in options.items() if name not in ("weighted", "ignored")}
+    if options.get("weighted"):
+        keywords["row_weight"] = inputs[-1].abs()
+    else:
+        inputs = inputs[:-1]
+    if "ignored" in options:
+        # nothing of such a row may count, and the mark need not be the default one
+        ignored = torch.arange(len(targets)) % 5 < 5 * options["ignored"]
+        targets, keywords["ignore_index"] = targets.masked_fill(ignored, -7), -7
+    loss = run(inputs[0], inputs[1], targets, None if bias is None else inputs[2], **keywords)
+    first = torch.autograd.grad(loss.square().sum(), inputs, create_graph=second)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), inputs) if second else (loss.detach(), *first)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first order", "second order"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(7, 17, 1), (65, 130, 17), (230, 310, 64)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_options_match_float64(shape, options, second):
+    for bias in (False, True):
+        case = problem(*shape, bias)
+        actual = with_options(linear_cross_entropy, case, options, second=second)
+        expected = with_options(reference.linear_cross_entropy, case, options, second=second, dtype=torch.float64)
+        assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_options_are_those_of_torch(reduction):
+    h, table, bias, targets, _ = (x.double() if x.is_floating_point() else x for x in problem(20, 31, 5))
+    targets = targets.masked_fill(torch.arange(20) % 3 == 0, -100)
+    for smoothing in (0.0, 0.3):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        expected = torch.nn.functional.cross_entropy(h @ table.T + bias, targets, **options)
+        torch.testing.assert_close(reference.linear_cross_entropy(h, table, targets, bias, **options), expected)
+        actual = linear_cross_entropy(h.float(), table.float(), targets, bias.float(), **options)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("poison")
+def test_ignored_rows_are_not_looked_at():
+    h, table, bias, targets, _ = problem(50, 130, 9)
+    ignored = torch.arange(50) % 3 == 0
+    h[ignored] = torch.nan
+    marked = targets.masked_fill(ignored, -100)
+    for reduction in ("none", "mean"):
+        inputs = [x.clone().requires_grad_() for x in (h, table, bias)]
+        loss = linear_cross_entropy(inputs[0], inputs[1], marked, inputs[2], reduction=reduction)
+        grads = torch.autograd.grad(loss.sum(), inputs)
+        kept = linear_cross_entropy(h[~ignored], table, targets[~ignored], bias, reduction=reduction)
+        torch.testing.assert_close(loss if reduction == "mean" else loss[~ignored], kept)
+        assert all(g.isfinite().all() for g in grads)
+        assert not grads[0][ignored].any()
+        if reduction == "none":
+            assert not loss[ignored].any()
+    nothing = linear_cross_entropy(h, table, torch.full((50,), -100), bias, reduction="mean")
+    assert nothing.isnan()
+
+
+def test_a_mean_scales_with_what_follows_it():
+    """backward() takes the gradients of the forward pass as they are only if nothing follows the mean."""
+    h, table, bias, targets, _ = problem(30, 200, 8)
+    inputs = [x.requires_grad_() for x in (h, table, bias)]
+    loss = linear_cross_entropy(h, table, targets, bias, reduction="mean")
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    tripled = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    for p, t, a in zip(plain, tripled, again, strict=True):
+        torch.testing.assert_close(3 * p, t)
+        assert torch.equal(p, a)
+
+
+def test_beyond_the_memory_for_exponentials():
+    """A table too large for them computes its logits twice, with the results of the separate passes."""
+    h, table, bias, targets, _ = problem(7, 45_000, 3)
+    inputs = [x.requires_grad_() for x in (h, table, bias)]
+    actual = torch.autograd.grad(linear_cross_entropy(h, table, targets, bias, reduction="sum"), inputs)
+    expected = torch.autograd.grad(linear_cross_entropy(h, table, targets, bias).sum(), inputs)
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_batches_of_states_over_one_table_are_one_call(reduction, monkeypatch):
+    hs, table, bias, targets, _ = problem(36, 40, 5)
+    hs, targets = hs.view(4, 9, 5), targets.view(4, 9)
+    rows = []
+    for name in ("forward", "backward", "sum"):
+        run = getattr(_C, f"linear_cross_entropy_{name}")
+        monkeypatch.setattr(
+            _C, f"linear_cross_entropy_{name}", lambda x, *rest, run=run: (rows.append(x), run(x, *rest))
+        )
+
+    def loss(h, y):
+        return linear_cross_entropy(h, table, y, bias, reduction=reduction).square().sum()
+
+    grad, value = torch.vmap(torch.func.grad_and_value(loss))(hs, targets)
+    assert len(rows) == (2 if reduction == "none" else 1)
+    each = [torch.func.grad_and_value(loss)(h, y) for h, y in zip(hs, targets, strict=True)]
+    torch.testing.assert_close((grad, value), tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+@pytest.mark.parametrize("shape", [(96, 500, 64), (200, 2000, 64)], ids=str)
+def test_errors_in_units_of_rounding(shape):
+    """Relative to the largest element: the loss within 2 eps, gradients within 16 eps."""
+    case = problem(*shape)
+    options = OPTIONS["mean"]
+    actual = with_options(linear_cross_entropy, case, options)
+    expected = with_options(reference.linear_cross_entropy, case, options, dtype=torch.float64)
+    errors = [
+        float((a.double() - e).abs().max() / e.abs().max()) / torch.finfo(torch.float32).eps
+        for a, e in zip(actual, expected, strict=True)
+    ]
+    assert errors[0] <= 2.0
+    assert max(errors[1:]) <= 16.0
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=["h", "table", "bias", "h and bias"])
 @pytest.mark.usefixtures("poison")
 def test_gradients_of_some_inputs(wanted):
@@ -145,7 +275,7 @@ def test_exponential_within_two_units_in_the_last_place():
     x = torch.cat((x, torch.tensor([-88.0, -1e30, -torch.inf])))
     _, _, actual = torch.ops.metarec_fast.linear_cross_entropy_backward(
         torch.ones(1), torch.zeros(1, 1), torch.zeros(len(x), 1), torch.tensor([len(x) - 1]), x, torch.zeros(1),
-        False, False, True,
+        -100, False, False, True,
     )  # fmt: skip
     assert actual[-3:].tolist() == [0.0, 0.0, -1.0]  # the last one is the target, from which the gradient is taken
     expected = x[:-3].double().exp()
@@ -161,7 +291,11 @@ def test_does_not_depend_on_the_number_of_threads():
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             results.append(
-                (*loss_and_gradients(linear_cross_entropy, *case), *second_gradients(linear_cross_entropy, *case))
+                (
+                    *loss_and_gradients(linear_cross_entropy, *case),
+                    *second_gradients(linear_cross_entropy, *case),
+                    *with_options(linear_cross_entropy, case, OPTIONS["everything"]),
+                )
             )
     finally:
         torch.set_num_threads(threads)
@@ -212,20 +346,19 @@ def test_inner_adaptation_matches_float64():
     assert_near(grad(linear_cross_entropy, h, table), grad(reference.linear_cross_entropy, h.double(), table.double()))
 
 
-def test_compiles_without_breaks_and_without_recompiling():
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_without_breaks_and_without_recompiling(reduction):
+    def loss(h, table, targets, bias):
+        return linear_cross_entropy(h, table, targets, bias, reduction=reduction).square().sum()
+
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(
-        lambda h, t, y, b: linear_cross_entropy(h, t, y, b).square().sum(),
-        fullgraph=True,
-        dynamic=True,
-        backend=counter,
-    )
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for T in (5, 12, 33):
         h, table, bias, targets, _ = problem(T, 50, 6)
         inputs = [x.requires_grad_() for x in (h, table, bias)]
         grads = torch.autograd.grad(compiled(h, table, targets, bias), inputs)
-        expected = torch.autograd.grad(linear_cross_entropy(h, table, targets, bias).square().sum(), inputs)
-        torch.testing.assert_close(grads, expected)
+        torch.testing.assert_close(grads, torch.autograd.grad(loss(h, table, targets, bias), inputs))
     assert counter.frame_count == 1
 
 
@@ -252,11 +385,14 @@ def test_functional_gradients_inside_compiled_code():
 def test_opcheck(bias):
     h, table, bias, targets, weight = problem(5, 30, 4, bias)
     ops = torch.ops.metarec_fast
-    _, lse = ops.linear_cross_entropy(h, table, targets, bias)
+    _, lse = ops.linear_cross_entropy(h, table, targets, bias, -100)
     first = (weight, h, table, targets, bias, lse)
-    torch.library.opcheck(ops.linear_cross_entropy.default, (h, table, targets, bias))
-    torch.library.opcheck(ops.linear_cross_entropy_backward.default, (*first, True, False, True))
-    torch.library.opcheck(ops.linear_cross_entropy_double_backward.default, (*first, h, table, None, True, True, False))
+    torch.library.opcheck(ops.linear_cross_entropy.default, (h, table, targets, bias, -100))
+    torch.library.opcheck(ops.linear_cross_entropy_sum.default, (*first[1:5], weight, -100, True, False, True))
+    torch.library.opcheck(ops.linear_cross_entropy_backward.default, (*first, -100, True, False, True))
+    torch.library.opcheck(
+        ops.linear_cross_entropy_double_backward.default, (*first, h, table, None, -100, True, True, False)
+    )
 
 
 def test_third_derivative_names_the_option():
@@ -278,16 +414,22 @@ from metarec_fast import _C
 from metarec_fast.ops import linear_cross_entropy
 case = torch.load(sys.argv[1], weights_only=True)
 inputs = [x.requires_grad_() for x in case[:3]]
-loss = linear_cross_entropy(inputs[0], inputs[1], case[3], inputs[2])
-first = torch.autograd.grad(loss, inputs, case[4], create_graph=True)
-second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
-torch.save([_C.active_isa(), [x.detach() for x in (loss, *first, *second)]], sys.argv[2])
+results = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    loss = linear_cross_entropy(inputs[0], inputs[1], case[3], inputs[2])
+    first = torch.autograd.grad(loss, inputs, case[4], create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    total = linear_cross_entropy(inputs[0], inputs[1], case[3], inputs[2], row_weight=case[4], reduction="sum")
+    results.append([x.detach() for x in (loss, *first, *second, total, *torch.autograd.grad(total, inputs))])
+assert all(map(torch.equal, *results)), "results depend on the number of threads"
+torch.save([_C.active_isa(), results[0]], sys.argv[2])
 """
 
 
 @pytest.mark.parametrize("isa", _C.supported_isas())
 def test_every_instruction_set_matches_float64(isa, tmp_path):
-    h, table, bias, targets, weight = problem(50, 230, 33)
+    h, table, bias, targets, weight = problem(150, 1230, 33)
     torch.save([h, table, bias, targets, weight], tmp_path / "case.pt")
     subprocess.run(
         [sys.executable, "-c", _OTHER_ISA, tmp_path / "case.pt", tmp_path / "out.pt"],
@@ -300,7 +442,8 @@ def test_every_instruction_set_matches_float64(isa, tmp_path):
     loss = reference.linear_cross_entropy(inputs[0], inputs[1], targets, inputs[2])
     first = torch.autograd.grad(loss, inputs, weight.double(), create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
-    assert_near(actual, (loss, *first, *second))
+    total = (weight.double() * loss).sum()
+    assert_near(actual, (loss, *first, *second, total, *first))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak memory counter")
@@ -341,6 +484,21 @@ def test_bad_arguments(change, error, message):
     h, table, bias, targets, _ = problem(5, 30, 4)
     with pytest.raises(error, match=message):
         linear_cross_entropy(*change(h, table, targets, bias))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"row_weight": torch.ones(4)}, ValueError, r"row_weight must be \[5\] to match h, got \(4,\)"),
+        ({"row_weight": torch.ones(5).double()}, TypeError, "row_weight must be float32, got float64"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of none, mean, sum, got 'max'"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_bad_options(options, error, message):
+    h, table, bias, targets, _ = problem(5, 30, 4)
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(h, table, targets, bias, **options)
 
 
 def test_bad_backends():
