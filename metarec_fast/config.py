@@ -40,10 +40,15 @@ class ModelConfig:
 class MetaConfig:
     """The meta step: what is taken from each source, and how the target decides."""
 
-    order: Literal[1, 2] = 1
-    """1: first order. 2: exact, differentiating through the inner steps."""
+    order: Literal[1, 2, "fd"] = 1
+    """1: first order. 2: exact, differentiating through the inner steps. fd: the same by two more gradients an inner
+    step instead of second derivatives, which a compiled encoder does not have."""
+    fd_epsilon: float = 1e-3
+    """Length of the finite difference of order fd, in lengths of the shared parameters."""
     inner_steps: int = 1
     inner_lr: float = 0.1
+    lr_of_inner_lr: float = 0.0
+    """If not 0, each shared tensor has a rate of its own in each inner step, and they learn at this rate (LSLR)."""
     same_batch: bool = False
     """All inner steps on one batch instead of a fresh one each."""
     temperature: float = 0.1
@@ -57,6 +62,9 @@ class MetaConfig:
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
     source_loss_weight: float = 1.0
     """How much of each source's own descent direction joins its rescaled meta gradient."""
+    target_pass: Literal["loop", "vmap"] = "loop"
+    """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
+    large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
 
 
 @dataclass(frozen=True, kw_only=True)
