@@ -32,6 +32,9 @@ class ModelConfig:
     commitment_weight: float = 0.25
     vq_loss_weight: float = 1.0
     vq_gradient: Literal["straight_through", "rotation"] = "straight_through"
+    unique_items: Literal["auto", "always", "never"] = "auto"
+    """Find the codes of each item of a batch once, however often it occurs: the same result, with less work where
+    items repeat. auto: for batches of more positions than the catalogue has items."""
     transitions: bool = True
     """Add evidence of the domain's own transitions to the scores, by a weight chosen on validation."""
 

@@ -145,13 +145,14 @@ def inner_adapt(
 
     rates: [inner_steps, tensors] in place of ``inner_lr``.
     """
-    private = _leaves(source.private)
+    fixed = {n: p.detach() for n, p in source.private.items()}
     sizes = torch.tensor([p.numel() for p in like.values()], device=theta.device)
     phi, step, path = theta, torch.zeros_like(theta.detach()), []
     for k in range(config.inner_steps):
         state = _random_state(theta.device) if config.order == "fd" else ()
-        value = loss(unflatten(phi, like), private, source.batches[0 if config.same_batch else k])
         # the private gradient rides on the first backward pass: the source's own loss trains its table
+        private = _leaves(fixed) if k == 0 else fixed
+        value = loss(unflatten(phi, like), private, source.batches[0 if config.same_batch else k])
         wanted = [phi, *(private.values() if k == 0 else ())]
         gradient, *own = _gradients(value, wanted, create_graph=config.order == 2)
         if k == 0:
