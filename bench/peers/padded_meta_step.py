@@ -82,7 +82,7 @@ def loss(
     ]
     indices = torch.stack([distance.argmin(1) for distance in distances], 1)
     q = torch.stack([codebook[h][indices[:, h]] for h in range(H)], 1).view(*items.shape, D)
-    weight = real[..., None] / (real.sum() * D)
+    weight = real[..., None].to(z.dtype) / (real.sum() * D)
     vq = ((q - z.detach()).square() * weight).sum() + beta * ((z - q.detach()).square() * weight).sum()
     x = F.layer_norm(z + q + (z - z.detach()), (D,), shared["norm.weight"], shared["norm.bias"])
     states = encode(shared, x, real, layers)

@@ -8,7 +8,8 @@ source's own loss. The rescaling follows MetaAdapt (Yue et al., ACL 2023) with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -138,6 +139,19 @@ def _gradients(value: Tensor, wanted: list[Tensor], *, create_graph: bool = Fals
     return [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
 
 
+@contextmanager
+def _twice_differentiable(order: int | str) -> Iterator[None]:
+    """Order 2 where the loss lacks second derivatives, for example a compiled one, is an error that names a way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if order != 2:
+            raise
+        raise RuntimeError(
+            f"order=2 needs a loss that can be differentiated twice, order='fd' one that can be once: {error}"
+        ) from error
+
+
 def inner_adapt(
     loss: Loss, theta: Tensor, source: Source, *, like: Parameters, config: MetaConfig, rates: Tensor | None = None
 ) -> Adaptation:
@@ -154,7 +168,8 @@ def inner_adapt(
         private = _leaves(fixed) if k == 0 else fixed
         value = loss(unflatten(phi, like), private, source.batches[0 if config.same_batch else k])
         wanted = [phi, *(private.values() if k == 0 else ())]
-        gradient, *own = _gradients(value, wanted, create_graph=config.order == 2)
+        with _twice_differentiable(config.order):
+            gradient, *own = _gradients(value, wanted, create_graph=config.order == 2)
         if k == 0:
             first_loss = value.detach()
             private_grad = {n: g.detach() for n, g in zip(private, own, strict=True)}
@@ -188,7 +203,8 @@ def pull_back(
     """
     if config.order == 2:
         at = [theta] if rates is None else [theta, rates]
-        pulled = torch.autograd.grad(adaptation.phi, at, grad_outputs=answer)
+        with _twice_differentiable(config.order):
+            pulled = torch.autograd.grad(adaptation.phi, at, grad_outputs=answer)
         return pulled[0], pulled[1] if rates is not None else None
     sizes = torch.tensor([p.numel() for p in like.values()], device=theta.device)
     rates_grad: list[Tensor] = []
@@ -274,7 +290,8 @@ def outer_step(
     rates: inner rates of each tensor and step, in place of ``inner_lr``; ``rates_grad`` is then found too.
 
     Raises ValueError without sources, if a source lacks a batch for each inner step, or for rates of another shape;
-    RuntimeError if ``target_pass`` is "vmap" and the loss cannot be vmapped.
+    RuntimeError if ``target_pass`` is "vmap" and the loss cannot be vmapped, or at order 2 if it cannot be
+    differentiated twice.
     """
     _check(sources, shared, config, rates)
     like = {n: p.detach() for n, p in shared.items()}
