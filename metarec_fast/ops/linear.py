@@ -15,6 +15,8 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not (x.numel() and len(weight)):  # oneDNN has no empty products
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

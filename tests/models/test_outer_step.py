@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from bench.peers import padded_meta_step
 from metarec_fast import reference
@@ -17,6 +17,15 @@ from metarec_fast.models.recommender import Recommender
 SMALL = ModelConfig(dim=8, codebook_heads=2, codebook_size=16, dropout=0.0, max_length=6, layers=1)
 CATALOGUES = {"a": 30, "b": 40, "c": 50, "d": 35, "e": 45, "t": 37}
 META = MetaConfig(similarity_decay=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only cost time at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def sequences(items, seed):
@@ -94,7 +103,7 @@ def test_equals_nested_differentiation(encoder, order, steps):
     model = dataclasses.replace(SMALL, encoder=encoder)
     config = dataclasses.replace(META, order=order, inner_steps=steps)
     double, single = World(model), World(model, torch.float32)
-    for count in range(1, 6):
+    for count in range(1, 6) if steps == 1 else (2, 5):
         names = "abcde"[:count]
         expected = double.expected(config, names)
         assert_same(double.step(config, names), expected, tolerance=1e-10)
@@ -146,13 +155,15 @@ def test_remembered_codes_cannot_be_vmapped():
 @pytest.mark.parametrize("encoder", ["lru", "sasrec"])
 def test_compiled_equals_eager(encoder, order):
     config = dataclasses.replace(META, order=order, inner_steps=2)
-    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
     world = World(dataclasses.replace(SMALL, encoder=encoder), torch.float32)
     eager = world.step(config)
-    world.model.compile_encoder(backend=counter, fullgraph=True)
+    world.model.compile_encoder(backend="aot_eager", fullgraph=True)
     # finite differences enlarge what rounding in another order does
     assert_same(world.step(config), as_expected(eager), tolerance=1e-5 if order == 1 else 1e-3)
-    assert counter.frame_count == 1
+    # once for every length
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["recompiles"]
     assert len({len(b.items) for batches in world.batches.values() for b in batches}) > 3
 
 
