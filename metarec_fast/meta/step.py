@@ -300,7 +300,7 @@ def outer_step(
     target = _leaves(target_private)
 
     def gradient(phi: Tensor, private: Parameters, batch: PackedBatch) -> Tensor:
-        phi = phi.detach().requires_grad_()
+        phi, private = phi.detach().requires_grad_(), {n: p.detach() for n, p in private.items()}
         return _gradients(loss(unflatten(phi, like), private, batch), [phi])[0]
 
     def adapt(source: Source) -> Adaptation:
@@ -322,6 +322,7 @@ def outer_step(
             phi = adaptation.phi.detach().requires_grad_()
             value = loss(unflatten(phi, like), target, target_batch)
             answer, *table_grads = _gradients(value, [phi, *target.values()])
+        losses.append(value.detach())
         answer, rates_grad = pull_back(
             gradient, answer, adaptation, theta, source, like=like, config=config, rates=alpha
         )
@@ -332,14 +333,13 @@ def outer_step(
             # the mean under the weights so far: softmax over more sources only scales what came before, so the
             # gradients of a large table need not be kept for each source
             share = source_weights(torch.stack(similarities), config=config)[-1]
-            target_grad = [
-                mean.lerp_(g, share) for mean, g in zip(target_grad or table_grads, table_grads, strict=True)
-            ]
+            pairs = zip(target_grad or table_grads, table_grads, strict=True)
+            target_grad = [mean.lerp_(g, share) for mean, g in pairs]
+            del table_grads, value
         answers.append(answer)
         descents.append(sum(g for _, g, _ in adaptation.path))
         rates_grads.append(rates_grad)
         source_losses.append(adaptation.first_loss)
-        losses.append(value.detach())
         source_grads[source.name] = adaptation.private_grad
     weights = source_weights(torch.stack(similarities), config=config)
     flat = weights @ torch.stack(answers)
