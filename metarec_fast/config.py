@@ -32,6 +32,9 @@ class ModelConfig:
     commitment_weight: float = 0.25
     vq_loss_weight: float = 1.0
     vq_gradient: Literal["straight_through", "rotation"] = "straight_through"
+    unique_items: Literal["auto", "always", "never"] = "auto"
+    """Find the codes of each item of a batch once, however often it occurs: the same result, with less work where
+    items repeat. auto: for batches of more positions than the catalogue has items."""
     transitions: bool = True
     """Add evidence of the domain's own transitions to the scores, by a weight chosen on validation."""
 
@@ -40,10 +43,16 @@ class ModelConfig:
 class MetaConfig:
     """The meta step: what is taken from each source, and how the target decides."""
 
-    order: Literal[1, 2] = 1
-    """1: first order. 2: exact, differentiating through the inner steps."""
+    order: Literal[1, 2, "fd"] = 1
+    """1: first order. 2: exact, differentiating through the inner steps. fd: the same by two more gradients an inner
+    step instead of second derivatives, which a compiled encoder does not have."""
+    fd_epsilon: float = 5e-3
+    """Length of the finite difference of order fd, in lengths of the shared parameters. In float32 this leaves about a
+    fifth of what tells order 2 from order 1; a shorter one loses more to rounding, a longer one to curvature."""
     inner_steps: int = 1
     inner_lr: float = 0.1
+    lr_of_inner_lr: float = 0.0
+    """If not 0, each shared tensor has a rate of its own in each inner step, and they learn at this rate (LSLR)."""
     same_batch: bool = False
     """All inner steps on one batch instead of a fresh one each."""
     temperature: float = 0.1
@@ -57,6 +66,9 @@ class MetaConfig:
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
     source_loss_weight: float = 1.0
     """How much of each source's own descent direction joins its rescaled meta gradient."""
+    target_pass: Literal["loop", "vmap"] = "loop"
+    """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
+    large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The outer step as public code writes it: left-padded windows, dense logits at every position, a loop over sources.
 
-The mathematics is that of ``metarec_fast.meta.outer_step`` at first order with one inner step, on the parameters of
-``metarec_fast.models.Recommender`` with the LRU encoder, so that gradients can be compared.
+The mathematics is that of ``metarec_fast.meta.outer_step`` with one inner step, on the parameters of
+``metarec_fast.models.Recommender`` with the LRU encoder, so that gradients can be compared. With ``valid_only`` the
+logits of padding are left out: the strongest form that is still simple.
 """
 
 from __future__ import annotations
@@ -59,9 +60,15 @@ def encode(p: Parameters, x: Tensor, real: Tensor, layers: int) -> Tensor:
 
 
 def loss(
-    shared: Parameters, private: Parameters, batch: tuple[Tensor, Tensor, Tensor], *, layers: int, beta: float
+    shared: Parameters,
+    private: Parameters,
+    batch: tuple[Tensor, Tensor, Tensor],
+    *,
+    layers: int,
+    beta: float,
+    valid_only: bool = False,
 ) -> Tensor:
-    """Cross-entropy over dense logits at every position, padding ignored, plus the VQ loss."""
+    """Cross-entropy over dense logits, at every position with padding ignored or at valid ones, plus the VQ loss."""
     items, targets, real = batch
     D = private["weight"].shape[1]
     z = F.layer_norm(private["weight"][items], (D,), private["norm.weight"], private["norm.bias"])
@@ -75,10 +82,12 @@ def loss(
     ]
     indices = torch.stack([distance.argmin(1) for distance in distances], 1)
     q = torch.stack([codebook[h][indices[:, h]] for h in range(H)], 1).view(*items.shape, D)
-    weight = real[..., None] / (real.sum() * D)
+    weight = real[..., None].to(z.dtype) / (real.sum() * D)
     vq = ((q - z.detach()).square() * weight).sum() + beta * ((z - q.detach()).square() * weight).sum()
     x = F.layer_norm(z + q + (z - z.detach()), (D,), shared["norm.weight"], shared["norm.bias"])
     states = encode(shared, x, real, layers)
+    if valid_only:
+        states, targets = states[real], targets[real]
     logits = states @ private["weight"].T + private["bias"]
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-100) + vq
 
@@ -94,19 +103,28 @@ def outer_step(
     inner_lr: float,
     temperature: float,
     source_loss_weight: float,
+    order: int = 1,
+    valid_only: bool = False,
 ) -> tuple[Parameters, Parameters, list[Parameters], Tensor]:
-    """First order, one inner step: shared gradient, target table's gradient, source tables' gradients, weights."""
+    """One inner step: shared gradient, target table's gradient, source tables' gradients, weights.
+
+    order 2 differentiates through the inner step by double backward.
+    """
+    options = {"layers": layers, "beta": beta, "valid_only": valid_only}
     meta, target_grads, source_grads, deltas, similarities = [], [], [], [], []
     for private, batch in sources:
-        value = loss(shared, private, batch, layers=layers, beta=beta)
-        grads = torch.autograd.grad(value, [*shared.values(), *private.values()])
+        value = loss(shared, private, batch, **options)
+        grads = torch.autograd.grad(value, [*shared.values(), *private.values()], create_graph=order == 2)
         inner = dict(zip(shared, grads, strict=False))
-        source_grads.append(dict(zip(private, grads[len(shared) :], strict=True)))
-        phi = {k: (v - inner_lr * inner[k]).detach().requires_grad_() for k, v in shared.items()}
-        value = loss(phi, target_private, target_batch, layers=layers, beta=beta)
-        grads = torch.autograd.grad(value, [*phi.values(), *target_private.values()])
+        source_grads.append({k: g.detach() for k, g in zip(private, grads[len(shared) :], strict=True)})
+        phi = {k: v - inner_lr * inner[k] for k, v in shared.items()}
+        if order == 1:
+            phi = {k: v.detach().requires_grad_() for k, v in phi.items()}
+        value = loss(phi, target_private, target_batch, **options)
+        at = shared if order == 2 else phi
+        grads = torch.autograd.grad(value, [*at.values(), *target_private.values()])
         answer = dict(zip(phi, grads, strict=False))
-        delta = {k: inner_lr * inner[k] for k in shared}
+        delta = {k: inner_lr * inner[k].detach() for k in shared}
         dot = sum((delta[k] * answer[k]).sum() for k in shared)
         norms = [torch.sqrt(sum(v.square().sum() for v in part.values())) for part in (delta, answer)]
         similarities.append(dot / (norms[0] * norms[1]))

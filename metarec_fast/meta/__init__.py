@@ -1,5 +1,13 @@
 """Learning to transfer: inner adaptation, similarity, source weights, the outer step."""
 
-from metarec_fast.meta.step import GradientAverages, OuterStep, Source, inner_adapt, outer_step, source_weights
+from metarec_fast.meta.step import (
+    GradientAverages,
+    InnerRates,
+    OuterStep,
+    Source,
+    inner_adapt,
+    outer_step,
+    source_weights,
+)
 
-__all__ = ["GradientAverages", "OuterStep", "Source", "inner_adapt", "outer_step", "source_weights"]
+__all__ = ["GradientAverages", "InnerRates", "OuterStep", "Source", "inner_adapt", "outer_step", "source_weights"]

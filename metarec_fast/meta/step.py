@@ -1,23 +1,28 @@
 """The meta step: inner adaptation to each source, the target's verdict, similarity, weights, one gradient.
 
-It is written against a loss function ``loss(shared, private, batch) -> scalar`` and knows nothing of the model.
-Not in MetaRec's abstract, hence ours and optional: smoothing of the gradients before their cosine, and the source's own
-loss. The rescaling follows MetaAdapt (Yue et al., ACL 2023) with the sign that rewards helpful sources.
+It is written against a loss function ``loss(shared, private, batch) -> scalar`` and knows nothing of the model. The
+shared parameters are views of one vector throughout, so that an inner step, a similarity and the weighted sum are one
+pass each. Not in MetaRec's abstract, hence ours and optional: smoothing of the gradients before their cosine, and the
+source's own loss. The rescaling follows MetaAdapt (Yue et al., ACL 2023) with the sign that rewards helpful sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.func import grad_and_value, vmap
 
 from metarec_fast.config import MetaConfig
 from metarec_fast.data.batch import PackedBatch
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Parameters, PackedBatch], Tensor]
+Gradient = Callable[[Tensor, Parameters, PackedBatch], Tensor]
+RandomState = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,42 @@ class GradientAverages:
         return self.steps[name], self.answers[name]
 
 
+@dataclass
+class InnerRates:
+    """A learning rate for each inner step and shared tensor, learned too (LSLR; Antoniou et al., ICLR 2019).
+
+    values: [inner_steps, tensors], in the order of the shared parameters.
+    """
+
+    values: Tensor
+
+    @staticmethod
+    def start(shared: Parameters, config: MetaConfig) -> InnerRates:
+        """All rates at ``inner_lr``."""
+        first = next(iter(shared.values()))
+        return InnerRates(first.new_full((config.inner_steps, len(shared)), config.inner_lr).detach())
+
+    def update(self, grad: Tensor, *, lr: float) -> None:
+        """One descent step by an outer step's ``rates_grad``, a sum over sources: their order does not matter."""
+        self.values = self.values - lr * grad
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What ``inner_steps`` of SGD on a source did.
+
+    phi: [P] adapted parameters, at order 2 a function of theta and the rates. step: [P], theta - phi.
+    path: the parameters [P] before each inner step, the gradient [P] there, and torch's random state before it.
+    first_loss, private_grad: the source's loss before adaptation and its gradient in the private parameters.
+    """
+
+    phi: Tensor
+    step: Tensor
+    path: list[tuple[Tensor, Tensor, RandomState]]
+    first_loss: Tensor
+    private_grad: Parameters
+
+
 @dataclass(frozen=True)
 class OuterStep:
     """Everything one meta step found out.
@@ -50,6 +91,7 @@ class OuterStep:
     shared_grad, target_grad, source_grads: what the optimizer applies.
     similarities, weights: [S], in the order of the sources.
     source_losses: [S] before adaptation; target_losses: [S] after adaptation to each source.
+    rates_grad: [inner_steps, tensors], of the weighted target losses in the inner rates, if they are learned.
     """
 
     shared_grad: Parameters
@@ -59,6 +101,7 @@ class OuterStep:
     weights: Tensor
     source_losses: Tensor
     target_losses: Tensor
+    rates_grad: Tensor | None = None
 
 
 def flatten(parameters: Parameters) -> Tensor:
@@ -67,38 +110,123 @@ def flatten(parameters: Parameters) -> Tensor:
 
 def unflatten(flat: Tensor, like: Parameters) -> Parameters:
     pieces = flat.split([p.numel() for p in like.values()])
-    return {name: piece.view_as(p) for (name, p), piece in zip(like.items(), pieces, strict=True)}
+    return {name: piece.view(p.shape) for (name, p), piece in zip(like.items(), pieces, strict=True)}
+
+
+def sum_by_tensor(flat: Tensor, like: Parameters) -> Tensor:
+    """[tensors]: the sum of each tensor's part of a vector."""
+    return torch.stack([piece.sum() for piece in flat.split([p.numel() for p in like.values()])])
+
+
+def _leaves(parameters: Parameters) -> Parameters:
+    return {n: p.detach().requires_grad_() for n, p in parameters.items()}
+
+
+def _random_state(device: torch.device) -> RandomState:
+    """What dropout on ``device`` will draw from."""
+    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
+
+
+def _set_random_state(state: RandomState, device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _gradients(value: Tensor, wanted: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    """Gradients of a scalar, zero where it does not depend on something."""
+    grads = torch.autograd.grad(value, wanted, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
+
+
+@contextmanager
+def _twice_differentiable(order: int | str) -> Iterator[None]:
+    """Order 2 where the loss lacks second derivatives, for example a compiled one, is an error that names a way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if order != 2:
+            raise
+        raise RuntimeError(
+            f"order=2 needs a loss that can be differentiated twice, order='fd' one that can be once: {error}"
+        ) from error
 
 
 def inner_adapt(
-    loss: Loss, shared: Parameters, source: Source, *, config: MetaConfig
-) -> tuple[Parameters, Tensor, Parameters, Tensor]:
-    """``inner_steps`` of SGD on a source, from ``shared``.
+    loss: Loss, theta: Tensor, source: Source, *, like: Parameters, config: MetaConfig, rates: Tensor | None = None
+) -> Adaptation:
+    """``inner_steps`` of SGD on a source, from ``theta`` [P], the shared parameters ``like`` in one vector.
 
-    Returns the adapted parameters phi, the step theta - phi as a flat vector, the gradient of the first loss with
-    respect to the source's private parameters, and that loss.
+    rates: [inner_steps, tensors] in place of ``inner_lr``.
     """
-    adapted, names, private_names = shared, list(shared), list(source.private)
-    step = torch.zeros_like(flatten(shared).detach())
-    private_grad: Parameters = {}
-    first_loss: Tensor | None = None
+    fixed = {n: p.detach() for n, p in source.private.items()}
+    sizes = torch.tensor([p.numel() for p in like.values()], device=theta.device)
+    phi, step, path = theta, torch.zeros_like(theta.detach()), []
     for k in range(config.inner_steps):
-        value = loss(adapted, source.private, source.batches[0 if config.same_batch else k])
-        wanted = list(adapted.values()) + (list(source.private.values()) if k == 0 else [])
+        state = _random_state(theta.device) if config.order == "fd" else ()
         # the private gradient rides on the first backward pass: the source's own loss trains its table
-        grads = torch.autograd.grad(value, wanted, create_graph=config.order == 2, allow_unused=True)
-        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
+        private = _leaves(fixed) if k == 0 else fixed
+        value = loss(unflatten(phi, like), private, source.batches[0 if config.same_batch else k])
+        wanted = [phi, *(private.values() if k == 0 else ())]
+        with _twice_differentiable(config.order):
+            gradient, *own = _gradients(value, wanted, create_graph=config.order == 2)
         if k == 0:
             first_loss = value.detach()
-            private_grad = {n: g.detach() for n, g in zip(private_names, grads[len(names) :], strict=True)}
-        moves = {n: config.inner_lr * g for n, g in zip(names, grads, strict=False)}
-        adapted = {n: adapted[n] - moves[n] for n in names}
+            private_grad = {n: g.detach() for n, g in zip(private, own, strict=True)}
+        rate = config.inner_lr if rates is None else rates[k].repeat_interleave(sizes)
+        move = rate * gradient
+        path.append((phi.detach(), gradient.detach(), state))
         # summed from the moves: the difference of nearly equal parameters would keep few of its digits
-        step += flatten(moves).detach()
-        if config.order == 1:
-            adapted = {n: p.detach().requires_grad_() for n, p in adapted.items()}
-    assert first_loss is not None
-    return adapted, step.detach(), private_grad, first_loss
+        step += move.detach()
+        phi = phi - move
+        if config.order != 2:
+            phi = phi.detach().requires_grad_()
+    return Adaptation(phi, step, path, first_loss, private_grad)
+
+
+def pull_back(
+    gradient: Gradient,
+    answer: Tensor,
+    adaptation: Adaptation,
+    theta: Tensor,
+    source: Source,
+    *,
+    like: Parameters,
+    config: MetaConfig,
+    rates: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The target's gradient at phi, ``answer`` [P], as one at theta and as one in the rates, if there are any.
+
+    Order 1 takes every inner gradient for a constant. Order 2 differentiates it. "fd" has its Hessian H in the product
+    H v by two more gradients, (g(phi + e v) - g(phi - e v)) / 2e with e |v| = ``fd_epsilon`` |phi|: the error is
+    O(e^2), and rounding, about the dtype's precision / e.
+    """
+    if config.order == 2:
+        at = [theta] if rates is None else [theta, rates]
+        with _twice_differentiable(config.order):
+            pulled = torch.autograd.grad(adaptation.phi, at, grad_outputs=answer)
+        return pulled[0], pulled[1] if rates is not None else None
+    sizes = torch.tensor([p.numel() for p in like.values()], device=theta.device)
+    rates_grad: list[Tensor] = []
+    for k in reversed(range(config.inner_steps)):
+        phi, g, state = adaptation.path[k]
+        if rates is not None:
+            rates_grad.insert(0, -sum_by_tensor(g * answer, like))
+        if config.order == "fd":
+            rate = config.inner_lr if rates is None else rates[k].detach().repeat_interleave(sizes)
+            direction = rate * answer
+            length = torch.linalg.vector_norm(direction)
+            # a source that asks for nothing, or a target that answers nothing, has no direction to look in
+            e = config.fd_epsilon * torch.linalg.vector_norm(phi) / torch.where(length > 0, length, 1)
+            batch = source.batches[0 if config.same_batch else k]
+            now = _random_state(phi.device)
+            sides = []
+            for side in (e, -e):
+                _set_random_state(state, phi.device)  # the difference is that of one function: the same dropout
+                sides.append(gradient(phi + side * direction, source.private, batch))
+            _set_random_state(now, phi.device)
+            answer = answer - (sides[0] - sides[1]) / (2 * e)
+    return answer, torch.stack(rates_grad) if rates is not None else None
 
 
 def similarity(step: Tensor, answer: Tensor, *, like: Parameters, config: MetaConfig) -> Tensor:
@@ -121,6 +249,23 @@ def source_weights(similarities: Tensor, *, config: MetaConfig) -> Tensor:
     return torch.softmax(similarities / config.temperature, 0)
 
 
+def _target_answers(
+    loss: Loss, phis: list[Tensor], private: Parameters, batch: PackedBatch, like: Parameters
+) -> tuple[Tensor, Tensor, Parameters]:
+    """The target's losses [S] at all adapted parameters, and their gradients in these [S, P] and in the private ones.
+
+    One vmapped pass. Raises RuntimeError that names ``target_pass`` if the loss cannot be vmapped.
+    """
+    run = grad_and_value(lambda phi, private: loss(unflatten(phi, like), private, batch), argnums=(0, 1))
+    try:
+        (answers, private_grads), losses = vmap(run, in_dims=(0, None), randomness="different")(
+            torch.stack(phis), {n: p.detach() for n, p in private.items()}
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(f"target_pass='vmap' needs a loss that torch.func can vmap; use 'loop': {error}") from error
+    return losses, answers, private_grads
+
+
 def outer_step(
     loss: Loss,
     shared: Parameters,
@@ -130,18 +275,91 @@ def outer_step(
     *,
     config: MetaConfig,
     averages: GradientAverages | None = None,
+    rates: InnerRates | None = None,
 ) -> OuterStep:
     """One step of learning to transfer.
 
     For each source s: phi_s is theta after ``inner_steps`` of SGD on the source; m_s is the gradient of the target's
-    loss at phi_s, with respect to phi_s (order 1) or theta (order 2). With Delta_s = theta - phi_s, the similarity is
-    cos(Delta_s, m_s), smoothed over steps if ``averages`` are given, and the shared gradient is
+    loss at phi_s, with respect to phi_s (order 1) or theta (order 2, "fd"). With Delta_s = theta - phi_s, the
+    similarity is cos(Delta_s, m_s), smoothed over steps if ``averages`` are given, and the shared gradient is
 
-        sum_s w_s (m_s + source_loss_weight * Delta_s / (inner_steps * inner_lr)).
+        sum_s w_s (m_s + source_loss_weight * mean over inner steps of the source's gradient).
 
     The target's table gets the weighted sum of its gradients, each source's table its own loss's gradient.
-    Raises ValueError without sources, or if a source lacks a batch for each inner step.
+
+    rates: inner rates of each tensor and step, in place of ``inner_lr``; ``rates_grad`` is then found too.
+
+    Raises ValueError without sources, if a source lacks a batch for each inner step, or for rates of another shape;
+    RuntimeError if ``target_pass`` is "vmap" and the loss cannot be vmapped, or at order 2 if it cannot be
+    differentiated twice.
     """
+    _check(sources, shared, config, rates)
+    like = {n: p.detach() for n, p in shared.items()}
+    theta = flatten(like).requires_grad_()
+    alpha = None if rates is None else rates.values.detach().requires_grad_()
+    target = _leaves(target_private)
+
+    def gradient(phi: Tensor, private: Parameters, batch: PackedBatch) -> Tensor:
+        phi, private = phi.detach().requires_grad_(), {n: p.detach() for n, p in private.items()}
+        return _gradients(loss(unflatten(phi, like), private, batch), [phi])[0]
+
+    def adapt(source: Source) -> Adaptation:
+        return inner_adapt(loss, theta, source, like=like, config=config, rates=alpha)
+
+    vmapped = config.target_pass == "vmap"
+    if vmapped:
+        adaptations = [adapt(source) for source in sources]
+        phis = [a.phi.detach() for a in adaptations]
+        target_losses, answers_at_phi, private_grads = _target_answers(loss, phis, target, target_batch, like)
+    target_grad: list[Tensor] = []
+    answers, descents, similarities, source_losses, losses, rates_grads = [], [], [], [], [], []
+    source_grads: dict[str, Parameters] = {}
+    for s, source in enumerate(sources):
+        if vmapped:
+            adaptation, answer, value = adaptations[s], answers_at_phi[s], target_losses[s]
+        else:
+            adaptation = adapt(source)
+            phi = adaptation.phi.detach().requires_grad_()
+            value = loss(unflatten(phi, like), target, target_batch)
+            answer, *table_grads = _gradients(value, [phi, *target.values()])
+        losses.append(value.detach())
+        answer, rates_grad = pull_back(
+            gradient, answer, adaptation, theta, source, like=like, config=config, rates=alpha
+        )
+        step = adaptation.step
+        compared = averages.update(source.name, step, answer) if averages is not None else (step, answer)
+        similarities.append(similarity(*compared, like=like, config=config))
+        if not vmapped:
+            # the mean under the weights so far: softmax over more sources only scales what came before, so the
+            # gradients of a large table need not be kept for each source
+            share = source_weights(torch.stack(similarities), config=config)[-1]
+            pairs = zip(target_grad or table_grads, table_grads, strict=True)
+            target_grad = [mean.lerp_(g, share) for mean, g in pairs]
+            del table_grads, value
+        answers.append(answer)
+        descents.append(sum(g for _, g, _ in adaptation.path))
+        rates_grads.append(rates_grad)
+        source_losses.append(adaptation.first_loss)
+        source_grads[source.name] = adaptation.private_grad
+    weights = source_weights(torch.stack(similarities), config=config)
+    flat = weights @ torch.stack(answers)
+    if config.source_loss_weight:
+        flat = flat + config.source_loss_weight / config.inner_steps * (weights @ torch.stack(descents))
+    if vmapped:
+        target_grad = [torch.tensordot(weights, g, 1) for g in private_grads.values()]
+    return OuterStep(
+        shared_grad=unflatten(flat, like),
+        target_grad=dict(zip(target, target_grad, strict=True)),
+        source_grads=source_grads,
+        similarities=torch.stack(similarities),
+        weights=weights,
+        source_losses=torch.stack(source_losses),
+        target_losses=torch.stack(losses),
+        rates_grad=None if alpha is None else torch.tensordot(weights, torch.stack(rates_grads), 1),
+    )
+
+
+def _check(sources: Sequence[Source], shared: Parameters, config: MetaConfig, rates: InnerRates | None) -> None:
     if not sources:
         raise ValueError("outer_step needs at least one source, got none")
     needed = 1 if config.same_batch else config.inner_steps
@@ -151,37 +369,8 @@ def outer_step(
                 f"source {source.name!r} needs {needed} batches for {config.inner_steps} inner steps, "
                 f"got {len(source.batches)}"
             )
-    theta = {n: p.detach().requires_grad_() for n, p in shared.items()}
-    target_private = {n: p.detach().requires_grad_() for n, p in target_private.items()}
-    steps, answers, target_grads, similarities, source_losses, target_losses = [], [], [], [], [], []
-    source_grads: dict[str, Parameters] = {}
-    for source in sources:
-        private = {n: p.detach().requires_grad_() for n, p in source.private.items()}
-        adapted, step, source_grads[source.name], source_loss = inner_adapt(
-            loss, theta, Source(source.name, private, source.batches), config=config
+    if rates is not None and tuple(rates.values.shape) != (config.inner_steps, len(shared)):
+        raise ValueError(
+            f"rates must be [{config.inner_steps}, {len(shared)}], a rate for each inner step and shared tensor, "
+            f"got {tuple(rates.values.shape)}"
         )
-        target_loss = loss(adapted, target_private, target_batch)
-        wanted = list((theta if config.order == 2 else adapted).values()) + list(target_private.values())
-        grads = torch.autograd.grad(target_loss, wanted, allow_unused=True)
-        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
-        answer = flatten(dict(zip(theta, grads, strict=False)))
-        steps.append(step)
-        answers.append(answer)
-        target_grads.append(grads[len(theta) :])
-        compared = averages.update(source.name, step, answer) if averages is not None else (step, answer)
-        similarities.append(similarity(*compared, like=theta, config=config))
-        source_losses.append(source_loss)
-        target_losses.append(target_loss.detach())
-    weights = source_weights(torch.stack(similarities), config=config)
-    own = config.source_loss_weight / (config.inner_steps * config.inner_lr) if config.inner_lr else 0.0
-    flat = sum(w * (m + own * d) for w, m, d in zip(weights, answers, steps, strict=True))
-    combined = [sum(w * g for w, g in zip(weights, column, strict=True)) for column in zip(*target_grads, strict=True)]
-    return OuterStep(
-        shared_grad=unflatten(flat, theta),
-        target_grad=dict(zip(target_private, combined, strict=True)),
-        source_grads=source_grads,
-        similarities=torch.stack(similarities),
-        weights=weights,
-        source_losses=torch.stack(source_losses),
-        target_losses=torch.stack(target_losses),
-    )

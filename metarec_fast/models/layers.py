@@ -6,10 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metarec_fast import ops
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """nn.Linear with the small truncated-normal start that LRURec and SASRec use."""
-    layer = nn.Linear(inputs, outputs)
+
+class Linear(nn.Linear):
+    """nn.Linear by `metarec_fast.ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+def linear(inputs: int, outputs: int) -> Linear:
+    """A linear layer with the small truncated-normal start that LRURec and SASRec use."""
+    layer = Linear(inputs, outputs)
     nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
     nn.init.zeros_(layer.bias)
     return layer

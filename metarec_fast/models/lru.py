@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metarec_fast import ops
 from metarec_fast.models.layers import FeedForward, linear
-from metarec_fast.ops import linear_scan
 
 
 class LRULayer(nn.Module):
@@ -34,8 +34,9 @@ class LRULayer(nn.Module):
     def forward(self, x_TD: Tensor, offsets: Tensor) -> Tensor:
         modulus, phase = torch.exp(-torch.exp(self.log_decay)), torch.exp(self.log_phase)
         a = torch.stack((modulus * torch.cos(phase), modulus * torch.sin(phase)))
-        u = self.into(x_TD).view(x_TD.shape[0], 2, a.shape[1]) * torch.exp(self.log_gamma)
-        h = linear_scan(a, u, offsets)
+        gamma = torch.exp(self.log_gamma).repeat(2)  # on the weights: there are fewer of them than of their products
+        u = ops.linear(x_TD, gamma[:, None] * self.into.weight, gamma * self.into.bias).unflatten(1, (2, -1))
+        h = ops.linear_scan(a, u, offsets)
         y = self.out(h.flatten(1))
         return self.norm(F.dropout(y, self.dropout, self.training) + x_TD)
 

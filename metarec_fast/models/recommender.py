@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,26 @@ from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.models.spectral import spectral_table
 from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
+from metarec_fast.ops._register import transformed
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.vq.assignments import CodebookAssignments
 
 Parameters = dict[str, Tensor]
 Lookup = Callable[[Tensor, Tensor], Tensor]
+
+
+class Repeats(NamedTuple):
+    """Positions of which several hold the same row: the row of each [T], and the number of positions of each row."""
+
+    row: Tensor
+    counts: Tensor
+
+
+def _mean_square_error(x_HTd: Tensor, y_HTd: Tensor, counts: Tensor | None) -> Tensor:
+    """The mean over rows that count ``counts`` [T] times, by default once."""
+    if counts is None:
+        return F.mse_loss(x_HTd, y_HTd)
+    return ((x_HTd - y_HTd).square().mean((0, 2)) * counts).sum() / counts.sum()
 
 
 class ItemTable(nn.Module):
@@ -54,30 +70,38 @@ class SharedEncoder(nn.Module):
                 D, layers=config.layers, heads=config.heads, dropout=config.dropout, max_length=config.max_length
             )
 
-    def quantize(self, z_TD: Tensor, lookup: Lookup | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(
+        self, z_TD: Tensor, lookup: Lookup | None = None, *, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The codes of rows, one a head: quantized [T, D], indices [H, T] and the VQ loss.
 
         Codes move to rows, rows commit to codes, and both learn from the task through ``quantized``.
         lookup: finds the indices [H, T] of rows [H, T, d] in the codebook [H, K, d], in place of a full search.
+        counts: [T], how often each row counts in the loss, a mean; by default once.
         """
         H = self.codebook.shape[0]
         z_HTd = z_TD.unflatten(1, (H, -1)).transpose(0, 1).contiguous()
         if lookup is None:
-            q_HTd, indices, commitment = vq_commit(z_HTd, self.codebook)
+            q_HTd, indices, commitment = vq_commit(z_HTd, self.codebook, row_weight=counts)
         else:
             indices = lookup(z_HTd, self.codebook)
             q_HTd = self.codebook.gather(1, indices.unsqueeze(-1).expand_as(z_HTd))
-            commitment = F.mse_loss(z_HTd, q_HTd.detach())
-        loss = F.mse_loss(q_HTd, z_HTd.detach()) + self.config.commitment_weight * commitment
+            commitment = _mean_square_error(z_HTd, q_HTd.detach(), counts)
+        loss = _mean_square_error(q_HTd, z_HTd.detach(), counts) + self.config.commitment_weight * commitment
         estimate = GRADIENT_ESTIMATORS[self.config.vq_gradient](z_HTd, q_HTd.detach())
         q_HTd = estimate + (q_HTd - q_HTd.detach())
         return q_HTd.transpose(0, 1).flatten(1), indices, loss
 
-    def forward(self, z_TD: Tensor, offsets: Tensor, lookup: Lookup | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z_TD: Tensor, offsets: Tensor, lookup: Lookup | None = None, repeats: Repeats | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """repeats: which of the rows z stands at each position, and how often each does; by default each once."""
         loss = z_TD.new_zeros(())
         if self.config.vq != "none":
-            q_TD, _, loss = self.quantize(z_TD, lookup)
+            q_TD, _, loss = self.quantize(z_TD, lookup, counts=None if repeats is None else repeats.counts)
             z_TD = q_TD if self.config.vq == "quantized" else z_TD + q_TD
+        if repeats is not None:
+            z_TD = F.embedding(repeats.row, z_TD)
         x_TD = self.norm(F.dropout(z_TD, self.config.dropout, self.training))
         return self.encoder(x_TD, offsets), loss
 
@@ -120,7 +144,9 @@ class Recommender(nn.Module):
 
     def _lookup(self, items: Tensor, weight: Tensor) -> Lookup | None:
         """The remembering lookup of the table that ``weight`` is, or shares the memory of."""
-        if self.training:
+        if self.training and self.assignments:
+            if transformed():
+                raise RuntimeError("remembered codes cannot be looked up under torch.func; use target_pass='loop'")
             for table, assignments in zip(self.tables, self.assignments, strict=False):
                 if table.weight.data_ptr() == weight.data_ptr():
                     return partial(assignments.lookup, items)
@@ -128,9 +154,14 @@ class Recommender(nn.Module):
 
     def states(self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [T, D] of packed items, and the VQ loss."""
+        repeats = None
+        once = self.config.unique_items
+        if once == "always" or (once == "auto" and len(items) > len(private["weight"])):
+            items, row, counts = items.unique(return_inverse=True, return_counts=True)
+            repeats = Repeats(row, counts.to(private["weight"].dtype))
         rows_TD = F.embedding(items, private["weight"])
         z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
-        return functional_call(self.shared, shared, (z_TD, offsets, self._lookup(items, private["weight"])))
+        return functional_call(self.shared, shared, (z_TD, offsets, self._lookup(items, private["weight"]), repeats))
 
     def loss(self, shared: Parameters, private: Parameters, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy of the next item over the batch's positions, plus the weighted VQ loss.

@@ -3,6 +3,7 @@
 from metarec_fast.ops._register import backend_info
 from metarec_fast.ops.bounded_lookup import LookupWork, RowBounds, bounded_lookup_
 from metarec_fast.ops.epoch_order import epoch_order
+from metarec_fast.ops.linear import linear
 from metarec_fast.ops.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.ops.linear_scan import linear_scan
 from metarec_fast.ops.nearest_codeword import NearestCodeword, nearest_codeword
@@ -31,6 +32,7 @@ __all__ = [
     "backend_info",
     "bounded_lookup_",
     "epoch_order",
+    "linear",
     "linear_cross_entropy",
     "linear_scan",
     "nearest_codeword",

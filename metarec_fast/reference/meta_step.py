@@ -26,7 +26,8 @@ def meta_step(
 ) -> dict[str, object]:
     """sources: for each, its private parameters and a batch for each inner step.
 
-    Returns shared_grad, target_grad, source_grads (a list), similarities and weights.
+    Returns shared_grad, target_grad, source_grads (a list), similarities, weights, source_losses before adaptation and
+    target_losses after it.
     """
 
     def adapt(theta: Parameters, private: Parameters, batches: Sequence) -> Parameters:
@@ -37,6 +38,7 @@ def meta_step(
         return phi
 
     meta_grads, target_grads, source_grads, steps, similarities = [], [], [], [], []
+    source_losses, target_losses = [], []
     for private, batches in sources:
         phi = {name: p.detach() for name, p in adapt(shared, private, batches).items()}
         if order == 2:
@@ -53,6 +55,8 @@ def meta_step(
         steps.append(step)
         target_grads.append(grad(loss, argnums=1)(phi, target_private, target_batch))
         source_grads.append(grad(loss, argnums=1)(shared, private, batches[0]))
+        source_losses.append(loss(shared, private, batches[0]).detach())
+        target_losses.append(loss(phi, target_private, target_batch).detach())
     weights = torch.softmax(torch.stack(similarities) / temperature, 0)
     own = source_loss_weight / (inner_steps * inner_lr)
     return {
@@ -66,4 +70,6 @@ def meta_step(
         "source_grads": source_grads,
         "similarities": torch.stack(similarities),
         "weights": weights,
+        "source_losses": torch.stack(source_losses),
+        "target_losses": torch.stack(target_losses),
     }

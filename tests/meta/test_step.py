@@ -7,7 +7,7 @@ import torch
 
 from metarec_fast import reference
 from metarec_fast.config import MetaConfig
-from metarec_fast.meta import GradientAverages, Source, outer_step, source_weights
+from metarec_fast.meta import GradientAverages, InnerRates, Source, outer_step, source_weights
 
 CONFIG = MetaConfig(similarity_decay=0.0)
 
@@ -55,6 +55,8 @@ def test_equals_nested_differentiation(order, steps, sources):
     close(list(got.source_grads.values()), expected["source_grads"])
     close(got.similarities, expected["similarities"])
     close(got.weights, expected["weights"])
+    close(got.source_losses, expected["source_losses"])
+    close(got.target_losses, expected["target_losses"])
 
 
 def test_no_inner_step_and_no_source_loss_is_target_only():
@@ -125,3 +127,117 @@ def test_bad_arguments():
         outer_step(loss, shared, [], target, batch, config=CONFIG)
     with pytest.raises(ValueError, match="source 's0' needs 3 batches for 3 inner steps, got 1"):
         outer_step(loss, shared, named, target, batch, config=replace(CONFIG, inner_steps=3))
+    with pytest.raises(ValueError, match=r"rates must be \[1, 2\], a rate for each .* tensor, got \(3, 2\)"):
+        outer_step(loss, shared, named, target, batch, config=CONFIG, rates=InnerRates(torch.ones(3, 2)))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_vmapped_target_pass_equals_the_loop(order):
+    shared, named, target, batch = world(3, 1)
+    results = [
+        outer_step(loss, shared, named, target, batch, config=replace(CONFIG, order=order, target_pass=how))
+        for how in ("loop", "vmap")
+    ]
+    torch.testing.assert_close(vars(results[1]), vars(results[0]), rtol=1e-10, atol=1e-12)
+
+
+def test_a_loss_that_cannot_be_vmapped_is_named():
+    def branching(shared, private, batch):
+        value = loss(shared, private, batch)
+        return value if value > 0 else 2 * value
+
+    shared, named, target, batch = world(2, 1)
+    with pytest.raises(RuntimeError, match=r"target_pass='vmap' needs a loss that torch\.func can vmap; use 'loop'"):
+        outer_step(branching, shared, named, target, batch, config=replace(CONFIG, target_pass="vmap"))
+
+
+def test_a_loss_with_one_derivative_is_named_at_order_2():
+    class Cosine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.cos()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("has one derivative")
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * Cosine.apply(ctx.saved_tensors[0])
+
+    def once(shared, private, batch):
+        hidden = Sine.apply(private["table"][batch[0]] @ shared["matrix"] + shared["shift"])
+        return (hidden * batch[1]).square().mean()
+
+    shared, named, target, batch = world(2, 1)
+    with pytest.raises(RuntimeError, match="order=2 needs a loss that can be differentiated twice, order='fd' one"):
+        outer_step(once, shared, named, target, batch, config=replace(CONFIG, order=2))
+    by_difference = outer_step(once, shared, named, target, batch, config=replace(CONFIG, order="fd", fd_epsilon=1e-5))
+
+    def twice(shared, private, batch):
+        hidden = (private["table"][batch[0]] @ shared["matrix"] + shared["shift"]).sin()
+        return (hidden * batch[1]).square().mean()
+
+    exact = outer_step(twice, shared, named, target, batch, config=replace(CONFIG, order=2))
+    torch.testing.assert_close(by_difference.shared_grad, exact.shared_grad, rtol=1e-6, atol=1e-8)
+
+
+def test_finite_differences_of_nothing_are_nothing():
+    shared, named, target, batch = world(2, 1)
+    options = {"inner_lr": 0.0, "source_loss_weight": 0.0}
+    first, by_difference = (
+        outer_step(loss, shared, named, target, batch, config=replace(CONFIG, order=order, **options))
+        for order in (1, "fd")
+    )
+    torch.testing.assert_close(by_difference.shared_grad, first.shared_grad)
+
+
+@pytest.mark.parametrize("order", [1, 2, "fd"])
+@pytest.mark.parametrize("same_batch", [False, True])
+def test_gradient_of_inner_rates_equals_autograd(order, same_batch):
+    config = replace(CONFIG, order=order, inner_steps=3, same_batch=same_batch, fd_epsilon=1e-5)
+    shared, named, target, batch = world(3, 3)
+    rates = InnerRates.start(shared, config)
+    rates.values = rates.values * torch.linspace(0.5, 2, 6, dtype=torch.float64).view(3, 2)
+    got = outer_step(loss, shared, named, target, batch, config=config, rates=rates)
+    alpha, total = rates.values.clone().requires_grad_(), 0.0
+    for weight, source in zip(got.weights, named, strict=True):
+        phi = shared
+        for k in range(3):
+            at = phi if order == 1 else {n: p.requires_grad_() if p.is_leaf else p for n, p in phi.items()}
+            g = torch.func.grad(loss)(at, source.private, source.batches[0 if same_batch else k])
+            if order == 1:
+                g = {n: v.detach() for n, v in g.items()}
+            phi = {n: phi[n] - alpha[k, i] * g[n] for i, n in enumerate(phi)}
+        total = total + weight * loss(phi, target, batch)
+    expected = torch.autograd.grad(total, alpha)[0]
+    exact = {"rtol": 1e-10, "atol": 1e-12} if order != "fd" else {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(got.rates_grad, expected, **exact)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_rates_learn_the_same_for_any_order_of_sources(order):
+    config = replace(CONFIG, order=order, inner_steps=2)
+    shared, named, target, batch = world(4, 2)
+    learned = []
+    for sources in (named, named[::-1]):
+        rates = InnerRates.start(shared, config)
+        for _ in range(3):
+            step = outer_step(loss, shared, sources, target, batch, config=config, rates=rates)
+            rates.update(step.rates_grad, lr=0.01)
+        learned.append(rates.values)
+    torch.testing.assert_close(*learned, rtol=1e-12, atol=1e-14)
+    assert (learned[0] - config.inner_lr).abs().min() > 0
+
+
+def test_target_gradient_is_the_weighted_sum():
+    shared, named, target, batch = world(4, 1)
+    got = outer_step(loss, shared, named, target, batch, config=replace(CONFIG, temperature=1e-3))
+    alone = [outer_step(loss, shared, [s], target, batch, config=CONFIG).target_grad["table"] for s in named]
+    torch.testing.assert_close(got.target_grad["table"], torch.tensordot(got.weights, torch.stack(alone), 1))

@@ -1,0 +1,236 @@
+"""The outer step of the recommender against plain nested differentiation, and the ways to run it against each other."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from bench.peers import padded_meta_step
+from metarec_fast import reference
+from metarec_fast.config import MetaConfig, ModelConfig
+from metarec_fast.data import Sampler, Sequences
+from metarec_fast.meta import InnerRates, Source, outer_step
+from metarec_fast.models.recommender import Recommender
+
+SMALL = ModelConfig(dim=8, codebook_heads=2, codebook_size=16, dropout=0.0, max_length=6, layers=1)
+CATALOGUES = {"a": 30, "b": 40, "c": 50, "d": 35, "e": 45, "t": 37}
+META = MetaConfig(similarity_decay=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only cost time at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sequences(items, seed):
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate(([0], np.cumsum(rng.integers(2, 9, 20))))
+    return Sequences(offsets, rng.integers(items, size=offsets[-1]).astype(np.int32), items)
+
+
+class World:
+    """A recommender, and five sources with three batches each."""
+
+    def __init__(self, config=SMALL, dtype=torch.float64):
+        torch.manual_seed(0)
+        self.model = Recommender(config, CATALOGUES)
+        self.model.start_codebook(list(CATALOGUES), seed=0)
+        with torch.no_grad():
+            # at the small numbers that training starts from, gradients of the recurrence are rounding of larger ones
+            for p in self.model.shared.encoder.parameters():
+                p += 0.2 * torch.randn_like(p)
+        self.model.to(dtype)
+        samplers = {
+            n: Sampler(sequences(v, i), batch_size=4, max_length=6) for i, (n, v) in enumerate(CATALOGUES.items())
+        }
+        self.batches = {n: [sampler.batch(k) for k in range(3)] for n, sampler in samplers.items()}
+        self.shared = {k: v.detach() for k, v in self.model.shared_parameters().items()}
+        self.private = {n: {k: v.detach() for k, v in self.model.private_parameters(n).items()} for n in CATALOGUES}
+
+    def sources(self, names="abcde"):
+        return [Source(n, self.private[n], self.batches[n]) for n in names]
+
+    def step(self, config=META, names="abcde", **options):
+        target = self.private["t"], self.batches["t"][0]
+        return outer_step(self.model.loss, self.shared, self.sources(names), *target, config=config, **options)
+
+    def expected(self, config, names):
+        return reference.meta_step(
+            self.model.loss,
+            self.shared,
+            [(s.private, s.batches) for s in self.sources(names)],
+            self.private["t"],
+            self.batches["t"][0],
+            order=config.order,
+            inner_steps=config.inner_steps,
+            inner_lr=config.inner_lr,
+            temperature=config.temperature,
+            source_loss_weight=config.source_loss_weight,
+        )
+
+
+def assert_same(got, expected, *, tolerance):
+    """Every tensor within ``tolerance`` of its largest element; cosines and weights, whose scale is 1, within it."""
+    pairs = [
+        (got.similarities, expected["similarities"], 1.0),
+        (got.weights, expected["weights"], 1.0),
+        (got.source_losses, expected["source_losses"], None),
+        (got.target_losses, expected["target_losses"], None),
+    ]
+    assert list(got.shared_grad) == list(expected["shared_grad"])
+    grads = [(got.shared_grad, expected["shared_grad"]), (got.target_grad, expected["target_grad"])]
+    grads += zip(got.source_grads.values(), expected["source_grads"], strict=True)
+    pairs += [(ours[name], theirs[name], None) for ours, theirs in grads for name in theirs]
+    for ours, theirs, scale in pairs:
+        atol = tolerance * (float(theirs.abs().max()) if scale is None else scale)
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=atol)
+
+
+def as_expected(step):
+    return {**vars(step), "source_grads": list(step.source_grads.values())}
+
+
+@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_equals_nested_differentiation(encoder, order, steps):
+    model = dataclasses.replace(SMALL, encoder=encoder)
+    config = dataclasses.replace(META, order=order, inner_steps=steps)
+    double, single = World(model), World(model, torch.float32)
+    for count in range(1, 6) if steps == 1 else (2, 5):
+        names = "abcde"[:count]
+        expected = double.expected(config, names)
+        assert_same(double.step(config, names), expected, tolerance=1e-10)
+        assert_same(single.step(config, names), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("valid_only", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+def test_packed_equals_padded(order, valid_only):
+    world, config = World(), dataclasses.replace(META, order=order)
+    padded = {n: padded_meta_step.pad_left(b.items, b.targets, b.offsets, 8) for n, (b, *_) in world.batches.items()}
+    shared, table, sources, weights = padded_meta_step.outer_step(
+        {k: v.requires_grad_() for k, v in world.shared.items()},
+        [({k: v.requires_grad_() for k, v in world.private[n].items()}, padded[n]) for n in "abc"],
+        {k: v.requires_grad_() for k, v in world.private["t"].items()},
+        padded["t"],
+        layers=SMALL.layers,
+        beta=SMALL.commitment_weight,
+        inner_lr=config.inner_lr,
+        temperature=config.temperature,
+        source_loss_weight=config.source_loss_weight,
+        order=order,
+        valid_only=valid_only,
+    )
+    got = world.step(config, "abc")
+    expected = as_expected(got) | {"shared_grad": shared, "target_grad": table, "source_grads": sources}
+    assert_same(got, expected | {"weights": weights}, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_vmap_equals_loop(encoder, order, dtype):
+    world = World(dataclasses.replace(SMALL, encoder=encoder), dtype)
+    config = dataclasses.replace(META, order=order)
+    loop = world.step(config)
+    vmapped = world.step(dataclasses.replace(config, target_pass="vmap"))
+    assert_same(vmapped, as_expected(loop), tolerance=1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_remembered_codes_cannot_be_vmapped():
+    world = World(dtype=torch.float32)
+    world.model.remember_codes(neighbours=4)
+    with pytest.raises(RuntimeError, match=r"target_pass='vmap' needs a loss that torch.func can vmap; use 'loop'"):
+        world.step(dataclasses.replace(META, target_pass="vmap"))
+
+
+@pytest.mark.parametrize("order", [1, "fd"])
+@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+def test_compiled_equals_eager(encoder, order):
+    config = dataclasses.replace(META, order=order, inner_steps=2)
+    torch._dynamo.reset()
+    counters.clear()
+    world = World(dataclasses.replace(SMALL, encoder=encoder), torch.float32)
+    eager = world.step(config)
+    world.model.compile_encoder(backend="aot_eager", fullgraph=True)
+    # finite differences enlarge what rounding in another order does
+    assert_same(world.step(config), as_expected(eager), tolerance=1e-5 if order == 1 else 1e-3)
+    # once for every length
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["recompiles"]
+    assert len({len(b.items) for batches in world.batches.values() for b in batches}) > 3
+
+
+def test_second_order_of_a_compiled_encoder_is_an_error_that_names_fd():
+    world = World(dtype=torch.float32)
+    world.model.compile_encoder(backend="aot_eager")
+    with pytest.raises(RuntimeError, match="order='fd'"):
+        world.step(dataclasses.replace(META, order=2))
+
+
+@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+def test_finite_differences_converge_to_second_order(encoder):
+    world = World(dataclasses.replace(SMALL, encoder=encoder))
+    exact = world.step(dataclasses.replace(META, order=2, inner_steps=2))
+    first = world.step(dataclasses.replace(META, inner_steps=2))
+    errors = []
+    for epsilon in (1e-3, 1e-4):
+        got = world.step(dataclasses.replace(META, order="fd", inner_steps=2, fd_epsilon=epsilon))
+        errors.append(max(float((got.shared_grad[k] - v).norm() / v.norm()) for k, v in exact.shared_grad.items()))
+    between = max(float((first.shared_grad[k] - v).norm() / v.norm()) for k, v in exact.shared_grad.items())
+    assert errors[0] < 0.02 * between
+    assert errors[1] < 0.02 * errors[0]  # of second order: a hundredth of the error at a tenth of the length
+
+
+def test_finite_differences_replay_dropout():
+    world = World(dataclasses.replace(SMALL, dropout=0.5))
+    got = []
+    for order in (2, "fd"):
+        torch.manual_seed(1)
+        got.append(world.step(dataclasses.replace(META, order=order, fd_epsilon=1e-4), "a"))
+    # the target's dropout comes after the source's in both
+    for name, grad in got[0].shared_grad.items():
+        torch.testing.assert_close(got[1].shared_grad[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2, "fd"])
+def test_constant_rates_change_nothing(order):
+    world, config = World(), dataclasses.replace(META, order=order, inner_steps=3)
+    got = world.step(config, rates=InnerRates.start(world.shared, config))
+    assert_same(got, as_expected(world.step(config)), tolerance=1e-10)
+    assert got.rates_grad.shape == (3, len(world.shared))
+
+
+@pytest.mark.parametrize("vq_gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("remember", [False, True])
+def test_unique_items_once_equals_every_position(vq_gradient, remember):
+    found = []
+    for once in ("never", "always"):
+        config = dataclasses.replace(SMALL, unique_items=once, vq_gradient=vq_gradient)
+        world = World(config, torch.float32 if remember else torch.float64)
+        if remember:
+            world.model.remember_codes(neighbours=4)
+        batch = world.batches["a"][0]
+        batch.items[::3] = batch.items[0]
+        found.append(world.step(dataclasses.replace(META, order=2)))
+    assert len(batch.items.unique()) < len(batch.items)
+    assert_same(found[1], as_expected(found[0]), tolerance=1e-5 if remember else 1e-10)
+
+
+def test_unique_items_automatically_where_a_batch_outnumbers_the_catalogue(monkeypatch):
+    world = World()
+    rows = []
+    quantize = world.model.shared.quantize
+    monkeypatch.setattr(world.model.shared, "quantize", lambda z, *a, **k: rows.append(len(z)) or quantize(z, *a, **k))
+    batch = world.batches["a"][0]
+    world.model.loss(world.shared, world.private["a"], batch)
+    weight = torch.randn(3, 8, dtype=torch.float64)
+    few = dataclasses.replace(batch, items=batch.items % 3, targets=batch.targets % 3)
+    world.model.loss(world.shared, {**world.private["a"], "weight": weight, "bias": weight[:, 0]}, few)
+    assert rows == [len(batch.items), 3]
