@@ -289,7 +289,8 @@ def outer_step(
 
     rates: inner rates of each tensor and step, in place of ``inner_lr``; ``rates_grad`` is then found too.
 
-    Raises ValueError without sources, if a source lacks a batch for each inner step, or for rates of another shape;
+    Raises ValueError without sources, if a source lacks a batch for each inner step, for rates of another shape, or
+    without rates where ``lr_of_inner_lr`` has them learn;
     RuntimeError if ``target_pass`` is "vmap" and the loss cannot be vmapped, or at order 2 if it cannot be
     differentiated twice.
     """
@@ -369,6 +370,11 @@ def _check(sources: Sequence[Source], shared: Parameters, config: MetaConfig, ra
                 f"source {source.name!r} needs {needed} batches for {config.inner_steps} inner steps, "
                 f"got {len(source.batches)}"
             )
+    if rates is None and config.lr_of_inner_lr:
+        raise ValueError(
+            f"inner rates that learn (lr_of_inner_lr {config.lr_of_inner_lr}) must be given as rates, got None; "
+            "InnerRates.start makes them"
+        )
     if rates is not None and tuple(rates.values.shape) != (config.inner_steps, len(shared)):
         raise ValueError(
             f"rates must be [{config.inner_steps}, {len(shared)}], a rate for each inner step and shared tensor, "

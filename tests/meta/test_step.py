@@ -129,6 +129,8 @@ def test_bad_arguments():
         outer_step(loss, shared, named, target, batch, config=replace(CONFIG, inner_steps=3))
     with pytest.raises(ValueError, match=r"rates must be \[1, 2\], a rate for each .* tensor, got \(3, 2\)"):
         outer_step(loss, shared, named, target, batch, config=CONFIG, rates=InnerRates(torch.ones(3, 2)))
+    with pytest.raises(ValueError, match=r"\(lr_of_inner_lr 0\.1\) must be given as rates, got None"):
+        outer_step(loss, shared, named, target, batch, config=replace(CONFIG, lr_of_inner_lr=0.1))
 
 
 @pytest.mark.parametrize("order", [1, 2])
