@@ -369,6 +369,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.ignored, ctx.needs = inputs[6], inputs[7:10]
+        ctx.set_materialize_grads(False)  # zeros for a gradient that nobody used would cost whole products
         ctx.save_for_backward(*inputs[:6])
 
     @staticmethod

@@ -83,6 +83,9 @@ def work(name: str, shapes: list[list[int]]) -> tuple[float, float]:
         *batch, m, k = tensors[-2]
         n = tensors[-1][-1]
         return 2.0 * math.prod(batch) * m * n * k, 4.0 * (read + math.prod(batch) * m * n)
+    if name == "mkldnn::_linear_pointwise":
+        (*rows, k), (n, _) = tensors[:2]
+        return 2.0 * math.prod(rows) * k * n, 4.0 * (read + math.prod(rows) * n)
     if not name.startswith("metarec_fast::"):
         return 0.0, 0.0
     if kind.startswith("linear_cross_entropy"):

@@ -23,7 +23,7 @@ from metarec_fast.data.domain import Split
 from metarec_fast.data.prefetch import Prefetch
 from metarec_fast.data.sampler import Sampler, draw
 from metarec_fast.evaluation import evaluate
-from metarec_fast.meta.step import GradientAverages, OuterStep, Source, outer_step
+from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Source, outer_step
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.train import checkpoint
@@ -120,6 +120,10 @@ class Trainer:
         self.progress = Progress()
         self.averages = GradientAverages(config.meta.similarity_decay)
         self.best_state: dict[str, Tensor] = {}
+        self.rates: InnerRates | None = None
+        self._rates_grad: Tensor | None = None
+        if config.meta.lr_of_inner_lr:
+            self.rates = InnerRates.start(model.shared_parameters(), config.meta)
         self.stages = stages(config)
         self._samplers: dict[tuple[str, str], Sampler] = {}
         self._prefetch: tuple[str, Prefetch] | None = None  # of one stage
@@ -223,7 +227,9 @@ class Trainer:
             rows[name].batches[0],
             config=m,
             averages=self.averages if m.similarity_decay else None,
+            rates=self.rates,
         )
+        self._rates_grad = result.rates_grad
         for key, parameter in self.model.shared_parameters().items():
             parameter.grad = result.shared_grad[key]
         for domain, grads in (result.source_grads | {name: result.target_grad}).items():
@@ -246,7 +252,10 @@ class Trainer:
         batches = self._ready(stage, step)
         facts = self._meta(batches) if stage == "meta" else self._joint(batches)
         facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
-        if not self._update(facts["losses"]):
+        updated = self._update(facts["losses"])
+        if updated and stage == "meta" and self.rates is not None:
+            self.rates.update(self._rates_grad, lr=self.config.meta.lr_of_inner_lr)
+        if not updated:
             self.averages.steps, self.averages.answers = averages  # one bad step would stay in them for ever
             self.progress.skipped += 1
             facts["skipped"] = True
@@ -344,6 +353,8 @@ class Trainer:
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= {f"steps.{k}": v for k, v in self.averages.steps.items()}
         tensors |= {f"answers.{k}": v for k, v in self.averages.answers.items()}
+        if self.rates is not None:
+            tensors["rates"] = self.rates.values
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         if self.table_optimizer is not None:  # rows stay behind, so that a run that goes on rounds as if not stopped
             tensors |= checkpoint.optimizer_tensors(self.table_optimizer, prefix="table_optimizer")
@@ -376,6 +387,8 @@ class Trainer:
             ) from error
         self.best_state = pick("best.")
         self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
+        if self.rates is not None:
+            self.rates.values = tensors["rates"]
         if self.progress.stage < len(self.stages):
             self._start_optimizers()
             checkpoint.restore_optimizer(self.optimizer, tensors)

@@ -295,3 +295,16 @@ def test_tables_stay_dense_where_every_row_is_touched_or_remembered(monkeypatch)
     monkeypatch.setattr(trainer_module, "LARGE_TABLE", 1)
     assert trainer(config()).table_optimizer is None
     assert trainer(config(train={"loss": "sampled", "remember_codes": True})).table_optimizer is None
+
+
+def test_inner_rates_learn_and_a_stopped_run_keeps_them(tmp_path):
+    options = RUN.replace(meta={"lr_of_inner_lr": 0.1})
+    straight = trainer(options)
+    progress = straight.run()
+    assert (straight.rates.values != RUN.meta.inner_lr).all()
+    with pytest.raises(Interrupted):
+        trainer(options, folder=tmp_path, should_stop=after(9)).run()
+    resumed = trainer(options, folder=tmp_path)
+    assert resumed.restore()
+    assert resumed.run() == progress
+    assert torch.equal(resumed.rates.values, straight.rates.values)
