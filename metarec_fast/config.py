@@ -57,18 +57,23 @@ class MetaConfig:
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
     source_loss_weight: float = 1.0
     """How much of each source's own descent direction joins its rescaled meta gradient."""
+    target_loss_weight: float = 1.0
+    """How much the target's gradient after adaptation counts; 0, with uniform weighting, leaves Reptile's step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The three stages: joint warm-up on the sources, meta-transfer, fine-tuning on the target."""
 
-    method: Literal["metarec", "pretrain", "target_only"] = "metarec"
-    """metarec: all three stages. pretrain: the source steps are plain joint training. target_only: the last stage."""
+    method: Literal["metarec", "pretrain", "joint", "target_only"] = "metarec"
+    """metarec: all three stages. pretrain: the source steps are plain joint training. joint: all steps train all
+    domains together. target_only: the last stage."""
     warmup_steps: int = 100
     meta_steps: int = 300
     finetune_steps: int = 800
-    """At most; target_only may use the steps of all three stages."""
+    """At most; target_only and joint may use the steps of all three stages."""
+    finetune_scope: Literal["all", "table"] = "all"
+    """table: fine-tuning leaves the shared parameters as the sources made them."""
     batch_size: int = 128
     lr: float = 1e-3
     finetune_lr: float = 1e-3

@@ -137,7 +137,7 @@ def outer_step(
     loss at phi_s, with respect to phi_s (order 1) or theta (order 2). With Delta_s = theta - phi_s, the similarity is
     cos(Delta_s, m_s), smoothed over steps if ``averages`` are given, and the shared gradient is
 
-        sum_s w_s (m_s + source_loss_weight * Delta_s / (inner_steps * inner_lr)).
+        sum_s w_s (target_loss_weight * m_s + source_loss_weight * Delta_s / (inner_steps * inner_lr)).
 
     The target's table gets the weighted sum of its gradients, each source's table its own loss's gradient.
     Raises ValueError without sources, or if a source lacks a batch for each inner step.
@@ -174,7 +174,7 @@ def outer_step(
         target_losses.append(target_loss.detach())
     weights = source_weights(torch.stack(similarities), config=config)
     own = config.source_loss_weight / (config.inner_steps * config.inner_lr) if config.inner_lr else 0.0
-    flat = sum(w * (m + own * d) for w, m, d in zip(weights, answers, steps, strict=True))
+    flat = sum(w * (config.target_loss_weight * m + own * d) for w, m, d in zip(weights, answers, steps, strict=True))
     combined = [sum(w * g for w, g in zip(weights, column, strict=True)) for column in zip(*target_grads, strict=True)]
     return OuterStep(
         shared_grad=unflatten(flat, theta),
