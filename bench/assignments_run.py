@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metarec_fast import Config, backend_info, read
 from metarec_fast.api import build, split_domain
-from metarec_fast.cli import find_domain
+from metarec_fast.data import find_domain
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.train.trainer import Trainer
 from metarec_fast.vq import CodebookAssignments

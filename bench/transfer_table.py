@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from metarec_fast import Config, compare, read
-from metarec_fast.cli import find_domain
+from metarec_fast.data import find_domain
 from metarec_fast.report.table import values
 
 RESULTS = Path(__file__).parent / "results"

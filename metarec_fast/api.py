@@ -287,7 +287,12 @@ def floor_row(split: Split, *, mask_history: bool) -> Row:
     return Row(name, metrics, trained=False)
 
 
-METHODS = {"target_only": "target only", "pretrain": "pretrain, then fine-tune", "metarec": "MetaRec"}
+METHODS = {
+    "target_only": "target only",
+    "pretrain": "pretrain, then fine-tune",
+    "joint": "joint training",
+    "metarec": "MetaRec",
+}
 
 
 def compare(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -21,8 +21,10 @@ from rich.table import Table
 from metarec_fast import __version__
 from metarec_fast.config import PRESETS, Config
 
-Method = Literal["target_only", "pretrain", "metarec"]
-SUFFIXES = (".inter", ".csv", ".tsv", ".jsonl", ".parquet")
+if TYPE_CHECKING:
+    from metarec_fast.study import Cell, Domains, Results, Study
+
+Method = Literal["target_only", "pretrain", "joint", "metarec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,52 @@ class Recommend:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """Run a grid of arms, targets, fractions and seeds, or what is left of it; tables, intervals and plots."""
+
+    study: Annotated[str, tyro.conf.Positional]
+    """smoke, published, or a JSON file that describes a study."""
+    folder: Path = Path(os.environ.get("METAREC_FAST_DATA", "."))
+    """Where named domains lie; METAREC_FAST_DATA sets the default."""
+    out: Path | None = None
+    """Folder of the cells and results; runs/study-<name> if not given. Finished cells in it are not run again."""
+    processes: int = 1
+    """Cells at a time; each gets its share of the cores."""
+    arms: tuple[str, ...] = ()
+    """Only these; as with the others, all if none is given."""
+    targets: tuple[str, ...] = ()
+    fractions: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    report_only: bool = False
+    """Run nothing; write tables and plots of what is finished."""
+    describe: bool = False
+    """Run nothing; print the study as the JSON that can be changed and given back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditTransfer(Config):
+    """Does transfer help on your domains? Target only, your sources, and controls made of them; a verdict in words."""
+
+    target: str
+    """A file, the folder that import made of one, or the name of either in --folder."""
+    source: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """The same, once for each source."""
+    folder: Path = Path(os.environ.get("METAREC_FAST_DATA", "."))
+    """Where named domains lie; METAREC_FAST_DATA sets the default."""
+    user: str | None = None
+    """Column of user ids; found by its usual names if not given."""
+    item: str | None = None
+    time: str | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    weights: bool = True
+    """One more arm with all kinds of sources together, for the weights that they get."""
+    out: Path | None = None
+    """Folder of the cells and results; runs/audit-<target> if not given. Finished cells in it are not run again."""
+    processes: int = 1
+    """Cells at a time; each gets its share of the cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """What runs the operators here, and whether anything is missing."""
 
@@ -129,16 +177,19 @@ COMMANDS = {
     "train": Train,
     "evaluate": Evaluate,
     "recommend": Recommend,
+    "study": StudyRun,
+    "audit-transfer": AuditTransfer,
     "doctor": Doctor,
 }
 
 
 def usage() -> str:
     lines = ["usage: metarec-fast COMMAND [options]   (COMMAND --help lists them)", ""]
-    lines += [f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<14} {command.__doc__}" for name, command in COMMANDS.items()]
     lines += [
         "",
-        f"  train and demo take --preset {{{','.join(PRESETS)}}} or --config FILE; other options change those",
+        f"  train, demo and audit-transfer take --preset {{{','.join(PRESETS)}}} or --config FILE; "
+        "other options change those",
     ]
     return "\n".join(lines)
 
@@ -165,25 +216,8 @@ def parse(arguments: Sequence[str]) -> object:
             start = PRESETS[value]() if flag == "--preset" else Config.load(value)
             del rest[at : at + 2]
         sections = {f.name: getattr(start, f.name) for f in fields(Config)}
-        default = command(**sections, **({"target": tyro.MISSING} if command is Train else {}))
+        default = command(**sections, **({"target": tyro.MISSING} if command is not Demo else {}))
     return tyro.cli(command, args=rest, default=default, prog=f"metarec-fast {name}", description=command.__doc__)
-
-
-def find_domain(name: str, folder: Path) -> Path:
-    """The file or the domain's folder itself, or the one of that name in ``folder``."""
-    from metarec_fast.data import is_domain
-
-    if Path(name).is_file() or is_domain(name):
-        return Path(name)
-    if is_domain(folder / name):
-        return folder / name
-    found = [p for s in SUFFIXES for z in ("", ".gz") if (p := folder / f"{name}{s}{z}").is_file()]
-    if not found:
-        known = ", ".join(s + "[.gz]" for s in SUFFIXES)
-        raise ValueError(
-            f"domain {name!r} is neither a file nor in {folder} with one of {known}, nor a domain's folder"
-        )
-    return found[0]
 
 
 def config_of(command: Config) -> Config:
@@ -321,7 +355,7 @@ def demo(command: Demo) -> int:
 
 
 def train(command: Train) -> int:
-    from metarec_fast.data import load_domain, read
+    from metarec_fast.data import find_domain, load_domain, read
 
     def load(name: str) -> object:
         path = find_domain(name, command.folder)
@@ -418,6 +452,87 @@ def recommend(command: Recommend) -> int:
     return 0
 
 
+def run_study(
+    plan: Study, out: Path, domains: Domains, processes: int, cells: Sequence[Cell] | None = None
+) -> tuple[int, Results]:
+    """Run what is left of a study, a line a cell, and write its tables and plots: the exit status, and the results."""
+    from metarec_fast.study import Results, run
+    from metarec_fast.train.trainer import Interrupted
+
+    console, status = Console(), 0
+
+    def show(cell: Cell, facts: dict, done: int, total: int) -> None:
+        cost = facts["cost"]
+        memory = "" if cost["peak_memory_mib"] is None else f", {cost['peak_memory_mib']:,.0f} MiB"
+        figure = facts["test"]["history not masked"]["metrics"]["ndcg@10"]
+        console.print(
+            f"{done}/{total}  {cell}: NDCG@10 {figure:.4f} (validation {facts['valid']:.4f})  "
+            f"{cost['seconds']:.0f} s, {cost['steps']:,} steps{memory}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+
+    with StopAsked() as stop:
+        try:
+            failures = run(plan, out, domains, cells=cells, processes=processes, on_cell=show, should_stop=stop)
+        except Interrupted:
+            status, failures = 130, []
+            console.print(f"stopped; finished cells are in {out}. The same command goes on.", highlight=False)
+    for cell, reason in failures:
+        status = 1
+        print(f"metarec-fast: {cell} failed: {reason}", file=sys.stderr)
+    results = Results(plan, out)
+    results.write()
+    return status, results
+
+
+def study(command: StudyRun) -> int:
+    from metarec_fast.study import PRESETS, Domains, Results, Study
+    from metarec_fast.study.results import contrast_table, label, summary
+
+    given = command.study
+    if given in PRESETS:
+        plan = PRESETS[given]()
+    elif Path(given).is_file():
+        plan = Study.load(given)
+    else:
+        raise ValueError(f"study must be {', '.join(PRESETS)} or a JSON file, got {given!r}")
+    chosen = plan.only(arms=command.arms, targets=command.targets, fractions=command.fractions, seeds=command.seeds)
+    if command.describe:
+        print(chosen.to_json())
+        return 0
+    out, started = command.out or Path("runs") / f"study-{plan.name}", time.perf_counter()
+    if command.report_only:
+        status, results = 0, Results(plan, out)
+        results.write()
+    else:
+        status, results = run_study(plan, out, Domains(command.folder), command.processes, list(chosen.cells()))
+    for comparison in plan.comparisons:
+        contrasts = results.contrasts(comparison)
+        if contrasts:
+            print(f"\n{label(comparison)}\n{contrast_table(contrasts)}\n{summary(contrasts)}")
+    seconds = time.perf_counter() - started
+    print(f"\n{len(results.facts)} of {results.expected} cells; tables and plots: {out}   total {seconds:.0f} s")
+    return status
+
+
+def audit_transfer(command: AuditTransfer) -> int:
+    from metarec_fast.study import Domains, audit_study, audit_verdict
+
+    plan = audit_study(command.target, command.source, config_of(command), seeds=command.seeds, weights=command.weights)
+    columns = tuple((role, getattr(command, role)) for role in ("user", "item", "time"))
+    domains = Domains(command.folder, columns)
+    for name in (command.target, *command.source):
+        print(domains.load(plan, name).summary())
+    out = command.out or Path("runs") / f"audit-{domains.load(plan, command.target).name}"
+    status, results = run_study(plan, out, domains, command.processes)
+    if results.complete:
+        print("\n" + "\n".join(audit_verdict(results)))
+    print(f"tables and plots: {out}")
+    return status
+
+
 def doctor(command: Doctor) -> int:
     import numpy
     import torch
@@ -457,6 +572,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "train": train,
             "evaluate": evaluate,
             "recommend": recommend,
+            "study": study,
+            "audit-transfer": audit_transfer,
             "doctor": doctor,
         }
         return run[arguments[0]](parse(arguments))

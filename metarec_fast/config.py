@@ -69,18 +69,23 @@ class MetaConfig:
     target_pass: Literal["loop", "vmap"] = "loop"
     """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
     large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
+    target_loss_weight: float = 1.0
+    """How much the target's gradient after adaptation counts; 0, with uniform weighting, leaves Reptile's step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The three stages: joint warm-up on the sources, meta-transfer, fine-tuning on the target."""
 
-    method: Literal["metarec", "pretrain", "target_only"] = "metarec"
-    """metarec: all three stages. pretrain: the source steps are plain joint training. target_only: the last stage."""
+    method: Literal["metarec", "pretrain", "joint", "target_only"] = "metarec"
+    """metarec: all three stages. pretrain: the source steps are plain joint training. joint: all steps train all
+    domains together. target_only: the last stage."""
     warmup_steps: int = 100
     meta_steps: int = 300
     finetune_steps: int = 800
-    """At most; target_only may use the steps of all three stages."""
+    """At most; target_only and joint may use the steps of all three stages."""
+    finetune_scope: Literal["all", "table"] = "all"
+    """table: fine-tuning leaves the shared parameters as the sources made them."""
     batch_size: int = 128
     lr: float = 1e-3
     finetune_lr: float = 1e-3

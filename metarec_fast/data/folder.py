@@ -22,6 +22,7 @@ from metarec_fast.data.vocabulary import Vocabulary
 
 FORMAT = 2
 DESCRIPTION = "domain.json"
+SUFFIXES = (".inter", ".csv", ".tsv", ".jsonl", ".parquet")
 MAPPED = 1 << 28  # bytes of arrays from which on they are mapped rather than read
 CORE = {"offsets": ("int64",), "items": ("int32", "int64"), "times": ("int64", "float64")}
 NAMES = {*CORE, *(f"{role}.{key}" for role in ("users", "items") for key in ("integers", "utf8", "offsets"))}
@@ -30,6 +31,21 @@ NAMES = {*CORE, *(f"{role}.{key}" for role in ("users", "items") for key in ("in
 def is_domain(folder: str | Path) -> bool:
     """Whether ``save_domain`` or ``import_file`` has finished a domain in ``folder``."""
     return (Path(folder) / DESCRIPTION).is_file()
+
+
+def find_domain(name: str, folder: Path) -> Path:
+    """The file or the domain's folder itself, or the one of that name in ``folder``."""
+    if Path(name).is_file() or is_domain(name):
+        return Path(name)
+    if is_domain(folder / name):
+        return folder / name
+    found = [p for s in SUFFIXES for z in ("", ".gz") if (p := folder / f"{name}{s}{z}").is_file()]
+    if not found:
+        known = ", ".join(s + "[.gz]" for s in SUFFIXES)
+        raise ValueError(
+            f"domain {name!r} is neither a file nor in {folder} with one of {known}, nor a domain's folder"
+        )
+    return found[0]
 
 
 def save_domain(domain: Domain, folder: str | Path) -> None:

@@ -68,6 +68,30 @@ class TransitionKernel:
         offsets = _csr.offsets(np.bincount(self.columns, minlength=self.num_items))
         return TransitionKernel(offsets, self._rows_of_entries[order].astype(self.columns.dtype), self.weights[order])
 
+    def symmetric(self) -> TransitionKernel:
+        """How strongly two items occurred together, in either order."""
+        V, other = self.num_items, self.transposed()
+        key = np.concatenate([k._rows_of_entries * V + k.columns for k in (self, other)])
+        order = np.argsort(key, kind="stable")
+        first = np.flatnonzero(np.diff(key[order], prepend=-1))
+        weights = np.concatenate((self.weights, other.weights))[order]
+        weights = np.add.reduceat(weights, first) if len(first) else weights
+        key = key[order][first]
+        return TransitionKernel(
+            np.searchsorted(key, np.arange(V + 1) * V), (key % V).astype(self.columns.dtype), weights
+        )
+
+    def strongest(self, k: int) -> TransitionKernel:
+        """The ``k`` largest weights of each row; of equal ones the first columns."""
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        rows = self._rows_of_entries
+        order = np.lexsort((self.columns, -self.weights, rows))
+        place = np.arange(len(rows)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        kept = np.sort(order[place < k])
+        offsets = _csr.offsets(np.bincount(rows[kept], minlength=self.num_items))
+        return TransitionKernel(offsets, self.columns[kept], self.weights[kept])
+
     def normalised(self, *, row: float = 1.0, column: float = 0.0) -> TransitionKernel:
         """Weights over (sum of the row)**row (sum of the column)**column.
 

@@ -1,7 +1,7 @@
 """Ranks by counting, tie-aware metrics, floors, and the protocols by name."""
 
-from metarec_fast.evaluation.evaluate import Difference, evaluate, paired_bootstrap
-from metarec_fast.evaluation.floors import Popularity, Transitions, best_floor, floors
+from metarec_fast.evaluation.evaluate import Difference, evaluate, holm, paired_bootstrap
+from metarec_fast.evaluation.floors import Popularity, Transitions, best_floor, floors, item_neighbours
 from metarec_fast.evaluation.metrics import Metrics, expected_metric
 from metarec_fast.evaluation.ranks import NonFiniteScoresError, target_ranks
 from metarec_fast.evaluation.scorer import LinearScorer, Scorer, ScoreTile
@@ -19,6 +19,8 @@ __all__ = [
     "evaluate",
     "expected_metric",
     "floors",
+    "holm",
+    "item_neighbours",
     "paired_bootstrap",
     "target_ranks",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarec_fast.data import _csr
 from metarec_fast.data.domain import Sequences, Split
 from metarec_fast.data.transitions import TransitionKernel
 from metarec_fast.evaluation.evaluate import evaluate
@@ -67,6 +68,26 @@ class Transitions:
         return score_tile
 
 
+def item_neighbours(train: Sequences, *, k: int = 100, longest: int = 200) -> TransitionKernel:
+    """Item-kNN (Sarwar et al., 2001): the ``k`` items of highest cosine between the sets of users who chose them.
+
+    Users count with their newest ``longest`` different items, so that time is of the order of longest x events.
+    """
+    user = np.repeat(np.arange(len(train)), train.lengths)
+    pair = (user * train.num_items + train.items)[::-1]  # newest first
+    _, first = np.unique(pair, return_index=True)
+    user, item = np.divmod(pair[np.sort(first)][::-1], train.num_items)
+    lengths = np.bincount(user, minlength=len(train))
+    keep = np.arange(len(item)) >= np.repeat(np.cumsum(lengths) - longest, lengths)
+    lengths = np.minimum(lengths, longest)
+    sets = Sequences(_csr.offsets(lengths), item[keep].astype(train.items.dtype), train.num_items)
+    together = TransitionKernel.fit(sets, window=max(1, int(lengths.max()) - 1), decay=1).symmetric()
+    sizes = np.sqrt(np.maximum(_counts(sets), 1))
+    rows = np.repeat(np.arange(train.num_items), np.diff(together.offsets))
+    cosines = (together.weights / (sizes[rows] * sizes[together.columns])).astype(np.float32)
+    return TransitionKernel(together.offsets, together.columns, cosines).strongest(k)
+
+
 def floors(train: Sequences) -> dict[str, Scorer]:
     """The floors that a result is held against, by name."""
     counts = TransitionKernel.fit(train, window=5, decay=0.8)
@@ -80,6 +101,7 @@ def floors(train: Sequences) -> dict[str, Scorer]:
         "cosines, window 5 fading, last 3 items": Transitions(
             train, counts.normalised(row=0.5, column=0.5), last=3, fade=0.5
         ),
+        "item-kNN": Transitions(train, item_neighbours(train), last=50),
     }
 
 

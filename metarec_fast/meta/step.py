@@ -283,7 +283,8 @@ def outer_step(
     loss at phi_s, with respect to phi_s (order 1) or theta (order 2, "fd"). With Delta_s = theta - phi_s, the
     similarity is cos(Delta_s, m_s), smoothed over steps if ``averages`` are given, and the shared gradient is
 
-        sum_s w_s (m_s + source_loss_weight * mean over inner steps of the source's gradient).
+        sum_s w_s (target_loss_weight * m_s
+                   + source_loss_weight * mean over inner steps of the source's gradient).
 
     The target's table gets the weighted sum of its gradients, each source's table its own loss's gradient.
 
@@ -343,7 +344,7 @@ def outer_step(
         source_losses.append(adaptation.first_loss)
         source_grads[source.name] = adaptation.private_grad
     weights = source_weights(torch.stack(similarities), config=config)
-    flat = weights @ torch.stack(answers)
+    flat = config.target_loss_weight * (weights @ torch.stack(answers))
     if config.source_loss_weight:
         flat = flat + config.source_loss_weight / config.inner_steps * (weights @ torch.stack(descents))
     if vmapped:

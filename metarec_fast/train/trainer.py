@@ -67,6 +67,11 @@ class Stage:
     name: str
     steps: int
 
+    @property
+    def last(self) -> bool:
+        """Whether its models are compared on validation, and training stops when they get no better."""
+        return self.name in ("finetune", "joint")
+
 
 def stages(config: Config) -> list[Stage]:
     """The stages of a method. All methods may take the same number of optimizer steps in all."""
@@ -75,6 +80,8 @@ def stages(config: Config) -> list[Stage]:
         return [Stage("finetune", t.warmup_steps + t.meta_steps + t.finetune_steps)]
     if t.method == "pretrain":
         return [Stage("pretrain", t.warmup_steps + t.meta_steps), Stage("finetune", t.finetune_steps)]
+    if t.method == "joint":
+        return [Stage("joint", t.warmup_steps + t.meta_steps + t.finetune_steps)]
     return [Stage("warmup", t.warmup_steps), Stage("meta", t.meta_steps), Stage("finetune", t.finetune_steps)]
 
 
@@ -140,7 +147,8 @@ class Trainer:
             m = self.config.meta
             count = 1 if m.same_batch else m.inner_steps
             return [(name, step * count + k) for name in sources for k in range(count)] + [(target, step)]
-        shown = {"pretrain": sources, "warmup": [*sources, target], "finetune": [target]}[stage]
+        everything = [*sources, target]
+        shown = {"pretrain": sources, "warmup": everything, "joint": everything, "finetune": [target]}[stage]
         return [(name, step) for name in shown]
 
     def batches(self, stage: str, step: int) -> list[tuple[str, PackedBatch]]:
@@ -310,6 +318,7 @@ class Trainer:
             self._run_stages()
         finally:
             self._stop_prefetch()
+            self.model.shared.requires_grad_()
         self.model.load_state_dict(self.best_state)
         self.model.eval()
         return self.progress
@@ -318,11 +327,13 @@ class Trainer:
         p, every = self.progress, self.config.train.evaluate_every
         while p.stage < len(self.stages):
             stage = self.stages[p.stage]
+            frozen = stage.name == "finetune" and self.config.train.finetune_scope == "table"
+            self.model.shared.requires_grad_(not frozen)
             while p.step < stage.steps:
                 if self.should_stop():
                     self.save()
                     raise Interrupted(f"stopped in {stage.name} at step {p.step} of {stage.steps}")
-                if stage.name == "finetune" and p.step % every == 0:
+                if stage.last and p.step % every == 0:
                     self._keep_if_better(stage.name)
                     if p.waited >= self.config.train.patience:
                         break
@@ -336,7 +347,7 @@ class Trainer:
                 self.reporter.step(stage.name, p.step, stage.steps, facts)
                 if self.folder is not None and p.step % (4 * every) == 0:
                     self.save()
-            if stage.name == "finetune" and p.waited < self.config.train.patience:
+            if stage.last and p.waited < self.config.train.patience:
                 self._keep_if_better(stage.name)
             self._flush_tables()
             p.stage, p.step = p.stage + 1, 0

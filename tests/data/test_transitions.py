@@ -117,3 +117,20 @@ def test_bad_arguments(options, message):
         TransitionKernel.fit(packed([[1, 2]], 5), **options)
     with pytest.raises(ValueError, match="last must be at least 1, got 0"):
         TransitionKernel.fit(packed([[1, 2]], 5)).evidence(packed([[1]], 5), last=0)
+
+
+def test_symmetric_sums_both_directions_and_strongest_keeps_the_largest():
+    rng = np.random.default_rng(0)
+    events = packed(rng.integers(12, size=(10, 6)), 12)
+    kernel = TransitionKernel.fit(events, window=3, decay=0.7)
+    both = kernel.symmetric()
+    np.testing.assert_allclose(dense(both), dense(kernel) + dense(kernel).T, rtol=1e-6)
+    assert all((np.diff(both.columns[a:b]) > 0).all() for a, b in zip(both.offsets, both.offsets[1:], strict=False))
+    top = both.strongest(2)
+    expected = np.zeros((12, 12))
+    for row, weights in enumerate(dense(both)):
+        for column in np.argsort(-weights, kind="stable")[:2]:
+            expected[row, column] = weights[column]
+    assert np.array_equal(dense(top), expected.astype(np.float32))
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        both.strongest(0)

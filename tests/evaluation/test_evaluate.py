@@ -6,7 +6,7 @@ import torch
 
 from metarec_fast import reference
 from metarec_fast.data.domain import Cases
-from metarec_fast.evaluation import LinearScorer, evaluate, paired_bootstrap
+from metarec_fast.evaluation import LinearScorer, evaluate, holm, paired_bootstrap
 from tests.evaluation.problems import TableScorer, leave_one_out, random_rows, sequences
 
 
@@ -127,3 +127,21 @@ def test_bootstrap_of_no_difference():
     assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.11  # 5 % of null comparisons, three binomial errors wide
     with pytest.raises(ValueError, match=r"got shapes \(50,\) and \(49,\)"):
         paired_bootstrap(a, a[1:], seed=0)
+
+
+def test_bootstrap_of_a_known_case():
+    """Differences of 0 and 1 alone: the resampled mean is binomial, whose quantiles are in tables."""
+    a = np.zeros(100)
+    a[:10] = 1  # Binomial(100, .1): 2.5 % quantile 5, 97.5 % quantile 16
+    assert paired_bootstrap(a, np.zeros(100), seed=0)[:3] == (0.1, 0.05, 0.16)
+    # and P(no event) = .9 ** 100 = 2.66e-5: about a quarter of a sample of 10,000
+    assert paired_bootstrap(a, np.zeros(100), seed=0).p < 0.001
+    few = paired_bootstrap(a[9:], np.zeros(91), seed=0)  # one user of 91 differs: P(not drawn) = .366
+    assert few.p == pytest.approx(2 * (1 - 1 / 91) ** 91, abs=0.03)
+
+
+def test_holm_by_hand():
+    # sorted .01 .02 .03 .04: times 4 3 2 1 = .04 .06 .06 .04, and never below the one before
+    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
+    np.testing.assert_allclose(holm([0.5, 0.9]), [1.0, 1.0])
+    assert holm([0.03]).tolist() == [0.03] and holm([]).tolist() == []

@@ -11,7 +11,7 @@ import torch
 
 from metarec_fast import data
 from metarec_fast.data.transitions import TransitionKernel
-from metarec_fast.evaluation import Popularity, Transitions, best_floor, evaluate, floors
+from metarec_fast.evaluation import Popularity, Transitions, best_floor, evaluate, floors, item_neighbours
 from tests.evaluation.problems import leave_one_out, random_rows, sequences
 
 DATA = Path(os.environ.get("METAREC_FAST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -56,6 +56,24 @@ def test_popularity_never_changes_an_order_of_evidence():
         kernel = TransitionKernel(np.array([0, 2, 2, 2]), np.array([1, 2], np.int32), np.array(weights, np.float32))
         scores = Transitions(sequences([[1] * 100], 3), kernel).prepare(sequences([[0]], 3))(0, 3)[0]
         assert scores[0] < scores[1] < scores[2]
+
+
+@pytest.mark.parametrize(("k", "longest"), [(100, 200), (3, 200), (100, 4)])
+def test_item_knn_is_the_cosine_of_sets_of_users(k, longest):
+    rng = np.random.default_rng(1)
+    V, rows = 15, [*random_rows(rng, 30, 15), []]
+    recent = [list(dict.fromkeys(row[::-1]))[:longest] for row in rows]  # newest different items
+    chose = np.zeros((len(rows), V))
+    for user, row in enumerate(recent):
+        chose[user, row] = 1
+    sizes = np.maximum(chose.sum(0), 1)
+    cosine = chose.T @ chose / np.sqrt(np.outer(sizes, sizes))
+    np.fill_diagonal(cosine, 0)
+    kernel = item_neighbours(sequences(rows, V), k=k, longest=longest)
+    for item in range(V):
+        _, columns, weights = kernel.rows(np.array([item]))
+        np.testing.assert_allclose(weights, cosine[item, columns], rtol=1e-6)
+        np.testing.assert_allclose(np.sort(weights)[::-1], [w for w in -np.sort(-cosine[item]) if w][:k], rtol=1e-6)
 
 
 def test_kernel_of_another_catalogue():

@@ -243,3 +243,20 @@ def test_target_gradient_is_the_weighted_sum():
     got = outer_step(loss, shared, named, target, batch, config=replace(CONFIG, temperature=1e-3))
     alone = [outer_step(loss, shared, [s], target, batch, config=CONFIG).target_grad["table"] for s in named]
     torch.testing.assert_close(got.target_grad["table"], torch.tensordot(got.weights, torch.stack(alone), 1))
+
+
+def test_without_the_targets_loss_and_similarity_it_is_reptile():
+    shared, named, target, batch = world(3, 2)
+    config = replace(CONFIG, inner_steps=2, weighting="uniform", target_loss_weight=0.0)
+    got = outer_step(loss, shared, named, target, batch, config=config)
+    for name, parameter in shared.items():
+        ends = []
+        for source in named:
+            phi = {n: p.clone().requires_grad_() for n, p in shared.items()}
+            for one in source.batches:
+                grads = torch.autograd.grad(loss(phi, source.private, one), list(phi.values()))
+                moved = zip(phi.items(), grads, strict=True)
+                phi = {n: (p - config.inner_lr * g).detach().requires_grad_() for (n, p), g in moved}
+            ends.append(phi[name])
+        towards = parameter - torch.stack(ends).mean(0)  # theta moves to where the sources end, on average
+        torch.testing.assert_close(got.shared_grad[name] * 2 * config.inner_lr, towards, rtol=1e-10, atol=1e-12)

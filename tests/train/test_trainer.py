@@ -198,6 +198,8 @@ def test_the_best_model_by_validation_is_returned():
     [
         {"train": {"method": "target_only"}},
         {"train": {"method": "pretrain"}},
+        {"train": {"method": "pretrain", "finetune_scope": "table"}},
+        {"train": {"method": "joint"}},
         {"train": {"loss": "sampled"}},
         {"train": {"loss": "sampled", "negative_distribution": "uniform", "window": "crop"}},
         {"meta": {"order": 2, "inner_steps": 2}},
@@ -217,6 +219,32 @@ def test_every_option_trains(changes):
     assert len(seen.steps) == 13
     expected = {"target"} if options.train.method == "target_only" else {"source0", "source1", "target"}
     assert {name for *_, facts in seen.steps for name in facts["losses"]} == expected
+
+
+def test_joint_training_shows_all_domains_in_every_step_and_is_chosen_by_validation():
+    run = trainer(config(train={"method": "joint"}), reporter=(seen := Recorder()))
+    progress = run.run()
+    assert {stage for stage, *_ in seen.steps} == {"joint"} and len(seen.steps) == 13
+    assert all(set(facts["losses"]) == {"source0", "source1", "target"} for *_, facts in seen.steps)
+    assert progress.best == max(e[2] for e in seen.evaluations) == run.validate()
+    assert progress.best_at.startswith("joint ")
+
+
+def test_a_table_alone_is_fine_tuned(monkeypatch):
+    run = trainer(config(train={"method": "pretrain", "finetune_scope": "table"}))
+    kept = {}
+
+    def validate():  # ever better, so that the last model is returned
+        if not kept:
+            kept.update({k: v.clone() for k, v in run.model.state_dict().items()})
+        return float(run.progress.step)
+
+    monkeypatch.setattr(run, "validate", validate)
+    run.run()
+    for name, tensor in run.model.state_dict().items():
+        moves = name.startswith(f"tables.{run.model.domains.index('target')}.")
+        assert torch.equal(tensor, kept[name]) != moves, name
+    assert all(p.requires_grad for p in run.model.parameters())
 
 
 def test_weights_of_sources_are_traced():

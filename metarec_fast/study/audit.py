@@ -1,0 +1,91 @@
+"""Does transfer help on these domains, and is it what the sources know that helps? A study of five arms, and words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from metarec_fast.config import Config
+from metarec_fast.study.grid import Arm, Comparison, Study
+from metarec_fast.study.presets import controls, ours
+from metarec_fast.study.results import LEVEL, Contrast, Results
+
+ALONE = "target-only"
+
+
+def audit_study(
+    target: str, sources: Sequence[str], config: Config, *, seeds: Sequence[int] = (0, 1, 2), weights: bool = True
+) -> Study:
+    """Target only, the sources, and the controls made of them, all with the options of ``config``.
+
+    weights: one more arm with all kinds of sources together, for the weights that they get.
+    Raises ValueError without sources, or with a target among them.
+    """
+    if not sources or target in sources:
+        raise ValueError(f"an audit needs sources that are not the target, got {', '.join(sources) or 'none'}")
+    arms = (
+        Arm(name=ALONE, group="structure", options={"train": {"method": "target_only"}}),
+        ours(),
+        *controls()[: 4 if weights else 3],
+    )
+    compared = (
+        *((arm.name, ALONE) for arm in arms[1:5]),
+        *(("ours", control) for control in ("shuffled-sources", "random-sources")),
+    )
+    return Study(
+        name="audit",
+        targets=(target,),
+        sources=tuple(sources),
+        fractions=(config.data.target_fraction,),
+        seeds=tuple(seeds),
+        arms=arms,
+        comparisons=tuple(Comparison(arm=arm, against=(against,)) for arm, against in compared),
+        options=dataclasses.asdict(config),
+    )
+
+
+def audit_verdict(results: Results) -> list[str]:
+    """Sentences on a finished audit. Raises ValueError if cells are missing."""
+    if not results.complete:
+        raise ValueError(f"the audit has {len(results.facts)} of {results.expected} cells; run it to the end")
+    study = results.study
+    found = {(c.arm, c.against[0]): results.contrasts(c)[0] for c in study.comparisons}
+    helps, order, content = (found["ours", name] for name in (ALONE, "shuffled-sources", "random-sources"))
+    copy = found["target-copy", ALONE]
+    sentences = [f"The sources {_effect(helps)} the target: {_figures(helps)} against target only."]
+    if copy.difference.mean > 0 and copy.difference.p < LEVEL:
+        sentences.append(f"A copy of the target as source gives {_figures(copy)}: what an ideal source could give.")
+    else:
+        sentences.append(
+            f"Even a copy of the target as source gives no clear gain ({_figures(copy)}): with this configuration and "
+            "this much target data there is nothing for a source to add."
+        )
+    if helps.difference.mean > 0 and helps.difference.p < LEVEL:
+        for control, what in ((order, "the order of their events"), (content, "what their users choose together")):
+            if control.difference.mean > 0 and control.difference.p < LEVEL:
+                sentences.append(f"The gain is due to {what}: {_figures(control)} over sources without it.")
+            else:
+                sentences.append(
+                    f"It cannot be told that the gain is due to {what}: {_figures(control)} over sources without it."
+                )
+    for name in ("shuffled-sources", "random-sources"):
+        control = found[name, ALONE]
+        if control.difference.p < LEVEL:
+            verb = _effect(control)
+            sentences.append(f"Caution: {name} should equal target only, and {verb} it: {_figures(control)}.")
+    weights = results.source_means("all-kinds", study.targets[0], study.fractions[0], "weight")
+    if weights:
+        ranked = sorted(weights, key=lambda name: -weights[name])
+        sentences.append("Weights, all kinds together: " + ", ".join(f"{n} {weights[n]:.3f}" for n in ranked) + ".")
+    return sentences
+
+
+def _effect(contrast: Contrast) -> str:
+    if contrast.difference.p >= LEVEL:
+        return "make no difference that can be told to"
+    return "help" if contrast.difference.mean > 0 else "harm"
+
+
+def _figures(contrast: Contrast) -> str:
+    low, high = contrast.interval
+    return f"{contrast.gain:+.1%} NDCG@10 ({low:+.1%} to {high:+.1%}, p {contrast.difference.p:.4f})"

@@ -1,0 +1,230 @@
+"""What a study is: a description in frozen dataclasses, and the cells that it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from metarec_fast.config import Config
+
+FORMAT = 1  # of what a cell's hash covers, and of its file
+Group = Literal["floor", "plain", "structure", "transfer", "ours", "ablation", "control"]
+Sources = Literal["related", "shuffled", "random", "copy"]
+Options = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make a recommender of the target."""
+
+    name: str
+    group: Group
+    """What it is to the study: floor, plain or structure (target only, without and with the target's own structure),
+    transfer (baseline), ours, ablation or control."""
+    floor: str = ""
+    """An untrained floor by its name in ``evaluation.floors``, or "best" for the one that validation likes best."""
+    options: Options = field(default_factory=dict)
+    """Changes of the configuration by section, after the study's."""
+    sources: tuple[Sources, ...] = ("related",)
+    """related: the study's sources as they are. shuffled: each user's items in random order. random: all items in
+    random order. copy: the target under other ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """``arm`` held against another; of several, in each cell against the one of the highest validation NDCG@10."""
+
+    arm: str
+    against: tuple[str, ...]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one target, with a share of its users and a seed."""
+
+    arm: Arm
+    target: str
+    fraction: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.fraction:g} {self.arm.name} seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A grid of arms x targets x fractions x seeds, and the comparisons that it is made for.
+
+    Raises ValueError for names that are repeated or unknown, and for options that no configuration has.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    sources: tuple[str, ...]
+    """A target that is among them is left out where it is the target."""
+    arms: tuple[Arm, ...]
+    fractions: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = (0,)
+    comparisons: tuple[Comparison, ...] = ()
+    options: Options = field(default_factory=dict)
+    """Changes of the default configuration by section, for every arm."""
+    tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values to try of options, such as {"model.dropout": (0.2, 0.5)}: every trained arm is trained once for each
+    combination, and validation chooses. All of it counts as its cost."""
+    synthetic: Mapping[str, Any] | None = None
+    """Arguments of ``data.synthetic``, whose target, control and sources are then the domains."""
+    shuffle_ties: bool = False
+    """Events of one user at one time in random order, in all domains that have times."""
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        for what, values in (("arms", names), ("targets", self.targets), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{what} must be at least one and all different, got {', '.join(map(str, values))}")
+        for arm in self.arms:
+            if not arm.name or not set(arm.name) <= SAFE:
+                raise ValueError(f"the name of an arm must be letters, digits and any of '.+-_', got {arm.name!r}")
+            for what, values, allowed in (
+                ("group", (arm.group,), get_args(Group)),
+                ("sources", arm.sources, get_args(Sources)),
+            ):
+                if unknown := set(values) - set(allowed):
+                    raise ValueError(
+                        f"{what} of arm {arm.name!r} must be of {', '.join(allowed)}, got {unknown.pop()!r}"
+                    )
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise ValueError(f"fractions must be in (0, 1], got {fraction}")
+        for comparison in self.comparisons:
+            if unknown := {comparison.arm, *comparison.against} - set(names):
+                raise ValueError(f"a comparison names {unknown.pop()!r}, which is no arm; arms are {', '.join(names)}")
+        for arm in self.arms:
+            self.configs(Cell(arm, self.targets[0], self.fractions[0], self.seeds[0]))
+
+    def cells(self) -> Iterator[Cell]:
+        """Seed after seed, small fractions first: what is there early covers the whole grid."""
+        for seed, fraction, target, arm in itertools.product(
+            self.seeds, sorted(self.fractions), self.targets, self.arms
+        ):
+            yield Cell(arm, target, fraction, seed)
+
+    def configs(self, cell: Cell) -> list[Config]:
+        """The configurations of a cell, one for each combination of tuned values."""
+        start = apply(apply(Config(), self.options), cell.arm.options)
+        start = start.replace(train={"seed": cell.seed}, data={"target_fraction": cell.fraction})
+        if cell.arm.floor:
+            return [start]
+        made = []
+        for values in itertools.product(*self.tune.values()):
+            config = start
+            for name, value in zip(self.tune, values, strict=True):
+                section, _, option = name.partition(".")
+                config = apply(config, {section: {option: value}})
+            made.append(config)
+        return made
+
+    def kinds(self, cell: Cell) -> tuple[Sources, ...]:
+        """The kinds of sources that the cell's arm looks at: none for a floor or a target-only model."""
+        if cell.arm.floor or all(config.train.method == "target_only" for config in self.configs(cell)):
+            return ()
+        return cell.arm.sources
+
+    def sources_of(self, target: str) -> list[str]:
+        return [name for name in self.sources if name != target]
+
+    def hash(self, cell: Cell, fingerprints: Mapping[str, str]) -> str:
+        """16 hexadecimal digits of all that a cell's figures depend on, the code's version aside.
+
+        fingerprints: of every domain by its name (``data.fingerprint``).
+        """
+        kinds = self.kinds(cell)
+        facts = {
+            "format": FORMAT,
+            "floor": cell.arm.floor,
+            "configs": [dataclasses.asdict(config) for config in self.configs(cell)],
+            "target": fingerprints[cell.target],
+            "kinds": kinds,
+            "sources": [fingerprints[name] for name in self.sources_of(cell.target)] if set(kinds) - {"copy"} else [],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def only(self, **kept: Sequence[Any]) -> Study:
+        """The part of the grid with these arms (by name), targets, fractions and seeds; empty sequences keep all.
+
+        Raises ValueError for a value that the study does not have.
+        """
+        changes: dict[str, Any] = {}
+        for axis, values in kept.items():
+            if not values:
+                continue
+            by_name = {arm.name: arm for arm in self.arms} if axis == "arms" else {v: v for v in getattr(self, axis)}
+            for value in values:
+                if value not in by_name:
+                    known = ", ".join(map(str, by_name))
+                    raise ValueError(f"study {self.name!r} has no {axis[:-1]} {value!r}; {axis} are {known}")
+            changes[axis] = tuple(whole for key, whole in by_name.items() if key in values)
+        names = {arm.name for arm in changes.get("arms", self.arms)}
+        comparisons = []
+        for comparison in self.comparisons:
+            against = tuple(name for name in comparison.against if name in names)
+            if comparison.arm in names and against:
+                comparisons.append(dataclasses.replace(comparison, against=against))
+        return dataclasses.replace(self, **changes, comparisons=tuple(comparisons))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Study:
+        """Raises ValueError for what is no study."""
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError("study must be a JSON object")
+        for name, kind in (("arms", Arm), ("comparisons", Comparison)):
+            given[name] = tuple(_made(kind, one) for one in given.get(name, ()))
+        given["tune"] = {name: tuple(values) for name, values in given.get("tune", {}).items()}
+        return _made(Study, given)
+
+    @staticmethod
+    def load(path: str | Path) -> Study:
+        """Raises ValueError naming the file if it is no study."""
+        try:
+            return Study.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no study: {error}") from error
+
+
+SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_")  # arms name files
+
+
+def apply(config: Config, options: Options) -> Config:
+    """A copy with options changed. Raises ValueError for a section or option that does not exist."""
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for section, values in options.items():
+        if section not in sections:
+            raise ValueError(f"configuration has no section {section!r}; sections are {', '.join(sections)}")
+        known = {f.name for f in dataclasses.fields(sections[section])}
+        if unknown := set(values) - known:
+            raise ValueError(f"{section} has no option {unknown.pop()!r}; options are {', '.join(sorted(known))}")
+    return config.replace(**{section: dict(values) for section, values in options.items()})
+
+
+def _made(kind: type, given: Any) -> Any:
+    """A dataclass from a JSON object, lists as tuples. Raises ValueError for keys it has not or lacks."""
+    name = kind.__name__.lower()
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a JSON object, got {given!r}")
+    fields = dataclasses.fields(kind)
+    if unknown := set(given) - {f.name for f in fields}:
+        raise ValueError(f"{name} has no key {unknown.pop()!r}; keys are {', '.join(f.name for f in fields)}")
+    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [key for key in required if key not in given]:
+        raise ValueError(f"{name} needs the key {missing[0]!r}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})

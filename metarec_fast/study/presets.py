@@ -1,0 +1,162 @@
+"""The arms by name, and the studies that come with the package."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from metarec_fast.config import metaadapt_literal
+from metarec_fast.study.grid import Arm, Comparison, Study
+
+PLAIN = {"start": "random", "transitions": False}
+"""Without the target's own structure: random item tables, no transition evidence."""
+TARGET_ONLY = {"method": "target_only"}
+
+
+def floors() -> tuple[Arm, ...]:
+    return (
+        Arm(name="popularity", group="floor", floor="popularity"),
+        Arm(name="last-item-transitions", group="floor", floor="transitions, window 1, last item"),
+        Arm(name="item-knn", group="floor", floor="item-kNN"),
+        Arm(name="best-floor", group="floor", floor="best"),
+    )
+
+
+def target_only() -> tuple[Arm, ...]:
+    """Two encoders with and without codes, plain and with the target's own structure."""
+    return tuple(
+        Arm(
+            name=f"{encoder}{'' if vq == 'none' else '-vq'}{suffix}",
+            group=group,
+            options={"model": {"encoder": encoder, "vq": vq, **structure}, "train": TARGET_ONLY},
+        )
+        for group, suffix, structure in (("plain", "", PLAIN), ("structure", "-structure", {}))
+        for encoder in ("sasrec", "lru")
+        for vq in ("none", "residual")
+    )
+
+
+def transfer_baselines() -> tuple[Arm, ...]:
+    """Known ways to use sources, with the architecture of ours."""
+    fomaml = {"weighting": "uniform", "source_loss_weight": 0.0}
+    reptile = {"weighting": "uniform", "target_loss_weight": 0.0, "inner_steps": 3}
+    literal = dataclasses.asdict(metaadapt_literal().meta)
+    return (
+        Arm(name="joint", group="transfer", options={"train": {"method": "joint"}}),
+        Arm(name="pretrain", group="transfer", options={"train": {"method": "pretrain"}}),
+        Arm(
+            name="pretrain-frozen",
+            group="transfer",
+            options={"train": {"method": "pretrain", "finetune_scope": "table"}},
+        ),
+        Arm(name="fomaml", group="transfer", options={"meta": fomaml}),
+        Arm(name="reptile", group="transfer", options={"meta": reptile}),
+        Arm(name="metaadapt-literal", group="transfer", options={"meta": literal}),
+    )
+
+
+def ours() -> Arm:
+    return Arm(name="ours", group="ours")
+
+
+def ablations(*, warmup_steps: int, meta_steps: int) -> tuple[Arm, ...]:
+    """Ours with one part changed. The steps are those of the study: what warm-up loses, the meta stage gets."""
+    changes = {
+        "no-vq": {"model": {"vq": "none"}},
+        "no-meta": {"meta": {"inner_lr": 0.0}},
+        "uniform-weights": {"meta": {"weighting": "uniform"}},
+        "wrong-sign": {"meta": {"similarity_sign": "ascent"}},
+        "second-order": {"meta": {"order": 2}},
+        "three-inner-steps": {"meta": {"inner_steps": 3}},
+        "temperature-0.01": {"meta": {"temperature": 0.01}},
+        "temperature-1": {"meta": {"temperature": 1.0}},
+        "no-source-loss": {"meta": {"source_loss_weight": 0.0}},
+        "no-warmup": {"train": {"warmup_steps": 0, "meta_steps": warmup_steps + meta_steps}},
+        "random-start": {"model": {"start": "random"}},
+        "no-transitions": {"model": {"transitions": False}},
+    }
+    return tuple(Arm(name=name, group="ablation", options=options) for name, options in changes.items())
+
+
+def controls() -> tuple[Arm, ...]:
+    """Ours with sources that should not help, one that should help most, and all kinds together for their weights."""
+    return (
+        Arm(name="shuffled-sources", group="control", sources=("shuffled",)),
+        Arm(name="random-sources", group="control", sources=("random",)),
+        Arm(name="target-copy", group="control", sources=("copy",)),
+        Arm(name="all-kinds", group="control", sources=("related", "shuffled", "random", "copy")),
+    )
+
+
+def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...]:
+    """Ours against everything that is no floor; controls against ``control``, which is target only."""
+
+    def names(group: str) -> tuple[str, ...]:
+        return tuple(arm.name for arm in arms if arm.group == group)
+
+    made = [Comparison(arm="ours", against=(name,)) for name in names("plain")]
+    for group, title in (
+        ("structure", "ours against the best target-only model with structure"),
+        ("transfer", "ours against the best transfer baseline"),
+        ("floor", "ours against the best floor"),
+    ):
+        if names(group):
+            made.append(Comparison(arm="ours", against=names(group), title=title))
+    made += [Comparison(arm="ours", against=(name,)) for name in names("ablation")]
+    made += [Comparison(arm=name, against=(control,)) for name in names("control")]
+    return tuple(made)
+
+
+def published() -> Study:
+    """The grid on the Amazon domains: three development targets, five sources, four fractions, three seeds."""
+    train = {"warmup_steps": 100, "meta_steps": 300, "finetune_steps": 800}
+    steps = {name: train[name] for name in ("warmup_steps", "meta_steps")}
+    arms = (*floors(), *target_only(), *transfer_baselines(), ours(), *ablations(**steps), *controls())
+    return Study(
+        name="published",
+        targets=("amazon14_office", "amazon14_tools", "amazon14_beauty"),
+        sources=tuple(f"amazon14_{name}" for name in ("toys", "video_games", "health", "clothing", "sports")),
+        fractions=(0.01, 0.05, 0.1, 1.0),
+        seeds=(0, 1, 2),
+        arms=arms,
+        comparisons=comparisons(arms, control="lru-vq-structure"),
+        options={"train": train},
+        tune={"model.dropout": (0.3, 0.5)},
+    )
+
+
+def smoke() -> Study:
+    """Every kind of arm on small synthetic domains, in less than a minute."""
+    train = {
+        "warmup_steps": 40,
+        "meta_steps": 80,
+        "finetune_steps": 80,
+        "batch_size": 32,
+        "lr": 3e-3,
+        "finetune_lr": 3e-3,
+        "evaluate_every": 20,
+        "patience": 3,
+    }
+    arms = (
+        *floors(),
+        *(arm for arm in target_only() if arm.name in ("lru", "lru-vq-structure")),
+        *(arm for arm in transfer_baselines() if arm.name == "pretrain"),
+        ours(),
+        *controls()[:3],
+    )
+    return Study(
+        name="smoke",
+        targets=("target",),
+        sources=("source0", "source1"),
+        fractions=(0.05,),
+        seeds=(0,),
+        arms=arms,
+        comparisons=comparisons(arms, control="lru-vq-structure"),
+        options={
+            "model": {"dim": 32, "codebook_heads": 4, "codebook_size": 32, "dropout": 0.2, "max_length": 20},
+            "train": train,
+        },
+        synthetic={"source_users": 500, "source_items": 100, "target_users": 1000, "target_items": 80},
+    )
+
+
+PRESETS = {"smoke": smoke, "published": published}

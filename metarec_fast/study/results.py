@@ -1,0 +1,343 @@
+"""What a study found: one tidy table of its cells, paired comparisons over users, Markdown and plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from metarec_fast.evaluation import Difference, expected_metric, holm, paired_bootstrap
+from metarec_fast.report.plot import Interval, Point, interval_chart, line_chart
+from metarec_fast.study.grid import Cell, Comparison, Study
+from metarec_fast.study.run import RANKS, cell_stem
+from metarec_fast.train.checkpoint import write_atomically
+
+METRICS = ("ndcg@10", "recall@10")
+MASKS = {"": "history not masked", "_masked": "history masked"}
+COLUMNS = (
+    *("arm", "group", "target", "fraction", "seed"),
+    *(metric + suffix for suffix in MASKS for metric in METRICS),
+    *("valid_ndcg@10", "seconds", "cpu_seconds", "steps", "peak_memory_mib", "threads"),
+    *("config_hash", "code_version", "data_hash", "file"),
+)
+LEVEL = 0.05  # of p after Holm's adjustment
+SHARE = 0.8  # of the cells that a consistent gain must win
+FEW = 0.1  # share of the users up to which transfer is expected to help
+LOSS = 0.01  # relative, that it must exceed in none
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An arm against another in one target x fraction, over all test users, each user's values averaged over seeds."""
+
+    target: str
+    fraction: float
+    arm: str
+    baseline: str
+    seeds: int
+    arm_mean: float
+    baseline_mean: float
+    difference: Difference
+    p: float
+    """After Holm's adjustment over the cells of the comparison."""
+
+    @property
+    def gain(self) -> float:
+        """Relative to the baseline's mean."""
+        return self._relative(self.difference.mean)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the gain, the baseline's mean taken as given."""
+        return self._relative(self.difference.low), self._relative(self.difference.high)
+
+    @property
+    def wins(self) -> bool:
+        return self.difference.mean > 0 and self.p < LEVEL
+
+    def _relative(self, value: float) -> float:
+        return value / self.baseline_mean if self.baseline_mean else 0.0
+
+
+def consistent(contrasts: Sequence[Contrast]) -> bool:
+    """Whether an arm wins at least 80 % of the cells with an adjusted p < .05 and loses none by more than 1 %."""
+    wins = sum(c.wins for c in contrasts)
+    return bool(contrasts) and wins >= SHARE * len(contrasts) and all(c.gain >= -LOSS for c in contrasts)
+
+
+class Results:
+    """The finished cells of a study in a folder, whose data need not be at hand.
+
+    Of cells that differ in their data alone, the newest counts. Raises ValueError for a cell's file that is damaged.
+    """
+
+    def __init__(self, study: Study, out: str | Path) -> None:
+        self.study, self.out = study, Path(out)
+        self.expected = 0
+        self.facts: dict[tuple[str, str, float, int], dict[str, Any]] = {}
+        self._paths: dict[tuple[str, str, float, int], Path] = {}
+        for cell in study.cells():
+            self.expected += 1
+            files = (self.out / "cells").glob(f"{cell_stem(cell)}-*.json")
+            for path in sorted(files, key=lambda p: p.stat().st_mtime):
+                try:
+                    facts = json.loads(path.read_text(encoding="utf-8"))
+                    known = study.hash(cell, facts["data"]) == facts["config_hash"]
+                except (ValueError, KeyError) as error:
+                    raise ValueError(f"{path} is damaged; remove it to run the cell again: {error!r}") from error
+                if known:
+                    self.facts[_key(cell)], self._paths[_key(cell)] = facts, path
+
+    @property
+    def complete(self) -> bool:
+        return len(self.facts) == self.expected
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a finished cell, by COLUMNS."""
+        rows = []
+        for (arm, target, fraction, seed), facts in self.facts.items():
+            cost = facts["cost"]
+            rows.append(
+                {
+                    "arm": arm,
+                    "group": facts["arm"]["group"],
+                    "target": target,
+                    "fraction": fraction,
+                    "seed": seed,
+                    **{
+                        metric + suffix: facts["test"][mask]["metrics"][metric]
+                        for suffix, mask in MASKS.items()
+                        for metric in METRICS
+                    },
+                    "valid_ndcg@10": facts["valid"],
+                    **{key: cost[key] for key in COLUMNS if key in cost},
+                    "config_hash": facts["config_hash"],
+                    "code_version": facts["code_version"],
+                    "data_hash": "+".join(facts["data"].values()),
+                    "file": str(self._paths[arm, target, fraction, seed].relative_to(self.out)),
+                }
+            )
+        return rows
+
+    def per_user(self, arm: str, target: str, fraction: float, seed: int, *, column: str = "ndcg@10") -> np.ndarray:
+        """[cases] values of the test users, in the order of the target's users. column: a metric of COLUMNS."""
+        ranks = np.load(self._paths[arm, target, fraction, seed].with_suffix(".npy"), allow_pickle=False)
+        metric, masked, _ = column.partition("_masked")
+        at = RANKS.index("greater, history masked" if masked else "greater")
+        return expected_metric(metric, ranks[at], ranks[at + 1])
+
+    def values(self, arm: str, target: str, fraction: float, key: Callable[[dict[str, Any]], float]) -> list[float]:
+        """A figure of each finished seed."""
+        return [
+            key(self.facts[arm, target, fraction, seed])
+            for seed in self.study.seeds
+            if (arm, target, fraction, seed) in self.facts
+        ]
+
+    def baseline(self, comparison: Comparison, target: str, fraction: float) -> str | None:
+        """Of what a comparison is held against, the arm of the highest mean validation NDCG@10; None if none ran."""
+        valid = {name: self.values(name, target, fraction, lambda f: f["valid"]) for name in comparison.against}
+        done = {name: mean(figures) for name, figures in valid.items() if figures}
+        return max(done, key=lambda name: done[name]) if done else None
+
+    def contrasts(self, comparison: Comparison, *, column: str = "ndcg@10", samples: int = 10_000) -> list[Contrast]:
+        """The comparison in every target x fraction where both arms have finished a common seed."""
+        found = []
+        for target in self.study.targets:
+            for fraction in sorted(self.study.fractions):
+                name = self.baseline(comparison, target, fraction)
+                both = (comparison.arm, name)
+                seeds = [s for s in self.study.seeds if all((a, target, fraction, s) in self.facts for a in both)]
+                if name is None or not seeds:
+                    continue
+                a, b = (
+                    np.mean([self.per_user(arm, target, fraction, seed, column=column) for seed in seeds], axis=0)
+                    for arm in both
+                )
+                difference = paired_bootstrap(a, b, seed=0, samples=samples)
+                means = float(a.mean()), float(b.mean())
+                found.append(Contrast(target, fraction, *both, len(seeds), *means, difference, difference.p))
+        adjusted = holm([contrast.p for contrast in found])
+        return [replace(c, p=float(p)) for c, p in zip(found, adjusted, strict=True)]
+
+    # files
+
+    def write(self) -> list[Path]:
+        """``results.csv``, ``comparisons.csv``, ``tables.md``, ``gains.svg`` and one ``<target>.svg`` each."""
+        compared = [(c, found) for c in self.study.comparisons if (found := self.contrasts(c))]
+        files = {
+            "results.csv": _csv(COLUMNS, self.rows()),
+            "comparisons.csv": _csv(CONTRAST_COLUMNS, [_row(c, contrast) for c, many in compared for contrast in many]),
+            "tables.md": self.markdown(compared),
+        }
+        if compared:
+            intervals = [
+                Interval(f"{label(c)}: {_place(x)}", x.gain, *x.interval, strong=x.wins)
+                for c, many in compared
+                for x in many
+            ]
+            files["gains.svg"] = interval_chart(intervals, title="Gain in NDCG@10 with 95 % interval", percent=True)
+            for target in self.study.targets:
+                files[f"{Path(target).name}.svg"] = self._curves(target, compared)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_atomically(self.out / name, text.encode())
+        return [self.out / name for name in files]
+
+    def _curves(self, target: str, compared: list[tuple[Comparison, list[Contrast]]]) -> str:
+        lines: dict[str, list[Point]] = {}
+        for comparison, contrasts in compared:
+            for x in (x for x in contrasts if x.target == target):
+                for name, value in ((comparison.arm, x.arm_mean), (_against(comparison), x.baseline_mean)):
+                    point = Point(f"{x.fraction:.0%}", value)
+                    line = lines.setdefault(name, [])
+                    if point not in line:
+                        line.append(point)
+        return line_chart(lines, title=f"NDCG@10 on {target} by share of its users", y_from_zero=True)
+
+    def markdown(self, compared: list[tuple[Comparison, list[Contrast]]]) -> str:
+        facts = list(self.facts.values())
+        if not facts:
+            return f"# {self.study.name}\n\nNo cell is finished.\n"
+        versions = sorted({f["code_version"] for f in facts})
+        torches = sorted({f["versions"]["torch"] for f in facts})
+        parts = [
+            f"# Study {self.study.name}",
+            f"{len(facts)} of {self.expected} cells, seeds {', '.join(map(str, self.study.seeds))}; code "
+            f"{', '.join(versions)}, torch {', '.join(torches)}. Figures are means over seeds ± standard deviation, of "
+            "all test users over the whole catalogue; models are chosen by validation alone.",
+        ]
+        if len(versions) > 1:
+            parts.append("**Cells of different code versions stand side by side.**")
+        for column in COLUMNS[5:9]:
+            metric, masked, _ = column.partition("_masked")
+            mask = MASKS["_masked" if masked else ""]
+            title = metric.replace("ndcg", "NDCG").replace("recall", "Recall")
+            parts += [
+                f"## {title}, {mask}",
+                self._grid(lambda f, m=metric, k=mask: f["test"][k]["metrics"][m], lambda v: f"{v:.4f}", spread=True),
+            ]
+        parts += [
+            "## Validation NDCG@10, by which models are chosen",
+            self._grid(lambda f: f["valid"], lambda v: f"{v:.4f}", spread=True),
+            "## Cost: seconds of training and choosing",
+            self._grid(lambda f: f["cost"]["seconds"], lambda v: f"{v:,.0f}"),
+            "## Cost: optimizer steps",
+            self._grid(lambda f: f["cost"]["steps"], lambda v: f"{v:,.0f}"),
+            "## Cost: peak memory of the process, MiB",
+            self._grid(lambda f: f["cost"]["peak_memory_mib"], lambda v: f"{v:,.0f}"),
+        ]
+        if compared:
+            parts.append("## Comparisons, NDCG@10, history not masked")
+            parts.append(
+                "Paired bootstrap over users, 10,000 resamples, each user's values averaged over seeds first; p after "
+                "Holm's adjustment over the cells of a comparison. Of several baselines, the one that validation likes "
+                "best. Consistent: at least 80 % of the cells won with p < .05 and none lost by more than 1 %."
+            )
+        for comparison, contrasts in compared:
+            parts += [f"### {label(comparison)}", contrast_table(contrasts), summary(contrasts)]
+        weights = self._weights()
+        if weights:
+            parts += ["## Weights of sources, mean over the later half of the meta stage", weights]
+        return "\n\n".join(parts) + "\n"
+
+    def _grid(self, key: Callable[[dict[str, Any]], Any], form: Callable[[float], str], spread: bool = False) -> str:
+        places = [(t, f) for t in self.study.targets for f in sorted(self.study.fractions)]
+        head = "| arm | " + " | ".join(f"{t}, {f:.0%}" for t, f in places) + " |"
+        lines = [head, "|---|" + "--:|" * len(places)]
+        for arm in self.study.arms:
+            cells = []
+            for target, fraction in places:
+                figures = [v for v in self.values(arm.name, target, fraction, key) if v is not None]
+                text = form(mean(figures)) if figures else ""
+                cells.append(text + (f" ± {form(stdev(figures))}" if spread and len(figures) > 1 else ""))
+            lines.append(f"| {arm.name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def _weights(self) -> str:
+        lines = []
+        for arm in self.study.arms:
+            for target in self.study.targets:
+                for fraction in sorted(self.study.fractions):
+                    found = self.source_means(arm.name, target, fraction, "weight")
+                    if found:
+                        listed = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+                        lines.append(f"- {arm.name}, {target}, {fraction:.0%}: {listed}")
+        return "\n".join(lines)
+
+    def source_means(self, arm: str, target: str, fraction: float, key: str) -> dict[str, float]:
+        """Mean "weight" or "similarity" of each source over the seeds; empty for an arm that has none."""
+        traces = self.values(arm, target, fraction, lambda f: f.get("transfer", {}).get(key, {}))
+        return {name: mean(trace[name] for trace in traces) for name in (traces[0] if traces else ())}
+
+
+def label(comparison: Comparison) -> str:
+    return comparison.title or f"{comparison.arm} against {_against(comparison)}"
+
+
+def _against(comparison: Comparison) -> str:
+    many = len(comparison.against) > 1
+    return f"best of {', '.join(comparison.against)}" if many else comparison.against[0]
+
+
+def contrast_table(contrasts: Sequence[Contrast]) -> str:
+    lines = ["| target, users | against | NDCG@10 | its NDCG@10 | gain | 95 % interval | p (Holm) |"]
+    lines.append("|---|---|--:|--:|--:|---|--:|")
+    for c in contrasts:
+        low, high = c.interval
+        figures = f"{c.arm_mean:.4f} | {c.baseline_mean:.4f} | {c.gain:+.1%} | {low:+.1%} to {high:+.1%} | {c.p:.4f}"
+        lines.append(f"| {_place(c)} | {c.baseline} | {figures} |")
+    return "\n".join(lines)
+
+
+def summary(contrasts: Sequence[Contrast]) -> str:
+    """The verdict over the cells, a sentence for those of few users and one for the others."""
+    few = [c for c in contrasts if c.fraction <= FEW]
+    many = [c for c in contrasts if c.fraction > FEW]
+    if not (few and many):
+        return _summary(contrasts)
+    return f"Up to {FEW:.0%} of users: {_summary(few)}\n\nMore users: {_summary(many)}"
+
+
+def _summary(contrasts: Sequence[Contrast]) -> str:
+    wins = sum(c.wins for c in contrasts)
+    losses = sum(c.difference.mean < 0 and c.p < LEVEL for c in contrasts)
+    verdict = "consistent" if consistent(contrasts) else "not consistent"
+    return (
+        f"Wins {wins} and loses {losses} of {len(contrasts)} cells with p < .05; mean gain "
+        f"{mean(c.gain for c in contrasts):+.1%}, worst {min(c.gain for c in contrasts):+.1%}: {verdict}."
+    )
+
+
+CONTRAST_COLUMNS = (
+    *("comparison", "target", "fraction", "arm", "baseline", "seeds", "arm_ndcg@10", "baseline_ndcg@10"),
+    *("difference", "low", "high", "p", "p_holm", "gain", "gain_low", "gain_high", "wins"),
+)
+
+
+def _row(comparison: Comparison, c: Contrast) -> dict[str, Any]:
+    values = (label(comparison), c.target, c.fraction, c.arm, c.baseline, c.seeds, c.arm_mean, c.baseline_mean)
+    return dict(zip(CONTRAST_COLUMNS, (*values, *c.difference, c.p, c.gain, *c.interval, c.wins), strict=True))
+
+
+def _csv(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _place(contrast: Contrast) -> str:
+    return f"{contrast.target}, {contrast.fraction:.0%}"
+
+
+def _key(cell: Cell) -> tuple[str, str, float, int]:
+    return cell.arm.name, cell.target, cell.fraction, cell.seed

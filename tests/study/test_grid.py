@@ -1,0 +1,139 @@
+"""A study as its description: what it asks for, what tells cells apart, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from metarec_fast.config import metaadapt_literal
+from metarec_fast.study import PRESETS, Arm, Cell, Comparison, Study
+from tests.study.problems import ARMS, study
+
+DATA = {"target": "t", "source0": "a", "source1": "b"}
+
+
+def cell(name, fraction=0.5, seed=0, arms=ARMS):
+    return Cell(next(arm for arm in arms if arm.name == name), "target", fraction, seed)
+
+
+def test_cells_cover_the_grid_seed_after_seed():
+    cells = list(study().cells())
+    assert len(cells) == len(set(map(str, cells))) == 5 * 2 * 2
+    assert [c.seed for c in cells] == [0] * 10 + [1] * 10
+    assert [c.fraction for c in cells[:10]] == [0.5] * 5 + [1.0] * 5
+    assert str(cells[3]) == "target 0.5 ours seed 0"
+
+
+def test_options_of_the_arm_come_after_those_of_the_study():
+    changed = study(options={"train": {"lr": 0.5, "method": "pretrain"}})
+    (config,) = changed.configs(cell("alone", 0.5, 1))
+    assert (config.train.lr, config.train.method, config.train.seed) == (0.5, "target_only", 1)
+    assert config.data.target_fraction == 0.5
+
+
+def test_tuning_makes_every_combination_for_trained_arms():
+    tuned = study(tune={"model.dropout": (0.1, 0.4), "train.lr": (1e-3, 1e-2)})
+    tried = [(c.model.dropout, c.train.lr) for c in tuned.configs(cell("ours"))]
+    assert tried == [(0.1, 1e-3), (0.1, 1e-2), (0.4, 1e-3), (0.4, 1e-2)]
+    assert len(tuned.configs(cell("popularity"))) == 1
+
+
+def test_a_hash_is_of_everything_the_figures_depend_on():
+    plain = study()
+    base = plain.hash(cell("ours"), DATA)
+    assert base == study(name="other", seeds=(0,)).hash(cell("ours"), DATA)  # where a cell stands does not count
+    others = [
+        plain.hash(cell("ours", seed=1), DATA),
+        plain.hash(cell("ours", fraction=1.0), DATA),
+        plain.hash(cell("shuffled"), DATA),
+        plain.hash(cell("ours"), DATA | {"source1": "c"}),
+        plain.hash(cell("ours"), DATA | {"target": "c"}),
+        study(sources=("source1", "source0")).hash(cell("ours"), DATA),
+        study(tune={"model.dropout": (0.1,)}).hash(cell("ours"), DATA),
+    ]
+    assert len({base, *others}) == 8
+    # sources that an arm does not look at do not count
+    for name in ("alone", "popularity"):
+        assert plain.hash(cell(name), DATA) == plain.hash(cell(name), {"target": "t"} | {"source0": "", "source1": ""})
+
+
+def test_a_target_is_no_source_of_itself():
+    assert study(targets=("target", "source0")).sources_of("source0") == ["source1"]
+
+
+def test_only_keeps_a_part_and_the_comparisons_that_it_has():
+    part = study().only(arms=["ours", "best-floor"], seeds=[1], fractions=(), targets=())
+    assert [c.arm.name for c in part.cells()] == ["best-floor", "ours"] * 2
+    assert [(c.arm, c.against) for c in part.comparisons] == [("ours", ("best-floor",))]
+    with pytest.raises(ValueError, match="study 'tiny' has no seed 7; seeds are 0, 1"):
+        study().only(seeds=[7])
+
+
+@pytest.mark.parametrize("made", [study, *PRESETS.values()])
+def test_json_gives_the_same_study(made):
+    again = Study.from_json(made().to_json())
+    cells = list(zip(made().cells(), again.cells(), strict=True))
+    assert cells and all(made().configs(a) == again.configs(b) for a, b in cells[:40])
+    assert (again.comparisons, again.targets, again.synthetic) == (
+        made().comparisons,
+        made().targets,
+        made().synthetic,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": (ARMS[0], ARMS[0])}, "arms must be at least one and all different, got popularity, popularity"),
+        ({"targets": ()}, "targets must be at least one"),
+        ({"fractions": (0.0,)}, r"fractions must be in \(0, 1\], got 0.0"),
+        ({"comparisons": (Comparison(arm="ours", against=("it",)),)}, "a comparison names 'it', which is no arm"),
+        ({"options": {"model": {"wings": 2}}}, "model has no option 'wings'"),
+        ({"options": {"wings": {}}}, "configuration has no section 'wings'"),
+        ({"tune": {"model.wings": (1,)}}, "model has no option 'wings'"),
+        ({"arms": (Arm(name="a/b", group="ours"),), "comparisons": ()}, "the name of an arm must be letters"),
+        ({"arms": (Arm(name="a", group="x"),), "comparisons": ()}, "group of arm 'a' must be of floor"),
+        ({"arms": (Arm(name="a", group="ours", sources=("x",)),), "comparisons": ()}, "sources of arm 'a' must be of"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        study(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(wings=1), "study has no key 'wings'"),
+        (lambda s: s.pop("targets"), "study needs the key 'targets'"),
+        (lambda s: s["arms"][0].pop("group"), "arm needs the key 'group'"),
+        (lambda s: s["arms"].append(3), "arm must be a JSON object, got 3"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_study_is_named(tmp_path, change, message):
+    facts = json.loads(study().to_json())
+    change(facts)
+    (tmp_path / "s.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=rf"s.json is no study: {message}"):
+        Study.load(tmp_path / "s.json")
+
+
+def test_the_published_grid_has_every_arm_of_the_issue_once():
+    published = PRESETS["published"]()
+    first = {arm.name: published.configs(Cell(arm, published.targets[0], 0.1, 0))[0] for arm in published.arms}
+    assert len(list(published.cells())) == len(published.arms) * 3 * 4 * 3
+    trained = [
+        name for name, arm in zip(first, published.arms, strict=True) if not arm.floor and arm.group != "control"
+    ]
+    assert len({json.dumps(dataclasses.asdict(first[name])) for name in trained}) == len(trained)
+    assert first["metaadapt-literal"].meta == metaadapt_literal().meta
+    plain = first["sasrec"]
+    assert (plain.model.encoder, plain.model.vq, plain.model.start, plain.model.transitions) == (
+        *("sasrec", "none", "random"),
+        False,
+    )
+    steps = {sum((c.train.warmup_steps, c.train.meta_steps, c.train.finetune_steps)) for c in first.values()}
+    assert len(steps) == 1  # the same budget for every arm
+    assert [c for c in published.comparisons if c.arm == "ours"]

@@ -1,0 +1,203 @@
+"""What is made of the cells: a tidy file, comparisons that are paired, pooled and adjusted, and words."""
+
+import csv
+import json
+from statistics import mean
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from metarec_fast.config import Config
+from metarec_fast.evaluation import Difference, holm, paired_bootstrap
+from metarec_fast.study import Contrast, Results, audit_study, audit_verdict, consistent, run, smoke
+from metarec_fast.study.results import COLUMNS, contrast_table, summary
+from tests.study.problems import study
+from tests.tiny import config
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    assert run(study(), folder) == []
+    return folder
+
+
+def test_the_tidy_file_has_a_whole_row_for_every_cell(out):
+    files = {path.name for path in Results(study(), out).write()}
+    assert files == {"results.csv", "comparisons.csv", "tables.md", "gains.svg", "target.svg"}
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 20
+    assert all(value != "" for row in rows for value in row.values())
+    keys = {(r["arm"], r["target"], float(r["fraction"]), int(r["seed"])) for r in rows}
+    assert keys == {(c.arm.name, c.target, c.fraction, c.seed) for c in study().cells()}
+    for row in rows:
+        facts = json.loads((out / row["file"]).read_text())
+        assert row["config_hash"] == facts["config_hash"] and row["code_version"] == facts["code_version"]
+        assert row["data_hash"].split("+") == list(facts["data"].values())
+        assert len(facts["data"]) == (3 if row["group"] in ("ours", "control") else 1)
+        for column, mask in (("ndcg@10", "history not masked"), ("recall@10_masked", "history masked")):
+            assert float(row[column]) == facts["test"][mask]["metrics"][column.removesuffix("_masked")]
+    for name in ("gains.svg", "target.svg"):
+        ElementTree.parse(out / name)
+
+
+def test_values_of_users_give_the_figures_of_the_row(out):
+    results = Results(study(), out)
+    for row in results.rows():
+        for column in COLUMNS[5:9]:
+            values = results.per_user(row["arm"], row["target"], row["fraction"], row["seed"], column=column)
+            assert len(values) == 40 and values.mean() == pytest.approx(row[column])
+
+
+def test_a_contrast_pools_seeds_by_user(out):
+    results = Results(study(), out)
+    against, floors = (results.contrasts(c, samples=500) for c in study().comparisons)
+    assert [(c.fraction, c.arm, c.baseline, c.seeds) for c in against] == [
+        (0.5, "ours", "alone", 2),
+        (1.0, "ours", "alone", 2),
+    ]
+    for contrast in against:
+        a, b = (
+            np.mean([results.per_user(arm, "target", contrast.fraction, s) for s in (0, 1)], axis=0)
+            for arm in ("ours", "alone")
+        )
+        assert contrast.difference == paired_bootstrap(a, b, seed=0, samples=500)
+        assert contrast.gain == pytest.approx(a.mean() / b.mean() - 1)
+    assert [c.p for c in against] == holm([c.difference.p for c in against]).tolist()
+    for contrast in floors:  # the one that validation likes best, whatever the test says
+        best = max(
+            ("popularity", "best-floor"), key=lambda n: mean(results.values(n, "target", contrast.fraction, valid))
+        )
+        assert contrast.baseline == best
+
+
+def valid(facts):
+    return facts["valid"]
+
+
+def test_what_is_missing_is_left_open(out, tmp_path):
+    some = study().only(arms=["ours", "alone"], seeds=[0], fractions=[0.5])
+    run(study(), tmp_path, cells=some.cells())
+    results = Results(study(), tmp_path)
+    assert (len(results.facts), results.expected, results.complete) == (2, 20, False)
+    assert [(c.fraction, c.seeds) for c in results.contrasts(study().comparisons[0], samples=50)] == [(0.5, 1)]
+    assert results.contrasts(study().comparisons[1]) == []
+    results.write()
+    assert "2 of 20 cells" in (tmp_path / "tables.md").read_text()
+    assert "No cell is finished" in Results(study(), tmp_path / "none").markdown([])
+    # cells of another configuration are none of this study's
+    other = study(tune={"model.dropout": (0.1,)})
+    assert {facts["arm"]["group"] for facts in Results(other, out).facts.values()} == {"floor"}
+
+
+def test_a_damaged_cell_is_named(out, tmp_path):
+    (tmp_path / "cells").mkdir()
+    name = next((out / "cells").glob("*-ours-0-*.json")).name
+    (tmp_path / "cells" / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{name} is damaged; remove it"):
+        Results(study(), tmp_path)
+
+
+def test_markdown_has_every_arm_metric_cost_and_verdict(out):
+    results = Results(study(), out)
+    text = results.markdown([(c, results.contrasts(c, samples=50)) for c in study().comparisons])
+    for heading in ("NDCG@10, history not masked", "Recall@10, history masked", "Cost: seconds", "Weights of sources"):
+        assert f"## {heading}" in text
+    for arm in study().arms:
+        assert text.count(f"| {arm.name} | ") >= 8
+    assert "### ours against floors" in text and "| target, 50% | alone |" in text
+    weights = results.source_means("ours", "target", 0.5, "weight")
+    assert sum(weights.values()) == pytest.approx(1)
+    assert f"- ours, target, 50%: source0 {weights['source0']:.3f}, source1 {weights['source1']:.3f}" in text
+    assert "different code versions" not in text
+
+
+def made(gain, p, fraction=0.1):
+    return Contrast("t", fraction, "a", "b", 3, 0.1 * (1 + gain), 0.1, Difference(0.1 * gain, 0, 0, p), p)
+
+
+def test_consistent_needs_most_wins_and_no_loss():
+    win, tie, loss = made(0.2, 0.01), made(0.01, 0.5), made(-0.02, 0.6)
+    assert consistent([win] * 4 + [tie])
+    assert not consistent([win] * 3 + [tie] * 2)  # 60 %
+    assert not consistent([win] * 9 + [loss])
+    assert consistent([win] * 9 + [made(-0.009, 0.6)])
+    assert not consistent([made(0.2, 0.06)]) and not consistent([])
+    text = summary([win] * 4 + [tie, made(-0.3, 0.01, 1.0)])
+    assert "Up to 10% of users: Wins 4 and loses 0 of 5 cells with p < .05; mean gain +16.2%" in text
+    assert "More users: Wins 0 and loses 1 of 1 cells" in text and text.endswith("not consistent.")
+    assert "| t, 10% | b | 0.1200 | 0.1000 | +20.0% | +0.0% to +0.0% | 0.0100 |" in contrast_table([win])
+
+
+# the audit
+
+
+def audit(**changes):
+    options = config(train={"threads": 1}, data={"target_fraction": 0.5})
+    plan = audit_study("target", ["source0", "source1"], options, seeds=(0,))
+    return study(**{**{f: getattr(plan, f) for f in ("name", "arms", "fractions", "seeds", "comparisons")}, **changes})
+
+
+def test_an_audit_runs_its_controls_and_says_what_it_found(tmp_path):
+    plan = audit()
+    assert run(plan, tmp_path) == []
+    sentences = audit_verdict(Results(plan, tmp_path))
+    assert sentences[0].startswith("The sources ") and "against target only" in sentences[0]
+    assert any("copy of the target" in s for s in sentences)
+    with pytest.raises(ValueError, match="0 of 6 cells"):
+        audit_verdict(Results(plan, tmp_path / "none"))
+
+
+class Known:
+    """Results with given gains: by (arm, against) a gain and its p."""
+
+    complete = True
+
+    def __init__(self, gains):
+        self.study, self.gains = audit(), gains
+
+    def contrasts(self, comparison):
+        return [made(*self.gains.get((comparison.arm, comparison.against[0]), (0.0, 0.9)))]
+
+    def source_means(self, *asked):
+        return {"target copy": 0.2, "source0": 0.5, "source0 random": 0.3}
+
+
+def test_the_verdict_in_words():
+    helped = {
+        ("ours", "target-only"): (0.2, 0.001),
+        ("target-copy", "target-only"): (0.4, 0.001),
+        ("ours", "shuffled-sources"): (0.1, 0.01),
+        ("random-sources", "target-only"): (-0.1, 0.01),
+    }
+    sentences = audit_verdict(Known(helped))
+    assert sentences[0].startswith("The sources help the target: +20.0% NDCG@10")
+    assert sentences[1].startswith("A copy of the target as source gives +40.0%")
+    assert sentences[2].startswith("The gain is due to the order of their events: +10.0%")
+    assert sentences[3].startswith("It cannot be told that the gain is due to what their users choose together")
+    assert sentences[4].startswith("Caution: random-sources should equal target only, and harm it: -10.0%")
+    assert sentences[5].endswith("source0 0.500, source0 random 0.300, target copy 0.200.")
+    nothing = audit_verdict(Known({}))
+    assert nothing[0].startswith("The sources make no difference that can be told to the target")
+    assert nothing[1].startswith("Even a copy of the target as source gives no clear gain")
+    assert len(nothing) == 3
+    assert audit_verdict(Known({("ours", "target-only"): (-0.2, 0.001)}))[0].startswith("The sources harm the target")
+
+
+def test_an_audit_needs_sources():
+    for sources in ((), ("target",)):
+        with pytest.raises(ValueError, match="an audit needs sources that are not the target"):
+            audit_study("target", sources, Config())
+
+
+@pytest.mark.slow
+def test_planted_transfer_is_found_and_controls_rank_below_it(tmp_path):
+    assert run(smoke(), tmp_path) == []
+    results = Results(smoke(), tmp_path)
+    figures = {row["arm"]: row["ndcg@10"] for row in results.rows()}
+    for arm in ("ours", "pretrain", "target-copy"):
+        assert figures[arm] > max(figures[control] for control in ("shuffled-sources", "random-sources"))
+    found = {(c.arm, c.against): results.contrasts(c)[0] for c in smoke().comparisons}
+    assert found["ours", ("lru-vq-structure",)].wins and found["ours", ("lru",)].wins

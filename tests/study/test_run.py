@@ -1,0 +1,205 @@
+"""Cells are files that are whole or absent: a study goes on where it was stopped, however it was stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from metarec_fast import study as studies
+from metarec_fast.api import MetaRec
+from metarec_fast.config import Config
+from metarec_fast.data import leave_one_out, limit_users
+from metarec_fast.evaluation import best_floor, evaluate
+from metarec_fast.study import Arm, Cell, Domains, run
+from metarec_fast.study.run import RANKS, _load, cell_path, late_means, run_cell, sources_of
+from metarec_fast.train.trainer import Interrupted
+from tests.study.problems import ARMS, study
+from tests.tiny import DOMAINS
+
+
+def small(**changes):
+    return study(**{"fractions": (0.5,), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    told = []
+    assert run(small(), out, on_cell=lambda *given: told.append(given)) == []
+    return out, told
+
+
+def written(out):
+    return {path.name: path.read_bytes() for path in (out / "cells").iterdir()}
+
+
+def comparable(out):
+    """Cells without what differs from run to run: their cost."""
+    found = {}
+    for path in (out / "cells").glob("*.json"):
+        facts = json.loads(path.read_text())
+        del facts["cost"]
+        for timed in (facts.get("history", {}), *facts.get("tried", ())):
+            timed.pop("seconds", None)
+        found[path.name] = facts, np.load(path.with_suffix(".npy")).tolist()
+    return found
+
+
+def test_every_cell_is_told_and_written(finished):
+    out, told = finished
+    assert [(done, total) for *_, done, total in told] == [(i + 1, 10) for i in range(10)]
+    assert len(written(out)) == 20  # facts and ranks of each
+    assert json.loads((out / "study.json").read_text())["name"] == "tiny"
+    for _, facts, *_ in told:
+        cost = facts["cost"]
+        assert cost["seconds"] > 0 and cost["cpu_seconds"] > 0
+        assert cost["peak_memory_mib"] > 50 if sys.platform == "linux" else cost["peak_memory_mib"] is None
+    assert [facts["cost"]["steps"] for _, facts, *_ in told[:5]] == [0, 0, 19, 19, 19]
+    assert told[3][1]["cost"]["steps_by_stage"] == {"warmup": 3, "meta": 10, "finetune": 6}
+
+
+def test_a_cell_is_what_the_library_gives(finished):
+    _, told = finished
+    facts = {cell.arm.name: f for cell, f, *_ in told if cell.seed == 1}
+    config = Config.from_json(json.dumps(facts["ours"]["config"]))
+    assert config.train.seed == 1 and config.data.target_fraction == 0.5
+    model = MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=config)
+    assert facts["ours"]["valid"] == model.evaluate("valid")["ndcg@10"]
+    for mask in (False, True):
+        known = json.loads(json.dumps(model.evaluate(mask_history=mask).to_dict()))
+        assert facts["ours"]["test"]["history masked" if mask else "history not masked"] == known
+    split = limit_users(leave_one_out(DOMAINS.target), 0.5, seed=1)
+    name, scorer, _ = best_floor(split, mask_history=False)
+    assert facts["best-floor"]["floor"] == name
+    known = evaluate(scorer, split.test, mask_history=False, protocol="")
+    assert facts["best-floor"]["test"]["history not masked"]["metrics"]["ndcg@10"] == known["ndcg@10"]
+
+
+def test_ranks_of_every_user_are_kept(finished):
+    out, told = finished
+    cell, facts, *_ = told[3]
+    path = cell_path(out, small(), cell, Domains())
+    ranks = dict(zip(RANKS, np.load(path.with_suffix(".npy")), strict=True))
+    assert ranks["users"].tolist() == list(range(40))
+    assert (ranks["greater, history masked"] <= ranks["greater"]).all()
+    assert facts["ranks"] == list(RANKS)
+
+
+def test_finished_cells_are_not_run_again(finished, monkeypatch):
+    out, _ = finished
+    before = written(out)
+    monkeypatch.setattr(studies.run.__globals__["run_cell"], "__code__", (lambda *a, **k: 1 / 0).__code__)
+    assert run(small(), out) == []
+    assert written(out) == before
+
+
+def test_another_configuration_is_another_cell(finished, tmp_path):
+    out, _ = finished
+    cell = Cell(ARMS[3], "target", 0.5, 0)
+    other = small(tune={"model.dropout": (0.1,)})
+    assert cell_path(out, small(), cell, Domains()) != cell_path(out, other, cell, Domains())
+
+
+def test_a_stopped_run_goes_on(finished, tmp_path):
+    asked = iter(range(40))  # in the middle of the training of an arm
+    with pytest.raises(Interrupted):
+        run(small(), tmp_path, should_stop=lambda: next(asked, None) is None)
+    partly = written(tmp_path)
+    assert 0 < len(partly) < 20 and not [name for name in partly if name.endswith(".partial")]
+    assert run(small(), tmp_path) == []
+    assert partly.items() <= written(tmp_path).items()
+    assert comparable(tmp_path) == comparable(finished[0])
+
+
+def test_a_killed_run_leaves_nothing_half_written_and_goes_on(finished, tmp_path):
+    (tmp_path / "s.json").write_text(small().to_json())
+    command = [sys.executable, "-m", "metarec_fast.cli", "study", str(tmp_path / "s.json"), f"--out={tmp_path}"]
+    process = subprocess.Popen([*command, "--processes=2"], stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until and len(list(tmp_path.glob("cells/*.json"))) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    for path in tmp_path.glob("cells/*.json"):
+        assert json.loads(path.read_text())["format"] == 1
+        assert np.load(path.with_suffix(".npy")).shape == (5, 40)
+    assert run(small(), tmp_path) == []
+    assert comparable(tmp_path) == comparable(finished[0])
+
+
+def test_processes_give_the_same_cells(finished, tmp_path):
+    told = []
+    assert run(small(), tmp_path, processes=2, on_cell=lambda *given: told.append(given)) == []
+    assert sorted(done for *_, done, _ in told) == list(range(1, 11))
+    assert comparable(tmp_path) == comparable(finished[0])
+
+
+def test_processes_stop_when_asked(tmp_path):
+    slow = small(options={"train": {"finetune_steps": 10**6, "patience": 10**6, "batch_size": 4, "threads": 1}})
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        run(slow, tmp_path, processes=2, should_stop=lambda: time.monotonic() > started + 1)
+    assert time.monotonic() < started + 60
+
+
+def test_a_cell_that_fails_is_told_and_tried_again(tmp_path):
+    bad = Arm(name="bad", group="ours", options={"model": {"dim": 7}})  # not divisible by the codebook's heads
+    failures = run(small(arms=(bad, ARMS[0]), comparisons=()), tmp_path)
+    assert [str(cell) for cell, _ in failures] == ["target 0.5 bad seed 0", "target 0.5 bad seed 1"]
+    assert "ValueError: dim must be a multiple" in failures[0].reason
+    assert {name.split("-")[2] for name in written(tmp_path)} == {"popularity"}
+
+
+def test_tuning_is_by_validation_and_all_of_it_is_cost():
+    tuned = small(tune={"train.lr": (1e-2, 1e-9)})
+    facts, _ = run_cell(tuned, Cell(ARMS[2], "target", 0.5, 0), Domains())
+    tried = {t["config"]["train"]["lr"]: t["valid_ndcg@10"] for t in facts["tried"]}
+    assert len(tried) == 2
+    assert facts["valid"] == max(tried.values()) == tried[facts["config"]["train"]["lr"]]
+    assert facts["cost"]["steps"] == 38
+
+
+def test_sources_of_every_kind():
+    kinds = Arm(name="all", group="control", sources=("related", "shuffled", "random", "copy"))
+    whole = study(arms=(kinds,), comparisons=())
+    names = [d.name for d in sources_of(whole, Cell(kinds, "target", 1.0, 0), Domains())]
+    assert names == [
+        *("source0", "source1", "source0 shuffled", "source1 shuffled"),
+        *("source0 random", "source1 random", "target copy"),
+    ]
+    assert sources_of(whole, Cell(ARMS[2], "target", 1.0, 0), Domains()) == []
+
+
+def test_files_are_found_by_name_and_ties_shuffled(tmp_path):
+    rows = "".join(f"u{u},i{(u + t) % 9},{t // 3}\n" for u in range(8) for t in range(9))
+    (tmp_path / "shop.csv").write_text("who,item_id,timestamp\n" + rows)
+    where = Domains(tmp_path, (("user", "who"),))
+    plain = study(targets=("shop",), sources=(), synthetic=None, arms=ARMS[:1], comparisons=())
+    shuffled = dataclasses.replace(plain, shuffle_ties=True)
+    first, second = (where.load(s, "shop").sequences for s in (plain, shuffled))
+    assert first.items.tolist() != second.items.tolist()
+    assert first.times.tolist() == second.times.tolist()
+    assert where.fingerprint(plain, "shop") != where.fingerprint(shuffled, "shop")
+    with pytest.raises(ValueError, match="domain 'none' is neither a file"):
+        where.load(plain, "none")
+    with pytest.raises(ValueError, match="synthetic domains are source0"):
+        Domains().load(study(), "none")
+    _load.cache_clear()
+
+
+def test_means_over_the_later_half_of_a_trace():
+    trace = [{"weight": {"a": w, "b": 1 - w}, "similarity": {"a": 0.0, "b": 0.0}} for w in (0.0, 0.1, 0.4, 0.6)]
+    assert late_means(trace)["weight"] == pytest.approx({"a": 0.5, "b": 0.5})
+    assert late_means([]) == {}
+
+
+def test_processes_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        run(small(), tmp_path, processes=0)
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and os.listdir(tmp_path) == []
