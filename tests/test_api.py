@@ -241,7 +241,7 @@ def test_compare(tmp_path):
 
 
 def test_compare_refuses_an_unknown_method():
-    with pytest.raises(ValueError, match="methods must be among target_only, pretrain, metarec, got 'magic'"):
+    with pytest.raises(ValueError, match="methods must be among target_only, pretrain, joint, metarec, got 'magic'"):
         compare(SOURCES, TARGET, config=config(), methods=("magic",))
 
 

@@ -224,6 +224,10 @@ def test_import_tells_what_it_left_out(tmp_path, capsys):
         (["train", "--target=shop", "--folder={folder}"], "at least one source"),
         (["train", "--target=shop", "--source=shop", "--folder={folder}"], "different names"),
         (["evaluate", "{folder}"], "holds no saved model"),
+        (["study", "nothing"], "study must be smoke, published or a JSON file, got 'nothing'"),
+        (["study", "smoke", "--arms", "wings"], "study 'smoke' has no arm 'wings'"),
+        (["study", "published"], "domain 'amazon14_office' is neither a file nor in"),
+        (["audit-transfer", "--target=shop", "--folder={folder}"], "an audit needs sources"),
         (["demo", "--preset", "nonsense"], "--preset must be one of default"),
         (["demo", "--config", "{folder}/none.json"], "none.json"),
         (["demo", "--config", "{folder}/shop.csv"], "configuration"),
@@ -251,6 +255,78 @@ def test_a_configuration_file_starts_and_options_change_it(run):
         command = parse(["train", "--target=shop", *given, "--train.lr=0.5"])
         assert config_of(command) == saved.replace(train={"lr": 0.5})
     assert config_of(parse(["demo", "--preset=abstract"])).model.vq == "quantized"
+
+
+# studies
+
+
+@pytest.fixture(scope="module")
+def study_file(folder):
+    """A study of the files in the folder, as JSON."""
+    from metarec_fast.study import Arm, Comparison, Study
+    from tests.study.problems import TRAIN
+
+    options = {"model": {"dim": 8, "codebook_heads": 2, "codebook_size": 8, "layers": 1}, "train": TRAIN}
+    plan = Study(
+        name="files",
+        targets=("shop",),
+        sources=("books",),
+        arms=(Arm(name="popularity", group="floor", floor="popularity"), Arm(name="ours", group="ours")),
+        fractions=(0.5, 1.0),
+        comparisons=(Comparison(arm="ours", against=("popularity",)),),
+        options=options,
+    )
+    path = folder / "study.json"
+    path.write_text(plan.to_json())
+    return path
+
+
+def test_a_study_prints_costs_and_verdicts_and_goes_on(study_file, folder, tmp_path, capsys):
+    command = ["study", str(study_file), f"--folder={folder}", f"--out={tmp_path}"]
+    assert main([*command, "--fractions", "0.5", "--arms", "popularity"]) == 0
+    shown = capsys.readouterr().out
+    assert "1/1  shop 0.5 popularity seed 0: NDCG@10 " in shown and "1 of 4 cells" in shown
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "popularity seed 0" not in shown.split("ours against")[0].split("2/4")[0]  # there already
+    assert re.search(r"4/4  shop 1 ours seed 0: NDCG@10 0\.\d{4} \(validation .*\)  \d+ s, 19 steps", shown)
+    assert "ours against popularity" in shown and "| shop, 50% | popularity | " in shown and "mean gain" in shown
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert set(files) == {"study.json", "results.csv", "comparisons.csv", "tables.md", "gains.svg", "shop.svg"}
+    (tmp_path / "tables.md").unlink()
+    assert main([*command, "--report-only"]) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
+    assert main(["study", str(tmp_path / "study.json"), f"--folder={folder}", f"--out={tmp_path}"]) == 0
+    assert "4 of 4 cells" in capsys.readouterr().out  # what was written down describes the study
+
+
+def test_a_study_describes_itself(capsys):
+    from metarec_fast.study import Study, smoke
+
+    assert main(["study", "smoke", "--describe"]) == 0
+    assert Study.from_json(capsys.readouterr().out).configs(next(smoke().cells())) == smoke().configs(
+        next(smoke().cells())
+    )
+
+
+def test_a_cell_that_fails_is_named_and_the_status_is_1(study_file, folder, tmp_path, capsys):
+    facts = json.loads(study_file.read_text())
+    facts["options"]["model"]["dim"] = 7
+    (tmp_path / "bad.json").write_text(json.dumps(facts))
+    command = ["study", str(tmp_path / "bad.json"), f"--folder={folder}", f"--out={tmp_path / 'out'}"]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("failed: ValueError: dim must be a multiple") == 2
+    assert "2 of 4 cells" in captured.out
+
+
+def test_audit_transfer_gives_a_verdict(folder, tmp_path, capsys):
+    command = ["audit-transfer", "--target=shop", "--source=books", f"--folder={folder}", f"--out={tmp_path}"]
+    assert main([*command, *TINY, "--train.finetune-steps=4", "--seeds", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "shop: 40 users" in shown and "6/6  shop 1 all-kinds seed 0" in shown
+    assert re.search(r"^The sources (help|harm|make no difference)", shown, re.MULTILINE)
+    assert (tmp_path / "tables.md").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,14 +6,32 @@ import json
 from collections.abc import Sequence
 from html import escape as html
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from metarec_fast.train.profile import StageProfile
+
+class StageProfile(Protocol):
+    """What is shown of ``train.profile.StageProfile``, which lies outside what a report may import."""
+
+    run: str
+    stage: str
+    step_ms: float
+    traced_ms: float
+    threads: int
+    peak_flops: float
+    peak_bytes: float
+    parts: dict[str, Any]
+
+    @property
+    def floor_share(self) -> float: ...
+
+    def floor_ms(self, part: Any) -> float: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
+
 
 FORWARD, BACKWARD, FLOOR = "#3b6fb6", "#9dbfe8", "#c0392b"
 
