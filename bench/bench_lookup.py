@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fma_peak
 from bench.shapes import SHAPES
 from metarec_fast import FastVQ
 from metarec_fast.ops import backend_info, nearest_codeword
+from metarec_fast.ops.peak import multiply_adds
 
 HEADS, ROWS, DIM, CODES = 8, 1_000, 8, 256
 
@@ -112,14 +112,14 @@ def bench_against_the_peak(compare, N, D, K, rounds):
     if not isa.startswith(("avx2", "avx512")):
         pytest.skip(f"the peak is measured for AVX2 and AVX-512, the operators run on {isa}")
     x, codebook = problem(N=N, D=D, K=K)
-    peak, threads = fma_peak.compiled(isa), torch.get_num_threads()
+    threads = torch.get_num_threads()
 
     def nothing_to_compare(ours, theirs):
         assert ours.shape == (N,) and theirs is None
 
     compare(
         lambda: nearest_codeword(x, codebook, with_margin=False).indices,
-        lambda: peak(N * D * K // threads, 1),
+        lambda: multiply_adds(N * D * K // threads),
         subject="nearest_codeword",
         shape=f"{N}x{D}x{K}",
         against="multiply-add peak",

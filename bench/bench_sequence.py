@@ -124,8 +124,7 @@ def test_scan(compare, shape):
 
 def main() -> None:
     """Time in the least of several runs against 6 T V D operations at the measured peak."""
-    from bench.fma_peak import compiled
-    from metarec_fast.ops import backend_info
+    from metarec_fast.ops.peak import measured_peak
 
     def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
         times = []
@@ -135,14 +134,12 @@ def main() -> None:
             times.append(clock() - begin)
         return min(times)
 
-    multiply_adds = 4_000_000_000
-    peak_of = compiled(backend_info()["cpu"]["isa"])
     for threads in range(1, torch.get_num_threads() + 1):
         torch.set_num_threads(threads)
         clock = (
             time.thread_time if threads == 1 else time.perf_counter
         )  # one thread's time is its own on a busy machine
-        peak = 2 * multiply_adds / seconds(lambda n=threads: peak_of(multiply_adds, n), time.perf_counter)
+        peak = measured_peak(threads).flops
         for shape in SHAPES:
             T, V, D = shape
             case = problem(*shape)

@@ -22,11 +22,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import fma_peak
 from bench.bench_meta import SHAPES, world
 from metarec_fast.config import MetaConfig
 from metarec_fast.meta import Source, outer_step
-from metarec_fast.ops import backend_info
+from metarec_fast.ops.peak import measured_peak
 
 EXPONENTIAL = 8  # multiply-adds
 
@@ -58,8 +57,7 @@ def main() -> None:
     distances = K * D * sum(rows[name] for name in passes)
     multiply_adds = 3 * D * logits + encoder + distances
 
-    run, count = fma_peak.compiled(backend_info()["cpu"]["isa"]), 4_000_000_000
-    peak = count / least(lambda: run(count, 1), rounds=5)
+    peak = measured_peak(1).flops / 2  # multiply-adds a second
     floor = (multiply_adds + EXPONENTIAL * logits) / peak
 
     given = [Source(n, private[n], [batches[n]]) for n in sources]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from metarec_fast.data._csr import offsets
 from metarec_fast.data.batch import PackedBatch
 from metarec_fast.data.sampler import Sampler, draw, empty_buffers
 from metarec_fast.ops._arrays import check_integer
@@ -14,6 +15,7 @@ from metarec_fast.ops.epoch_batches import BatchBuffers
 from metarec_fast.ops.epoch_order import epoch_order
 
 BLOCK = 1024  # draws in which every domain has exactly its share
+DRAWS = 2**64 - 1  # the stream of the draws; samplers count theirs from 0
 
 
 class Mixture:
@@ -57,6 +59,7 @@ class Mixture:
         self.draws = len(drawn) if draws is None else draws
         self.domains = tuple(drawn)
         self.quotas = None if draws is None else quotas([samplers[name].num_windows for name in drawn], beta=beta)
+        self._first = None if draws is None else offsets(self.quotas)  # entries of a block that are a domain's
 
     def schedule(self, step: int) -> list[tuple[str, int]]:
         """The names of a step's batches, and which of the domain's own batches each is."""
@@ -64,13 +67,12 @@ class Mixture:
         always = [(name, step) for name in self.always]
         if self.quotas is None:
             return [(name, step) for name in self.domains] + always
-        first = np.concatenate(([0], np.cumsum(self.quotas)))
         chosen = []
         for place in range(step * self.draws, (step + 1) * self.draws):
             block, within = divmod(place, BLOCK)
             entry = int(epoch_order(BLOCK, within, 1, seed=self.seed, stream=DRAWS, epoch=block)[0])
-            which = int(np.searchsorted(first, entry, side="right")) - 1
-            chosen.append((self.domains[which], block * int(self.quotas[which]) + entry - int(first[which])))
+            which = int(np.searchsorted(self._first, entry, side="right")) - 1
+            chosen.append((self.domains[which], block * int(self.quotas[which]) + entry - int(self._first[which])))
         return chosen + always
 
     def batches(
@@ -88,9 +90,6 @@ class Mixture:
             sizes = [tuple(map(max, zip(*sizes, strict=True)))] * self.draws
         sizes += [self.samplers[name].largest_batch() for name in self.always]
         return empty_buffers(*map(sum, zip(*sizes, strict=True)), pin_memory=pin_memory)
-
-
-DRAWS = 2**64 - 1  # the stream of the draws; samplers count theirs from 0
 
 
 def quotas(sizes: Sequence[int], *, beta: float) -> np.ndarray:

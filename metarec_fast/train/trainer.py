@@ -128,7 +128,6 @@ class Trainer:
         self.averages = GradientAverages(config.meta.similarity_decay)
         self.best_state: dict[str, Tensor] = {}
         self.rates: InnerRates | None = None
-        self._rates_grad: Tensor | None = None
         if config.meta.lr_of_inner_lr:
             self.rates = InnerRates.start(model.shared_parameters(), config.meta)
         self.stages = stages(config)
@@ -237,7 +236,6 @@ class Trainer:
             averages=self.averages if m.similarity_decay else None,
             rates=self.rates,
         )
-        self._rates_grad = result.rates_grad
         for key, parameter in self.model.shared_parameters().items():
             parameter.grad = result.shared_grad[key]
         for domain, grads in (result.source_grads | {name: result.target_grad}).items():
@@ -247,6 +245,7 @@ class Trainer:
             "losses": {**losses, name: result.target_losses.mean()},
             "similarities": dict(zip(self.sources, result.similarities.tolist(), strict=True)),
             "weights": dict(zip(self.sources, result.weights.tolist(), strict=True)),
+            "rates_grad": result.rates_grad,
         }
 
     def train_step(self, stage: str, step: int) -> dict[str, Any]:
@@ -260,9 +259,10 @@ class Trainer:
         batches = self._ready(stage, step)
         facts = self._meta(batches) if stage == "meta" else self._joint(batches)
         facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
+        rates_grad = facts.pop("rates_grad", None)
         updated = self._update(facts["losses"])
-        if updated and stage == "meta" and self.rates is not None:
-            self.rates.update(self._rates_grad, lr=self.config.meta.lr_of_inner_lr)
+        if updated and rates_grad is not None:
+            self.rates.update(rates_grad, lr=self.config.meta.lr_of_inner_lr)
         if not updated:
             self.averages.steps, self.averages.answers = averages  # one bad step would stay in them for ever
             self.progress.skipped += 1
