@@ -35,8 +35,10 @@ class ModelConfig:
     unique_items: Literal["auto", "always", "never"] = "auto"
     """Find the codes of each item of a batch once, however often it occurs: the same result, with less work where
     items repeat. auto: for batches of more positions than the catalogue has items."""
-    transitions: bool = True
-    """Add evidence of the domain's own transitions to the scores, by a weight chosen on validation."""
+    evidence: Literal["learned", "transitions", "none"] = "learned"
+    """What stands beside the encoder's scores, by a weight chosen on validation. learned: a network over what the
+    domain's statistics say of each candidate, trained on all domains alike. transitions: its own transitions as they
+    are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """How the evidence scorer is trained: the stages of ``train.method``, over questions instead of windows."""
+
+    hidden: int = 32
+    warmup_steps: int = 800
+    """Of one source each, in turn."""
+    meta_steps: int = 50
+    finetune_steps: int = 200
+    """At most; the target alone may use the steps of all stages."""
+    batch_size: int = 64
+    lr: float = 3e-3
+    """Falls linearly over warm-up and meta stage."""
+    finetune_lr: float = 1e-3
+    weight_decay: float = 1e-3
+    sizes: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Users whose events make a source's statistics, in numbers of the target's: a source is to look like the target."""
+    folds: int = 5
+    """Groups of the target's users, each asked by the statistics of the others."""
+    evaluate_every: int = 25
+    patience: int = 6
+    """Evaluations without a better validation loss before training on the target stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How the target is split and questioned."""
 
@@ -126,6 +152,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def replace(self, **sections: dict[str, Any]) -> Config:
@@ -142,7 +169,7 @@ class Config:
         given = json.loads(text)
         if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
             raise ValueError("configuration must be a JSON object of sections, each an object of options")
-        sections = {"model": ModelConfig, "meta": MetaConfig, "train": TrainConfig, "data": DataConfig}
+        sections = {"model": ModelConfig, "meta": MetaConfig, "train": TrainConfig, "evidence": EvidenceConfig, "data": DataConfig}
         built = {}
         for name, values in given.items():
             if name not in sections:
@@ -151,7 +178,8 @@ class Config:
             for option in values:
                 if option not in known:
                     raise ValueError(f"{name} has no option {option!r}; options are {', '.join(sorted(known))}")
-            built[name] = sections[name](**values)
+            # JSON has lists where options are tuples
+            built[name] = sections[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         return Config(**built)
 
     @staticmethod

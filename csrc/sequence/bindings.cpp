@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "sequence/gather_evidence.h"
 #include "sequence/linear_cross_entropy.h"
 #include "sequence/linear_scan.h"
 
@@ -38,6 +39,30 @@ LinearLogits logits(uintptr_t h, uintptr_t table, uintptr_t targets, uintptr_t b
 
 LinearGradients gradients(uintptr_t h, uintptr_t table, uintptr_t bias) {
     return {pointer<float>(h), pointer<float>(table), pointer<float>(bias)};
+}
+
+void check_items(const int32_t* items, int64_t count, int64_t V, const char* name) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (items[i] < 0 || items[i] >= V) {
+            throw std::invalid_argument(std::string(name) + " must lie in [0, " + std::to_string(V) +
+                                        "), the rows of the graph, got " + std::to_string(items[i]) + " at position " +
+                                        std::to_string(i));
+        }
+    }
+}
+
+// Checked once, as items are addresses: a graph serves many calls.
+EvidenceGraph evidence_graph(uintptr_t offsets, uintptr_t items, uintptr_t values, int64_t V, int64_t entries,
+                             int64_t relations) {
+    check_offsets(pointer<const int64_t>(offsets), V, entries);
+    check_items(pointer<const int32_t>(items), entries, V, "graph items");
+    return {pointer<const int64_t>(offsets), pointer<const int32_t>(items), pointer<const float>(values), V, relations};
+}
+
+Histories histories(const EvidenceGraph& graph, uintptr_t offsets, uintptr_t items, int64_t B, int64_t events) {
+    check_offsets(pointer<const int64_t>(offsets), B, events);
+    check_items(pointer<const int32_t>(items), events, graph.V, "items");
+    return {pointer<const int64_t>(offsets), pointer<const int32_t>(items), B};
 }
 
 Scratch allocate(const LinearLogits& x, LinearPass pass) {
@@ -88,6 +113,32 @@ void bind_sequence(py::module_& m) {
         py::kw_only(), py::arg("segments"), py::arg("rows"), py::arg("width"), py::arg("reverse"),
         py::arg("is_double"));
 
+    py::class_<Histories>(m, "Histories")
+        .def(py::init(&histories), py::arg("graph"), py::arg("offsets"), py::arg("items"), py::kw_only(), py::arg("B"),
+             py::arg("events"));
+    py::class_<EvidenceGraph>(m, "EvidenceGraph")
+        .def(py::init(&evidence_graph), py::arg("offsets"), py::arg("items"), py::arg("values"), py::kw_only(),
+             py::arg("V"), py::arg("entries"), py::arg("relations"))
+        .def(
+            "plan",
+            [](const EvidenceGraph& graph, const Histories& histories, uintptr_t ages, int64_t groups,
+               uintptr_t packed) {
+                const py::gil_scoped_release release;
+                plan_evidence(graph, histories, {pointer<const int64_t>(ages), groups}, pointer<int64_t>(packed));
+                return pointer<int64_t>(packed)[histories.B];
+            },
+            py::arg("histories"), py::arg("ages"), py::arg("groups"), py::arg("packed"))
+        .def(
+            "gather",
+            [](const EvidenceGraph& graph, const Histories& histories, uintptr_t ages, int64_t groups, uintptr_t packed,
+               uintptr_t candidates, uintptr_t features) {
+                const py::gil_scoped_release release;
+                METAREC_DISPATCH(gather_evidence)
+                (graph, histories, {pointer<const int64_t>(ages), groups}, pointer<const int64_t>(packed),
+                 pointer<int64_t>(candidates), pointer<float>(features));
+            },
+            py::arg("histories"), py::arg("ages"), py::arg("groups"), py::arg("packed"), py::arg("candidates"),
+            py::arg("features"));
     py::class_<LinearLogits>(m, "LinearLogits")
         .def(py::init(&logits), py::arg("h"), py::arg("table"), py::arg("targets"), py::arg("bias"), py::kw_only(),
              py::arg("T"), py::arg("V"), py::arg("D"), py::arg("ignored"));

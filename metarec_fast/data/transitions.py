@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,13 +27,15 @@ class TransitionKernel:
     weights: np.ndarray
 
     @classmethod
-    def fit(cls, train: Sequences, *, window: int = 5, decay: float = 0.8) -> TransitionKernel:
-        """Count every pair (item, later item) at most ``window`` events apart, by decay**(lag - 1).
+    def fit(cls, train: Sequences, *, first: int = 1, window: int = 5, decay: float = 0.8) -> TransitionKernel:
+        """Count every pair (item, later item) from ``first`` to ``window`` events apart, by decay**(lag - 1).
 
         Time and memory are of the order of window x events; no part of it is dense in the catalogue.
         """
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
+        if not 1 <= first <= window:
+            raise ValueError(f"first must be in [1, window={window}], got {first}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay}")
         V, items = train.num_items, train.items.astype(np.int64)
@@ -41,9 +44,9 @@ class TransitionKernel:
         events_left = np.repeat(train.offsets[1:], train.lengths) - np.arange(len(items)) - 1
         # The lag rides in the low digits of the key, so that one sort of plain integers does for values and weights.
         keys = []
-        for lag in range(1, window + 1):
-            first = np.flatnonzero(events_left >= lag)
-            keys.append((items[first] * V + items[first + lag]) * window + (lag - 1))
+        for lag in range(first, window + 1):
+            earlier = np.flatnonzero(events_left >= lag)
+            keys.append((items[earlier] * V + items[earlier + lag]) * window + (lag - 1))
         key = np.sort(np.concatenate(keys))
         pair, lag = np.divmod(key, window)
         starts = np.flatnonzero(np.diff(pair, prepend=-1))
@@ -103,6 +106,27 @@ class TransitionKernel:
         )
         weights = self.weights / (row_sums[rows] ** row * column_sums[self.columns] ** column)
         return TransitionKernel(self.offsets, self.columns, weights.astype(np.float32))
+
+    def without_diagonal(self) -> TransitionKernel:
+        """The same without what an item says of itself."""
+        rows = self._rows_of_entries
+        kept = rows != self.columns
+        offsets = _csr.offsets(np.bincount(rows[kept], minlength=self.num_items))
+        return TransitionKernel(offsets, self.columns[kept], self.weights[kept])
+
+    def two_steps(self) -> TransitionKernel:
+        """The product with itself: what the items that an item speaks for speak for."""
+        V = self.num_items
+        entries = torch.from_numpy(np.stack((self._rows_of_entries, self.columns.astype(np.int64))))
+        matrix = torch.sparse_coo_tensor(
+            entries, torch.from_numpy(self.weights), (V, V), is_coalesced=True, check_invariants=True
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            product = torch.sparse.mm(matrix, matrix).coalesce()
+        row, column = product.indices().numpy()
+        offsets = _csr.offsets(np.bincount(row, minlength=V))
+        return TransitionKernel(offsets, column.astype(self.columns.dtype), product.values().numpy())
 
     def evidence(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """What the last events of each history speak for: sum over age < last of fade**age * row of that event.

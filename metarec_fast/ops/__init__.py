@@ -3,6 +3,7 @@
 from metarec_fast.ops._register import backend_info
 from metarec_fast.ops.bounded_lookup import LookupWork, RowBounds, bounded_lookup_
 from metarec_fast.ops.epoch_order import epoch_order
+from metarec_fast.ops.gather_evidence import EvidenceGraph, gather_evidence
 from metarec_fast.ops.linear import linear
 from metarec_fast.ops.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.ops.linear_scan import linear_scan
@@ -22,6 +23,7 @@ from metarec_fast.ops.vq_ema_update import vq_ema_update_
 from metarec_fast.ops.vq_statistics import VQStatistics, vq_statistics
 
 __all__ = [
+    "EvidenceGraph",
     "LookupWork",
     "NearestCodeword",
     "PopularityTable",
@@ -32,6 +34,7 @@ __all__ = [
     "backend_info",
     "bounded_lookup_",
     "epoch_order",
+    "gather_evidence",
     "linear",
     "linear_cross_entropy",
     "linear_scan",

@@ -1,0 +1,161 @@
+"""What a domain's own training events say of pairs of items, in quantities that mean the same in every domain.
+
+No item has a number of its own here: only how often, how soon and in which direction two items followed each other,
+and how popular an item is. A scorer that reads nothing else can be carried from one domain to another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec_fast.data import _csr
+from metarec_fast.data.domain import Sequences
+from metarec_fast.data.transitions import TransitionKernel
+from metarec_fast.ops.gather_evidence import EvidenceGraph, gather_evidence
+
+AGES = (0, 1, 2, 5, 20)
+"""Groups of events by age: the newest, the one before, the next three, the next fifteen."""
+LAGS = ((1, 1), (2, 3), (4, 10))
+NEIGHBOURS, REACH = 30, 60  # of an item: taken a step from, and kept after two steps
+RELATIONS = 6 + 2 * len(LAGS)
+FEATURES = (len(AGES) - 1) * RELATIONS + 1
+ITEM_FEATURES, CASE_FEATURES = 4, 4
+
+
+def evidence_graph(train: Sequences) -> EvidenceGraph:
+    """The relations of all pairs of items that occurred near each other, or both near a third.
+
+    With A the followers at most 3 events later, fading .6 a lag, and B the neighbours at most 10 events away, fading
+    .9, values for row item r and candidate c are: 5 log(1 + A[r,c]); 20 times the share of c among the followers of r;
+    20 times its share among the predecessors of r; 20 times the cosine of r and c in B; 20 times the share of c after
+    two steps along the strongest cosines; 1.5 log(1 + B[r,c]); and for lags of 1, 2-3 and 4-10 events, 20 times the
+    shares of c among the followers and among the predecessors.
+    """
+    V = train.num_items
+    near = TransitionKernel.fit(train, window=3, decay=0.6)
+    wide = TransitionKernel.fit(train, window=10, decay=0.9).symmetric()
+    cosine = wide.normalised(row=0.5, column=0.5).without_diagonal()
+    step = cosine.strongest(NEIGHBOURS).normalised()
+    relations = [
+        (near, lambda w: 5 * np.log1p(w)),
+        (near.normalised(), lambda w: 20 * w),
+        (near.transposed().normalised(), lambda w: 20 * w),
+        (cosine, lambda w: 20 * w),
+        (step.two_steps().without_diagonal().strongest(REACH), lambda w: 20 * w),
+        (wide, lambda w: 1.5 * np.log1p(w)),
+    ]
+    for first, last in LAGS:
+        followers = TransitionKernel.fit(train, first=first, window=last, decay=1)
+        relations += [(k.normalised(), lambda w: 20 * w) for k in (followers, followers.transposed())]
+    cells = [np.repeat(np.arange(V), np.diff(k.offsets)) * V + k.columns for k, _ in relations]
+    union = np.unique(np.concatenate(cells))
+    union = union[union // V != union % V]
+    values = np.zeros((len(union) + 1, RELATIONS), np.float32)  # one more for what is left out: the diagonal
+    for r, ((kernel, scaled), cell) in enumerate(zip(relations, cells, strict=True)):
+        at = np.minimum(np.searchsorted(union, cell), len(union) - 1) if len(union) else np.zeros(0, np.int64)
+        values[np.where(union[at] == cell, at, len(union)) if len(union) else at, r] = scaled(kernel.weights)
+    offsets = np.searchsorted(union, np.arange(V + 1, dtype=np.int64) * V)
+    return EvidenceGraph(offsets, (union % V).astype(np.int32), np.ascontiguousarray(values[:-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class EvidenceCases:
+    """Histories with all that can be said for each item after them.
+
+    offsets: int64 [B+1], candidates: int64 [N] rising in each case, evidence: float32 [N, FEATURES].
+    case: float32 [B, CASE_FEATURES]. targets: int64 [B] if the answers are known.
+    levels: float32 [P, ITEM_FEATURES], the items' features: they depend on popularity alone, so that P is small.
+    level_of: int64 [V], each item's level. multiplicity: float32 [P], items of each level.
+    """
+
+    offsets: Tensor
+    candidates: Tensor
+    evidence: Tensor
+    case: Tensor
+    levels: Tensor
+    level_of: Tensor
+    multiplicity: Tensor
+    targets: Tensor | None = None
+
+    @cached_property
+    def case_of(self) -> Tensor:
+        """[N], the case of each candidate."""
+        return torch.arange(len(self.case)).repeat_interleave(self.offsets.diff())
+
+
+class EvidenceStatistics:
+    """A domain's graph and popularity, from training events alone."""
+
+    def __init__(self, train: Sequences) -> None:
+        self.graph = evidence_graph(train)
+        self.counts = np.bincount(train.items, minlength=train.num_items)
+        levels, level_of, multiplicity = np.unique(self.counts, return_inverse=True, return_counts=True)
+        self.level_of, self.multiplicity = torch.from_numpy(level_of), torch.from_numpy(multiplicity).float()
+        log, seen = np.log1p(levels), levels > 0
+        known = log[level_of][self.counts > 0]
+        z = (log - known.mean()) / (known.std() + 1e-6) * seen if len(known) else 0 * log
+        features = np.stack((z, 0.3 * z * z, seen, np.ones(len(levels))), 1)
+        self.levels = torch.from_numpy(features.astype(np.float32))
+
+    @property
+    def num_items(self) -> int:
+        return self.graph.num_items
+
+    def cases(self, histories: Sequences, targets: np.ndarray | None = None) -> EvidenceCases:
+        """All that can be said after each of these histories, oldest event first; they may be empty."""
+        items = histories.items.astype(np.int32)
+        offsets, candidates, evidence = gather_evidence(self.graph, histories.offsets, items, ages=AGES)
+        lengths, last = histories.lengths, histories.offsets[1:] - 1
+        counts = np.append(self.counts[items], 0)  # of an empty history's last event: index -1 or another's, masked
+        known = np.concatenate(([0], np.cumsum(counts[:-1] > 0)))
+        share = (known[histories.offsets[1:]] - known[histories.offsets[:-1]]) / np.maximum(lengths, 1)
+        newest = np.where(lengths > 0, counts[last], 0)
+        case = np.stack((np.log1p(lengths) / 2 - 0.8, newest > 0, np.log1p(newest) / 3, share), 1)
+        return EvidenceCases(
+            offsets,
+            candidates,
+            evidence.log1p_(),
+            torch.from_numpy(case.astype(np.float32)),
+            self.levels,
+            self.level_of,
+            self.multiplicity,
+            None if targets is None else torch.from_numpy(targets.astype(np.int64)),
+        )
+
+
+class EvidenceEpisode:
+    """Questions about some users of a domain, answered by the statistics of others: nobody is asked what was counted.
+
+    statistics: users whose training events are counted. asked: users whose last events are asked for, one a question,
+    chosen at random among their last four.
+    """
+
+    def __init__(self, train: Sequences, *, statistics: np.ndarray, asked: np.ndarray) -> None:
+        self.statistics = EvidenceStatistics(of_users(train, statistics))
+        self.train, self.asked = train, asked[train.lengths[asked] >= 2]
+        if not len(self.asked):
+            raise ValueError("asked must hold a user of two events at least")
+
+    def batch(self, size: int, *, seed: tuple[int, ...]) -> EvidenceCases:
+        """``size`` questions: a pure function of the seed."""
+        rng = np.random.default_rng(seed)
+        users = self.asked[rng.integers(len(self.asked), size=size)]
+        lengths = self.train.lengths[users]
+        cut = rng.integers(np.maximum(1, lengths - 4), lengths)
+        begins = self.train.offsets[:-1][users]
+        taken = np.minimum(cut, AGES[-1])
+        events = _csr.positions(begins + cut - taken, taken)
+        histories = Sequences(_csr.offsets(taken), self.train.items[events], self.train.num_items)
+        return self.statistics.cases(histories, self.train.items[begins + cut])
+
+
+def of_users(train: Sequences, users: np.ndarray) -> Sequences:
+    """The sequences of these users alone, under new numbers."""
+    lengths = train.lengths[users]
+    events = _csr.positions(train.offsets[:-1][users], lengths)
+    return Sequences(_csr.offsets(lengths), train.items[events], train.num_items)

@@ -1,0 +1,83 @@
+"""The evidence scorer: a small network over what a domain's statistics say of each candidate.
+
+It has no parameter of any item or domain, so that all domains' gradients speak of the same thing: what sources teach it
+holds in the target as it stands.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metarec_fast.data.domain import Sequences
+from metarec_fast.data.evidence import CASE_FEATURES, FEATURES, ITEM_FEATURES, EvidenceCases, EvidenceStatistics
+from metarec_fast.models.linear_scores import LinearScores
+
+Parameters = dict[str, Tensor]
+
+
+class EvidenceScorer(nn.Module):
+    """logit(case, item) = base(case) . features of the item's popularity, plus term(evidence) if there is any.
+
+    So an item without evidence costs nothing of its own: a question costs its candidates, not the catalogue.
+    """
+
+    def __init__(self, *, hidden: int = 32) -> None:
+        super().__init__()
+        width = FEATURES + ITEM_FEATURES + CASE_FEATURES
+        self.linear = nn.Linear(width, 1)
+        self.network = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
+        self.base = nn.Sequential(nn.Linear(CASE_FEATURES, 16), nn.GELU(), nn.Linear(16, ITEM_FEATURES))
+        nn.init.zeros_(self.base[2].weight)
+        nn.init.zeros_(self.base[2].bias)
+
+    def forward(self, cases: EvidenceCases) -> tuple[Tensor, Tensor]:
+        """base [B, ITEM_FEATURES] and term [N]."""
+        of_item = cases.levels[cases.level_of[cases.candidates]]
+        x = torch.cat((cases.evidence, of_item, cases.case[cases.case_of]), 1)
+        return self.base(cases.case), (self.linear(x) + self.network(x)).squeeze(1)
+
+    def loss(self, parameters: Parameters, private: Parameters, cases: EvidenceCases) -> Tensor:
+        """Mean cross-entropy of the targets over the whole catalogue, which is never spread out.
+
+        Items without evidence have one logit for each level of popularity: the sum over the catalogue is one over
+        levels, less the candidates of each, plus one over candidates.
+        private: nothing, since a domain has no parameters here; the meta step passes it.
+        """
+        base, term = functional_call(self, parameters, (cases,))
+        B, P = len(base), len(cases.levels)
+        level, case = cases.level_of[cases.candidates], cases.case_of
+        by_level = base @ cases.levels.T
+        taken = torch.bincount(case * P + level, minlength=B * P).view(B, P)
+        left = (cases.multiplicity - taken).clamp_min(0)
+        logit = by_level[case, level] + term
+        # any upper bound serves: the largest of each case, found without its gradient
+        top = by_level.detach().amax(1).scatter_reduce(0, case, logit.detach(), "amax")
+        total = (left * (by_level - top[:, None]).exp()).sum(1)
+        total = total.index_add(0, case, (logit - top[case]).exp())
+        answer = by_level.gather(1, cases.level_of[cases.targets][:, None]).squeeze(1)
+        hit = cases.candidates == cases.targets[case]
+        answer = answer.index_add(0, case, torch.where(hit, term, 0))
+        return (total.log() + top - answer).mean()
+
+
+class EvidencePath:
+    """A trained scorer with the statistics of one domain: logits of its whole catalogue after any history."""
+
+    def __init__(self, scorer: EvidenceScorer, statistics: EvidenceStatistics) -> None:
+        self.scorer, self.statistics = scorer, statistics
+        self.items = statistics.levels[statistics.level_of]
+
+    @property
+    def num_items(self) -> int:
+        return self.statistics.num_items
+
+    @torch.no_grad()
+    def prepare(self, histories: Sequences, users: object = None) -> LinearScores:
+        cases = self.statistics.cases(histories)
+        base, term = self.scorer(cases)
+        return LinearScores(base, self.items, None, (cases.offsets, cases.candidates, term))

@@ -1,0 +1,92 @@
+"""gather_evidence: the candidates that a history speaks for, and what it says of each.
+
+Runs on the CPU, where sequences and statistics lie: a plain function.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarec_fast import _C
+from metarec_fast.ops._arrays import Array, address, as_array, check_offsets
+from metarec_fast.ops._register import empty
+
+INT32 = (np.dtype(np.int32),)
+
+
+class EvidenceGraph:
+    """Which items speak for which, in several relations: a sparse matrix of items x items, checked once.
+
+    offsets: int64 [V+1], items: int32 [E], values: float32 [E, R]: row v lists the items that v speaks for, rising.
+    Not copied, so they must not change.
+    Raises TypeError or ValueError for other dtypes and shapes, items out of range or offsets that fall.
+    """
+
+    def __init__(self, offsets: Array, items: Array, values: np.ndarray) -> None:
+        self.offsets, self.items = check_offsets(offsets), as_array(items, "graph items", dtypes=INT32)
+        if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.ndim != 2:
+            raise TypeError(f"graph values must be a float32 array [E, R], got {getattr(values, 'dtype', type(values))}")
+        if len(values) != len(self.items) or not values.flags.c_contiguous:
+            raise ValueError(
+                f"graph values must be contiguous with a row for each of the {len(self.items)} entries, got shape "
+                f"{values.shape}"
+            )
+        self.values = values
+        _ = self.handle
+
+    @property
+    def num_items(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def relations(self) -> int:
+        return self.values.shape[1]
+
+    @cached_property
+    def handle(self) -> _C.EvidenceGraph:
+        return _C.EvidenceGraph(
+            address(self.offsets),
+            address(self.items),
+            address(self.values),
+            V=self.num_items,
+            entries=len(self.items),
+            relations=self.relations,
+        )
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "handle"}  # holds addresses
+
+
+def gather_evidence(
+    graph: EvidenceGraph, offsets: Array, items: Array, *, ages: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the events of each history have been seen together with, by the age of the event.
+
+    offsets: int64 [B+1], items: int32 [T]: the histories, oldest event first; they may be empty.
+    ages: rising from 0. The newest event has age 0; group g has the events of ages[g] <= age < ages[g + 1], and events
+        from ages[-1] on say nothing.
+
+    Returns CSR: offsets int64 [B+1], candidates int64 [N] rising in each case, and features float32 [N, G R + 1]: for
+    each of the G groups the mean over its events of their R values for the candidate, and last whether the candidate
+    itself is in the history. Costs time in proportion to the graph's entries that are read, memory of one word an item
+    and thread. The same bits for any number of threads; equal to ``reference.gather_evidence`` to float32's rounding.
+    Raises TypeError or ValueError for other dtypes and shapes, items out of range, offsets or ages that fall.
+    """
+    offsets, items = check_offsets(offsets), as_array(items, "items", dtypes=INT32)
+    if len(ages) < 2 or ages[0] != 0 or any(a >= b for a, b in zip(ages, ages[1:], strict=False)):
+        raise ValueError(f"ages must rise from 0 and name one group at least, got {tuple(ages)}")
+    B, groups, cpu = len(offsets) - 1, len(ages) - 1, torch.device("cpu")
+    bounds = torch.tensor(ages, dtype=torch.int64)
+    histories = _C.Histories(graph.handle, address(offsets), address(items), B=B, events=len(items))
+    packed = empty((B + 1,), dtype=torch.int64, device=cpu)
+    N = graph.handle.plan(histories, bounds.data_ptr(), groups, packed.data_ptr())
+    candidates = empty((N,), dtype=torch.int64, device=cpu)
+    features = empty((N, groups * graph.relations + 1), dtype=torch.float32, device=cpu)
+    graph.handle.gather(
+        histories, bounds.data_ptr(), groups, packed.data_ptr(), candidates.data_ptr(), features.data_ptr()
+    )
+    return packed, candidates, features

@@ -1,0 +1,196 @@
+"""Training the evidence scorer: warm-up on the sources, meta-transfer, fine-tuning on the target.
+
+A domain is asked about users whose events its statistics leave out. Sources count as many users as the target has, so
+that what is learned there is about evidence as thin as the target's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from metarec_fast.config import Config
+from metarec_fast.data.domain import Cases, Sequences, Split
+from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
+from metarec_fast.meta.step import GradientAverages, Source, outer_step
+from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
+from metarec_fast.train.trainer import Interrupted, Reporter, Silent, decayed_and_free
+
+ASKED = 4000  # users of a source, at most
+TITLES = {"warmup": "evidence: sources", "meta": "evidence: meta", "finetune": "evidence: target"}
+
+
+@dataclass
+class Found:
+    """What training found out: validation losses by stage and step, the best of them, and the sources' trace."""
+
+    losses: list[tuple[str, int, float]] = field(default_factory=list)
+    best: float = math.inf
+    best_at: str = "start"
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"validation_loss": self.losses, "best": self.best, "best_at": self.best_at, "transfer": self.trace}
+
+
+class EvidenceTrainer:
+    """Trains an `EvidenceScorer` for a target's split with the help of sources' splits.
+
+    Raises ValueError if the target has fewer than two users to count, for then nobody can be asked.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Split],
+        target: Split,
+        config: Config,
+        *,
+        reporter: Reporter | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.target, self.sources = config, target, sources
+        self.reporter, self.should_stop = reporter or Silent(), should_stop
+        self.statistics = EvidenceStatistics(target.train)
+        users = np.flatnonzero(target.train.lengths > 0)
+        if len(users) < 2:
+            raise ValueError(f"evidence needs two users with events at least, target has {len(users)}")
+        seed = config.train.seed
+        self.episodes = {
+            name: source_episodes(split.train, len(users), config.evidence.sizes, seed=(seed, i))
+            for i, (name, split) in enumerate(sources.items())
+        }
+        self.folds = folds(target.train, users, config.evidence.folds, seed=(seed, len(sources)))
+        torch.manual_seed(seed)
+        self.scorer = EvidenceScorer(hidden=config.evidence.hidden)
+        self.best = copy.deepcopy(self.scorer.state_dict())
+        self.found = Found()
+
+    def run(self) -> EvidencePath:
+        """Train to the end; the scorer of the least validation loss is left in place.
+
+        Raises Interrupted if ``should_stop`` says so: the stage is short and starts again.
+        """
+        e, method = self.config.evidence, self.config.train.method
+        if method == "target_only":
+            self._stage("finetune", e.warmup_steps + e.meta_steps + e.finetune_steps, lr=e.lr)
+        else:
+            meta = e.meta_steps if method == "metarec" else 0
+            self._stage("warmup", e.warmup_steps + e.meta_steps - meta, lr=e.lr, joint=method == "joint")
+            if meta:
+                self._stage("meta", meta, lr=e.lr * meta / (e.warmup_steps + meta))
+            if method != "joint":
+                self._stage("finetune", e.finetune_steps, lr=e.finetune_lr)
+        self.scorer.load_state_dict(self.best)
+        return EvidencePath(self.scorer.eval(), self.statistics)
+
+    def _stage(self, stage: str, steps: int, *, lr: float, joint: bool = False) -> None:
+        e = self.config.evidence
+        optimizer = torch.optim.AdamW(decayed_and_free(list(self.scorer.parameters()), e.weight_decay), lr=lr)
+        averages = GradientAverages(self.config.meta.similarity_decay)
+        waited = 0
+        for step in range(steps):
+            if self.should_stop():
+                raise Interrupted(f"stopped in {TITLES[stage]} at step {step} of {steps}")
+            if stage != "warmup" and step % e.evaluate_every == 0:
+                waited = 0 if self._keep_if_better(stage, step) else waited + 1
+                if stage == "finetune" and waited >= e.patience:
+                    break
+            facts = self._meta(step, averages) if stage == "meta" else self._plain(stage, step, joint)
+            torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.train.clip)
+            optimizer.step()
+            if stage != "finetune":
+                optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * (1 - step / (steps + 20))
+            self.reporter.step(TITLES[stage], step + 1, steps, facts)
+        self._keep_if_better(stage, steps)
+
+    def _plain(self, stage: str, step: int, joint: bool) -> dict[str, Any]:
+        """Gradients of one domain's loss."""
+        pools = [self.folds] if stage == "finetune" else list(self.episodes.values()) + [self.folds] * joint
+        loss = self.scorer.loss(dict(self.scorer.named_parameters()), {}, self._draw(pools[step % len(pools)], stage, step))
+        self.scorer.zero_grad(set_to_none=True)
+        loss.backward()
+        return {"losses": {"evidence": float(loss.detach())}}
+
+    def _meta(self, step: int, averages: GradientAverages) -> dict[str, Any]:
+        m = self.config.meta
+        count = 1 if m.same_batch else m.inner_steps
+        sources = [
+            Source(name, {}, [self._draw(pool, "meta", step * count + k, i) for k in range(count)])
+            for i, (name, pool) in enumerate(self.episodes.items())
+        ]
+        shared = dict(self.scorer.named_parameters())
+        target = self._draw(self.folds, "meta", step, len(sources))
+        result = outer_step(
+            self.scorer.loss, shared, sources, {}, target, config=m, averages=averages if m.similarity_decay else None
+        )
+        for name, parameter in shared.items():
+            parameter.grad = result.shared_grad[name]
+        facts = {
+            "losses": {"evidence": float(result.target_losses.mean())},
+            "similarities": dict(zip(self.episodes, result.similarities.tolist(), strict=True)),
+            "weights": dict(zip(self.episodes, result.weights.tolist(), strict=True)),
+        }
+        self.found.trace.append({"step": step + 1, "similarity": facts["similarities"], "weight": facts["weights"]})
+        return facts
+
+    def _draw(self, pool: list[EvidenceEpisode], stage: str, step: int, stream: int = 0) -> EvidenceCases:
+        seed = (self.config.train.seed, list(TITLES).index(stage), stream, step)
+        episode = pool[int(np.random.default_rng(seed).integers(len(pool)))]
+        return episode.batch(self.config.evidence.batch_size, seed=(*seed, 1))
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean cross-entropy of the target's validation answers: less noisy than ranks where cases are few."""
+        return mean_loss(self.scorer, self.statistics, self.target.valid)
+
+    def _keep_if_better(self, stage: str, step: int) -> bool:
+        loss = self.validation_loss()
+        self.found.losses.append((stage, step, loss))
+        if loss >= self.found.best:
+            return False
+        self.found.best, self.found.best_at = loss, f"{stage} {step}"
+        self.best = copy.deepcopy(self.scorer.state_dict())
+        return True
+
+
+def source_episodes(
+    train: Sequences, target_users: int, sizes: tuple[float, ...], *, seed: tuple[int, ...]
+) -> list[EvidenceEpisode]:
+    """Episodes of a source whose statistics count about ``size`` times as many users as the target has."""
+    users = np.flatnonzero(train.lengths > 0)
+    episodes = []
+    for i, size in enumerate(sizes):
+        order = np.random.default_rng((*seed, i)).permutation(users)
+        counted = min(max(1, round(size * target_users)), max(1, int(0.9 * len(order))))
+        episodes.append(
+            EvidenceEpisode(train, statistics=order[:counted], asked=order[counted : counted + ASKED])
+        )
+    return episodes
+
+
+def folds(train: Sequences, users: np.ndarray, count: int, *, seed: tuple[int, ...]) -> list[EvidenceEpisode]:
+    """Episodes that ask each of ``count`` groups of the users by the statistics of the others."""
+    groups = np.array_split(np.random.default_rng(seed).permutation(users), min(count, len(users)))
+    return [
+        EvidenceEpisode(train, statistics=np.setdiff1d(users, group), asked=group)
+        for group in groups
+        if (train.lengths[group] >= 2).any()
+    ]
+
+
+def mean_loss(scorer: EvidenceScorer, statistics: EvidenceStatistics, cases: Cases, *, batch: int = 256) -> float:
+    total = 0.0
+    for begin in range(0, len(cases), batch):
+        end = min(begin + batch, len(cases))
+        h = cases.histories
+        offsets = h.offsets[begin : end + 1]
+        part = Sequences(offsets - offsets[0], h.items[offsets[0] : offsets[-1]], h.num_items)
+        value = scorer.loss(dict(scorer.named_parameters()), {}, statistics.cases(part, cases.targets[begin:end]))
+        total += float(value) * (end - begin)
+    return total / max(len(cases), 1)
