@@ -100,6 +100,9 @@ class TrainConfig:
     evaluate_every: int = 25
     patience: int = 10
     """Evaluations without a better validation NDCG@10 before fine-tuning stops."""
+    compare_target_only: bool = True
+    """After training with sources, train on the target alone with as many steps too, and return what validation likes
+    better: never worse than target only."""
     seed: int = 0
     compile: bool = False
     """torch.compile the encoder."""

@@ -118,7 +118,9 @@ class Study:
     def configs(self, cell: Cell) -> list[Config]:
         """The configurations of a cell, one for each combination of tuned values."""
         start = apply(apply(Config(), self.options), cell.arm.options)
-        start = start.replace(train={"seed": cell.seed}, data={"target_fraction": cell.fraction})
+        # a study has its own target-only arms
+        train = {"seed": cell.seed, "compare_target_only": False}
+        start = start.replace(train=train, data={"target_fraction": cell.fraction})
         if cell.arm.floor:
             return [start]
         made = []
