@@ -216,6 +216,7 @@ class MetaRec:
         return transfer_report(
             self.evaluate("valid"),
             alone.evaluate("valid"),
+            method=self.config.train.method,
             sources=sources,
             trace=self.history["transfer"],
             codes=codes,

@@ -20,6 +20,7 @@ def transfer_report(
     transferred: Metrics,
     alone: Metrics,
     *,
+    method: str,
     sources: Sequence[str],
     trace: Sequence[Mapping[str, Any]] = (),
     codes: Mapping[str, np.ndarray] | None = None,
@@ -28,8 +29,9 @@ def transfer_report(
 ) -> dict[str, Any]:
     """What transfer gave over the target-only model of the same budget, and what each source had to do with it.
 
-    transferred, alone: of the two models on the same validation cases. trace: of the meta stage
-    (``Trainer.progress.trace``), empty without one. codes: of each domain's items, [H, V] each; the target is the last.
+    transferred, alone: of the two models on the same validation cases. method: how the first was trained.
+    trace: of the meta stage (``Trainer.progress.trace``), empty without one.
+    codes: of each domain's items, [H, V] each; the target is the last.
     replaces: whether the target-only model takes the place of one that is not better; otherwise only the words say so.
     """
     difference = paired_bootstrap(transferred.per_user(METRIC), alone.per_user(METRIC), seed=0)
@@ -53,6 +55,7 @@ def transfer_report(
     }
     floor = noise_floor(trace)
     return {
+        "method": method,
         "better": "transferred" if better else "target_only",
         "returned": "target_only" if replaces and not better else "transferred",
         "verdict": verdict(validation, replaces=replaces),
@@ -135,8 +138,8 @@ def code_overlap(codes: Mapping[str, np.ndarray], *, codebook_size: int) -> dict
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
-    """The verdict and the key figures, for a terminal."""
-    told = [report["verdict"]]
+    """The key figures under the verdict, for a terminal."""
+    told = []
     floor = report["noise_floor"]
     for name, source in report["sources"].items():
         if source is not None:
