@@ -5,7 +5,7 @@ Neither is in MetaRec's abstract nor in MetaAdapt: both are ours, and found from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,35 +16,35 @@ from metarec_fast.meta.step import GradientAverages, OuterStep, Parameters, simi
 
 @dataclass
 class NoiseFloor:
-    """Draws of the similarity that independent gradients reach, of this run's own spread and smoothing.
+    """Draws of the similarity that gradients with nothing in common reach, from a run's own gradients.
 
-    A source's step and the target's answer deviate from their averages so far by the noise of their batches. Deviations
-    with random signs agree in nothing, but vary over parameters and with one another as the gradients do; averaged over
-    steps as the gradients are, their similarity is one draw. Only its size has a meaning: it spreads around zero.
+    A source's step and the target's answer deviate from their averages so far by the noise of their batches. A draw is
+    the similarity of a step's deviation and that of the answer one step earlier, which stems from other batches: what
+    agrees, agrees by chance, with the spread over parameters and the correlations that these gradients have. Averages
+    of independent deviations have the covariance of one, up to a factor that a cosine takes no notice of: the draws are
+    as large as the similarities of smoothed gradients without anything in common.
+
+    answers: the deviation [P] of the target's last answer to each source.
     """
 
-    averages: GradientAverages
+    answers: dict[str, Tensor] = field(default_factory=dict)
 
     def draw(
-        self,
-        name: str,
-        step: Tensor,
-        answer: Tensor,
-        *,
-        before: GradientAverages,
-        like: Parameters,
-        config: MetaConfig,
+        self, name: str, step: Tensor, answer: Tensor, *, before: GradientAverages, like: Parameters, config: MetaConfig
     ) -> float | None:
-        """One draw for a source's step and the target's answer to it, both [P]; None at the source's first step.
+        """One draw for a source's step and the target's answer to it, both [P]; None at the source's first two steps.
 
-        before: the averages without this step. The signs are drawn by torch's generator.
+        before: the averages without this step.
         """
         if name not in before.steps:
             return None
-        signs = torch.randint(2, (2,)).mul(2).sub(1).tolist()
-        deviations = (step - before.steps[name], answer - before.answers[name])
-        smoothed = self.averages.update(name, *(s * d for s, d in zip(signs, deviations, strict=True)))
-        return float(similarity(*smoothed, like=like, config=config))
+        earlier, self.answers[name] = self.answers.get(name), answer - before.answers[name]
+        if earlier is None:
+            return None
+        return float(similarity(step - before.steps[name], earlier, like=like, config=config))
+
+    def copy(self) -> NoiseFloor:
+        return NoiseFloor(dict(self.answers))
 
 
 def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConfig) -> list[float] | None:

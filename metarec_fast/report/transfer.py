@@ -90,10 +90,11 @@ def _change(validation: Mapping[str, Any]) -> str:
 
 def noise_floor(trace: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Twice the root mean square of all draws of the noise (``meta.NoiseFloor``); None without a meta stage."""
-    draws = [draw for entry in trace for draw in entry["noise"].values()]
+    draws = sum(entry["draws"] for entry in trace)
     if not draws:
         return None
-    return {"similarity": SPREADS * float(np.sqrt(np.mean(np.square(draws)))), "draws": len(draws)}
+    square = sum(entry["draws"] * entry["noise"] ** 2 for entry in trace) / draws
+    return {"similarity": SPREADS * square**0.5, "draws": draws}
 
 
 def _source(name: str, trace: Sequence[Mapping[str, Any]], floor: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -163,7 +164,7 @@ def _costs(source: Mapping[str, Any]) -> str:
 
 NOTES = {
     "Noise floor": "twice the spread of the similarity of gradients that have nothing to do with each other, drawn "
-    "from this run's own: their deviations from their averages, with random signs, smoothed as the gradients are. "
+    "from this run's own: the deviations of a source's and of the target's from their averages, at different steps. "
     "Independent gradients lie inside it 19 times in 20. A similarity inside it tells nothing about the source.",
     "Cost of leaving a source out": "an estimate, to first order: how much less a meta step of the same length would "
     "descend the target's loss with the weights of the other sources alone, in the later half of the meta stage. "

@@ -106,7 +106,7 @@ class Progress:
     waited: int = 0  # evaluations since the best
     skipped: int = 0  # steps left out for non-finite numbers
     trace: list[dict[str, Any]] = field(default_factory=list)  # an entry every TRACE_EVERY meta steps
-    untraced: list[list[float]] = field(default_factory=list)  # descents of the steps since the last entry
+    untraced: list[dict[str, Any]] = field(default_factory=list)  # noise and descents of the steps since
 
 
 class Trainer:
@@ -129,7 +129,7 @@ class Trainer:
         self.folder, self.reporter, self.should_stop = folder, reporter or Silent(), should_stop
         self.progress = Progress()
         self.averages = GradientAverages(config.meta.similarity_decay)
-        self.noise = NoiseFloor(GradientAverages(config.meta.similarity_decay))
+        self.noise = NoiseFloor()
         self.best_state: dict[str, Tensor] = {}
         self.rates: InnerRates | None = None
         if config.meta.lr_of_inner_lr:
@@ -267,7 +267,7 @@ class Trainer:
         self.model.train()
         for optimizer in self._optimizers():
             optimizer.zero_grad(set_to_none=True)
-        averages, noise = self.averages.copy(), self.noise.averages.copy()
+        averages, noise = self.averages.copy(), self.noise.copy()
         batches = self._ready(stage, step)
         facts = self._meta(batches) if stage == "meta" else self._joint(batches)
         facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
@@ -276,7 +276,7 @@ class Trainer:
         if updated and rates_grad is not None:
             self.rates.update(rates_grad, lr=self.config.meta.lr_of_inner_lr)
         if not updated:
-            self.averages, self.noise.averages = averages, noise  # one bad step would stay in them for ever
+            self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
             self.progress.skipped += 1
             facts["skipped"] = True
         facts["data_wait_share"] = round(self._prefetch[1].wait_share, 5)
@@ -367,17 +367,21 @@ class Trainer:
                 self._start_optimizers()
 
     def _trace(self, facts: dict[str, Any]) -> None:
-        """Keep what a meta step found: similarities and weights now and then, descents as means over the steps."""
+        """Keep what a meta step found: similarities and weights now and then, noise and descents of all steps."""
         p = self.progress
-        p.untraced += [facts["descents"]] if facts["descents"] else []
+        if None not in facts["noise"].values():
+            p.untraced.append({"noise": list(facts["noise"].values()), "descents": facts["descents"]})
         if p.step % TRACE_EVERY == 0 and p.untraced:
-            descent, *without = (sum(column) / len(p.untraced) for column in zip(*p.untraced, strict=True))
+            draws = [draw for one in p.untraced for draw in one["noise"]]
+            descents = zip(*(one["descents"] for one in p.untraced), strict=True)
+            descent, *without = (sum(column) / len(p.untraced) for column in descents)
             p.trace.append(
                 {
                     "step": p.step,
                     "similarity": facts["similarities"],
                     "weight": facts["weights"],
-                    "noise": facts["noise"],
+                    "noise": math.sqrt(sum(draw**2 for draw in draws) / len(draws)),
+                    "draws": len(draws),
                     "descent": descent,
                     "descent_without": dict(zip(self.sources, without, strict=True)),
                 }
@@ -394,8 +398,7 @@ class Trainer:
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= {f"steps.{k}": v for k, v in self.averages.steps.items()}
         tensors |= {f"answers.{k}": v for k, v in self.averages.answers.items()}
-        tensors |= {f"noise_steps.{k}": v for k, v in self.noise.averages.steps.items()}
-        tensors |= {f"noise_answers.{k}": v for k, v in self.noise.averages.answers.items()}
+        tensors |= {f"noise.{k}": v for k, v in self.noise.answers.items()}
         if self.rates is not None:
             tensors["rates"] = self.rates.values
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
@@ -430,8 +433,7 @@ class Trainer:
             ) from error
         self.best_state = pick("best.")
         self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
-        noise = self.noise.averages
-        noise.steps, noise.answers = pick("noise_steps."), pick("noise_answers.")
+        self.noise.answers = pick("noise.")
         if self.rates is not None:
             self.rates.values = tensors["rates"]
         if self.progress.stage < len(self.stages):
