@@ -100,7 +100,9 @@ def audit_verdict(results: Results) -> list[str]:
         if p >= LEVEL:
             sentences.append(f"It cannot be told that {source} matters beside the other sources: {what}.")
         else:
-            sentences.append(f"{source} {'helps' if part.difference.mean > 0 else 'harms'} beside the others: {what}.")
+            sentences.append(
+                f"{source} {'helps' if part.difference.mean > 0 else 'harms'} beside the other sources: {what}."
+            )
     weights = results.source_means("all-kinds", study.targets[0], study.fractions[0], "weight")
     if weights:
         ranked = sorted(weights, key=lambda name: -weights[name])
