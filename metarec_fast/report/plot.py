@@ -127,15 +127,16 @@ def interval_chart(rows: Sequence[Interval], *, title: str, percent: bool = Fals
 
 
 def heat_map(names: Sequence[str], shares: Sequence[Sequence[float]], *, title: str, cell: int = 64) -> str:
-    """A square of shares in [0, 1] between all pairs of names. Raises ValueError for another shape."""
+    """A square of shares in [0, 1] between all pairs of names; columns by number. Raises ValueError otherwise."""
     if not names or any(len(row) != len(names) for row in (shares, *shares)):
         raise ValueError(f"shares must be a square over {len(names)} names, at least one")
-    left, top = 30 + 7 * max(map(len, names)), 60
+    labels = [f"{name}  {i}" for i, name in enumerate(names, 1)]
+    left, top = 30 + 7 * max(map(len, labels)), 60
     parts = [_text(14, 20, title, bold=True)]
-    for i, (name, row) in enumerate(zip(names, shares, strict=True)):
+    for i, (label, row) in enumerate(zip(labels, shares, strict=True)):
         middle = top + cell * (i + 0.5)
-        parts.append(_text(left - 8, middle + 4, name, anchor="end"))
-        parts.append(_text(left + cell * (i + 0.5), top - 10, shorten(name, cell // 7), anchor="middle"))
+        parts.append(_text(left - 8, middle + 4, label, anchor="end"))
+        parts.append(_text(left + cell * (i + 0.5), top - 10, f"{i + 1}", anchor="middle"))
         for j, share in enumerate(row):
             # from white to the first colour; the figure stands on it in what can be read there
             mixed = "".join(f"{round(255 + (c - 255) * share):02x}" for c in bytes.fromhex(COLOURS[0][1:]))
