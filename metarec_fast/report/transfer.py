@@ -165,10 +165,12 @@ def _costs(source: Mapping[str, Any]) -> str:
 NOTES = {
     "Noise floor": "twice the spread of the similarity of gradients that have nothing to do with each other, drawn "
     "from this run's own: the deviations of a source's and of the target's from their averages, at different steps. "
-    "Independent gradients lie inside it 19 times in 20. A similarity inside it tells nothing about the source.",
+    "Independent gradients lie inside it 19 times in 20. A similarity above it is more than chance, not yet of use: "
+    "gradients agree too in what any source has, popular items and the pull of codes, even one of random items.",
     "Cost of leaving a source out": "an estimate, to first order: how much less a meta step of the same length would "
     "descend the target's loss with the weights of the other sources alone, in the later half of the meta stage. "
-    "Negative: the step would descend more. It knows nothing of warm-up and of what item tables learn; "
+    "Negative: the step would descend more. Any source evens out the noise of batches, and this counts too; of warm-up "
+    "and of what item tables learn it knows nothing. "
     "metarec-fast audit-transfer --leave-out trains without each source.",
     "Overlap of codes": "the sum over codes of the smaller of two domains' shares of items, mean over the heads of the "
     "codebook. 1: the same use of codes. Catalogues smaller than the codebook overlap less for that alone.",
