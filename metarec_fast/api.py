@@ -133,7 +133,8 @@ class MetaRec:
         config = config or self.config.replace(data={"target_fraction": 1.0})
         if config.model != self.config.model:
             raise ValueError("config.model must be that of the model to adapt: its parameters have that shape")
-        method = "pretrain" if config.train.method == "joint" else config.train.method  # a last stage of the target's
+        # the shared parameters come from elsewhere, whatever made them, and the last stage is the new domain's alone
+        method = "metarec" if config.train.method == "metarec" else "pretrain"
         config = config.replace(train={"method": method, "warmup_steps": 0, "meta_steps": 0})
         if config.train.threads:
             torch.set_num_threads(config.train.threads)

@@ -85,7 +85,7 @@ class TrainConfig:
     finetune_steps: int = 800
     """At most; target_only and joint may use the steps of all three stages."""
     finetune_scope: Literal["all", "table"] = "all"
-    """table: fine-tuning leaves the shared parameters as the sources made them."""
+    """table: fine-tuning leaves the shared parameters as the sources made them; target_only has none and trains all."""
     batch_size: int = 128
     lr: float = 1e-3
     finetune_lr: float = 1e-3

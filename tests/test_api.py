@@ -483,10 +483,14 @@ def test_adapting_never_worse_on_request(fitted, monkeypatch, rank):
     assert (chosen.config.train.method == "target_only") == (rank == 3)
 
 
-def test_adapting_joint_models_is_fine_tuning():
-    joint = MetaRec.fit(SOURCES, TARGET, config=config(train={"method": "joint", "compare_target_only": False}))
-    adapted = joint.adapt(NEW)
+@pytest.mark.parametrize("method", ["joint", "target_only"])
+def test_whatever_made_a_model_adapting_it_is_fine_tuning(method):
+    made = MetaRec.fit(SOURCES, TARGET, config=config(train={"method": method, "compare_target_only": False}))
+    frozen = made.config.replace(train={"finetune_scope": "table", "finetune_lr": 0.05})
+    adapted = made.adapt(NEW, config=frozen)
     assert adapted.history["best_at"].startswith("finetune ") and adapted.config.train.method == "pretrain"
+    for name, tensor in made.model.shared.state_dict().items():
+        assert torch.equal(adapted.model.shared.state_dict()[name], tensor), name
 
 
 def short(lengths):

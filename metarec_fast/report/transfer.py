@@ -74,7 +74,7 @@ def verdict(validation: Mapping[str, Any], *, replaces: bool = True) -> str:
     if validation["difference"] > 0:
         if clear:
             return f"Transfer helped on validation: {figures}."
-        return f"No clear evidence that transfer helped: {figures}. It is not worse, so the model with sources is kept."
+        return f"No clear evidence that transfer helped: {figures}. It is not worse, so the transferred model is kept."
     choice = "is returned" if replaces else "is the one to take"
     what = "Transfer harmed on validation" if clear else "No evidence that transfer helped"
     return f"{what}: {figures}. The target-only model {choice}."
@@ -184,7 +184,7 @@ def html(report: Mapping[str, Any], *, title: str) -> str:
     parts = [f"<p><strong>{escape(report['verdict'])}</strong></p>", _figures(validation)]
     if validation["gain"] is not None:
         gain = Interval(
-            "with sources against target only",
+            "transferred against target only",
             *(validation[key] for key in ("gain", "gain_low", "gain_high")),
             strong=validation["p"] < LEVEL,
         )
@@ -218,7 +218,7 @@ STYLE = (
 
 
 def _figures(validation: Mapping[str, Any]) -> str:
-    rows = [("with sources", validation["transferred"]), ("target only", validation["target_only"])]
+    rows = [("transferred", validation["transferred"]), ("target only", validation["target_only"])]
     table = _table(("model", "NDCG@10, validation"), [(name, f"{value:.4f}") for name, value in rows])
     return f"{table}<p>{escape(validation['protocol'])}</p>"
 

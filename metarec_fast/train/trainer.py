@@ -339,7 +339,8 @@ class Trainer:
         p, every = self.progress, self.config.train.evaluate_every
         while p.stage < len(self.stages):
             stage = self.stages[p.stage]
-            frozen = stage.name == "finetune" and self.config.train.finetune_scope == "table"
+            t = self.config.train
+            frozen = stage.name == "finetune" and t.finetune_scope == "table" and t.method != "target_only"
             self.model.shared.requires_grad_(not frozen)
             while p.step < stage.steps:
                 if self.should_stop():
