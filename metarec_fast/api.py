@@ -20,6 +20,7 @@ from metarec_fast.evaluation import Metrics, best_floor, evaluate
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer, TransitionEvidence
 from metarec_fast.report.table import Row
+from metarec_fast.report.transfer import html, transfer_report
 from metarec_fast.train.checkpoint import write_atomically
 from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.trainer import Reporter, Trainer
@@ -38,7 +39,7 @@ class MetaRec:
     """A recommender of one target domain, trained with the help of source domains.
 
     Made by ``fit`` or ``from_pretrained``. ``model`` is the torch module, ``split`` the target's split, ``config``
-    every option, ``history`` what training found out: similarities and weights of the sources over time among it.
+    every option, ``history`` what training found out: among it "transfer_report" on what the sources gave.
     """
 
     def __init__(
@@ -74,10 +75,16 @@ class MetaRec:
     ) -> MetaRec:
         """Train on ``sources`` and ``target``; the best model by validation NDCG@10 on the target is returned.
 
-        run_dir: receives config, checkpoints and metrics. resume: go on from its checkpoint if it has one.
+        With sources, a target-only model is trained too, with as many steps: if the one with sources is not better on
+        validation, the target-only one is returned, and ``history["transfer_report"]`` says so in words
+        (``train.compare_target_only=False`` leaves this out).
+
+        run_dir: receives config, checkpoints, the model and report.html; the target-only run in target_only/.
+        resume: go on from its checkpoints if it has some.
         should_stop: asked before every step; if true the state is saved and ``Interrupted`` is raised.
-        profiler: watches some steps of each stage and tells where their time goes.
-        Raises ValueError for domains of one name, a domain without training events, or no source where one is needed.
+        profiler: watches some steps of each stage and tells where their time goes; not of the target-only run beside.
+        Raises ValueError for domains of one name, a domain without training events, a target without validation
+        cases, or no source where one is needed.
         """
         config = config or Config()
         sources = [sources] if isinstance(sources, Domain) else list(sources)
@@ -88,47 +95,135 @@ class MetaRec:
         names = [d.name for d in (*sources, target)]
         if len(set(names)) < len(names):
             raise ValueError(f"domains must have different names, got {', '.join(names)}")
-        started = time.perf_counter()
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+        run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
         splits = {d.name: split_domain(d, config) for d in sources}
         split = split_domain(target, config, fraction=config.data.target_fraction)
-        for one in (*splits.values(), split):
-            if not (one.train.lengths >= 2).any():
-                raise ValueError(f"domain {one.domain.name!r} has no user with two training events ({one.protocol})")
-        model = build(config, [*splits.values(), split])
+        check_splits(splits, split)
+        fitted = cls._train(build(config, [*splits.values(), split]), splits, split, config, run, profiler=profiler)
+        if splits and config.train.compare_target_only:
+            fitted = fitted._or_target_only(run, list(splits))
+        run.keep(fitted)
+        return fitted
+
+    def adapt(
+        self,
+        domain: Domain,
+        *,
+        config: Config | None = None,
+        compare_target_only: bool = False,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        reporter: Reporter | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> MetaRec:
+        """A recommender of another domain, from this one's encoder and codebook; no source data is needed.
+
+        The new item table starts from the domain's own structure (``model.start``), then table and shared parameters
+        are fine-tuned on the domain; steps and the weight of transition evidence are chosen on validation. This model
+        stays as it is.
+
+        config: options of the fine-tuning; by default this model's, with all of the domain's users. Only
+            ``finetune_steps`` of steps are taken.
+        compare_target_only: train on the domain alone too, with as many steps, and return what validation likes better.
+        run_dir, resume, reporter, should_stop: as for ``fit``.
+        Raises ValueError for another ``config.model`` than this model's, or a domain that cannot be trained on.
+        """
+        config = config or self.config.replace(data={"target_fraction": 1.0})
+        if config.model != self.config.model:
+            raise ValueError("config.model must be that of the model to adapt: its parameters have that shape")
+        # the shared parameters come from elsewhere, whatever made them, and the last stage is the new domain's alone
+        method = "metarec" if config.train.method == "metarec" else "pretrain"
+        config = config.replace(train={"method": method, "warmup_steps": 0, "meta_steps": 0})
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+        split = split_domain(domain, config, fraction=config.data.target_fraction)
+        check_splits({}, split)
+        model = build(config, [split])
+        model.shared.load_state_dict(self.model.shared.state_dict())
+        adapted = self._train(model, {}, split, config, run)
+        adapted.history["adapted_from"] = self.domain.name
+        if compare_target_only:
+            adapted = adapted._or_target_only(run, [])
+        run.keep(adapted)
+        return adapted
+
+    @classmethod
+    def _train(
+        cls,
+        model: Recommender,
+        sources: dict[str, Split],
+        split: Split,
+        config: Config,
+        run: _Run,
+        *,
+        profiler: StepProfiler | None = None,
+    ) -> MetaRec:
+        """Train ``model`` as ``config`` says, or go on with it, and choose the weight of transition evidence."""
+        started = time.perf_counter()
         trainer = Trainer(
             model,
-            splits,
+            sources,
             split,
             config,
-            folder=Path(run_dir) / "checkpoint" if run_dir is not None else None,
-            reporter=reporter,
-            should_stop=should_stop,
+            folder=run.folder / "checkpoint" if run.folder is not None else None,
+            reporter=run.reporter,
+            should_stop=run.should_stop,
             profiler=profiler,
         )
-        if resume:
+        if run.resume:
             trainer.restore()
-        if run_dir is not None:
-            Path(run_dir).mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(run_dir) / "config.json", config.to_json().encode())
+        if run.folder is not None:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.folder / "config.json", config.to_json().encode())
         if config.train.compile:
             model.compile_encoder()
         progress = trainer.run()
-        fitted = cls(model, split, config)
-        fitted.history = {
+        trainer.save()
+        trained = cls(model, split, config)
+        trained.history = {
             "best_validation_ndcg@10": progress.best,
             "best_at": progress.best_at,
             "skipped_steps": progress.skipped,
             "transfer": progress.trace,
         }
         if config.model.transitions:
-            fitted._choose_evidence_weight()
-        fitted.history["seconds"] = time.perf_counter() - started
-        if run_dir is not None:
-            trainer.save()
-            fitted.save_pretrained(Path(run_dir) / "model")
-        return fitted
+            trained._choose_evidence_weight()
+        trained.history["seconds"] = time.perf_counter() - started
+        return trained
+
+    def _or_target_only(self, run: _Run, sources: Sequence[str]) -> MetaRec:
+        """This model, or the target-only one of the same budget if this one is not better on validation."""
+        config = self.config.replace(train={"method": "target_only"})
+        if run.reporter is not None:
+            run.reporter.begin(METHODS["target_only"])
+        alone = self._train(build(config, [self.split]), {}, self.split, config, run.inside("target_only"))
+        report = self.report_transfer(alone, sources, replaces=True)
+        chosen = self if report["returned"] == "transferred" else alone
+        chosen.history |= {
+            "transfer": self.history["transfer"],
+            "transfer_report": report,
+            "seconds": self.history["seconds"] + alone.history["seconds"],
+        }
+        return chosen
+
+    def report_transfer(self, alone: MetaRec, sources: Sequence[str], *, replaces: bool = False) -> dict[str, Any]:
+        """What this model's sources gave over ``alone``, trained without them: see ``report.transfer``."""
+        codes = None
+        if self.config.model.vq != "none":
+            codes = {name: self.model.codes(name).cpu().numpy() for name in (*sources, self.domain.name)}
+        return transfer_report(
+            self.evaluate("valid"),
+            alone.evaluate("valid"),
+            method=self.config.train.method,
+            sources=sources,
+            trace=self.history["transfer"],
+            codes=codes,
+            codebook_size=self.config.model.codebook_size,
+            replaces=replaces,
+        )
 
     def _choose_evidence_weight(self) -> None:
         """How much the domain's own transitions count beside the encoder: whatever validation likes best."""
@@ -269,6 +364,45 @@ class MetaRec:
         return cls(model.eval(), split, config, evidence_weight=evidence_weight, history=history)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Where a run is kept, who is told about it and who may stop it."""
+
+    folder: Path | None
+    resume: bool
+    reporter: Reporter | None
+    should_stop: Callable[[], bool]
+
+    def inside(self, name: str) -> _Run:
+        """Another run, in a folder of this one."""
+        return dataclasses.replace(self, folder=self.folder / name if self.folder is not None else None)
+
+    def keep(self, model: MetaRec) -> None:
+        """Write the model and the transfer report, if there is a folder and a report."""
+        if self.folder is not None:
+            model.save_pretrained(self.folder / "model")
+            write_report(model, self.folder)
+
+
+def write_report(model: MetaRec, folder: Path) -> None:
+    """``report.html`` from the transfer report of a model that has one."""
+    report = model.history.get("transfer_report")
+    if report is not None:
+        text = html(report, title=f"Transfer to {model.domain.name}")
+        write_atomically(folder / "report.html", text.encode())
+
+
+def check_splits(sources: dict[str, Split], target: Split) -> None:
+    """Raises ValueError, by the name of the domain, for a split that cannot be trained on or chosen by."""
+    for one in (*sources.values(), target):
+        if not (one.train.lengths >= 2).any():
+            raise ValueError(f"domain {one.domain.name!r} has no user with two training events ({one.protocol})")
+    if not len(target.valid):
+        raise ValueError(
+            f"domain {target.domain.name!r} has no validation case, by which the model is chosen ({target.protocol})"
+        )
+
+
 def build(config: Config, splits: Sequence[Split]) -> Recommender:
     """A recommender at its start: tables from noise or structure, codes from the tables."""
     torch.manual_seed(config.train.seed)
@@ -310,8 +444,13 @@ def compare(
     """Train several methods on the same split and budget: rows for a table, untrained floor first, and the models.
 
     run_dir: one folder a method. Every model is chosen by validation; the figures are of the test cases.
+    With "target_only" among the methods, every other keeps the model it made, and its transfer report is against that
+    row; without, ``train.compare_target_only`` counts as in ``fit``.
     """
     config = config or Config()
+    own = "target_only" in methods
+    if own:
+        config = config.replace(train={"compare_target_only": False})
     split = split_domain(target, config, fraction=config.data.target_fraction)
     rows = [floor_row(split, mask_history=config.data.mask_history)]
     models = {}
@@ -333,5 +472,14 @@ def compare(
             profiler=profiler,
         )
         models[method] = model
-        rows.append(Row(METHODS[method], model.evaluate(), seconds=model.history["seconds"]))
+        replaced = model.config.train.method != method
+        name = f"{METHODS[method]} (target only returned)" if replaced else METHODS[method]
+        rows.append(Row(name, model.evaluate(), seconds=model.history["seconds"]))
+    for method, model in models.items() if own else ():
+        if method != "target_only":
+            names = [source.name for source in sources]
+            model.history["transfer_report"] = model.report_transfer(models["target_only"], names)
+            if run_dir is not None:
+                model.save_pretrained(Path(run_dir) / method / "model")
+                write_report(model, Path(run_dir) / method)
     return rows, models

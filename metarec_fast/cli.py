@@ -22,6 +22,8 @@ from metarec_fast import __version__
 from metarec_fast.config import PRESETS, Config
 
 if TYPE_CHECKING:
+    from metarec_fast.api import MetaRec
+    from metarec_fast.data import Domain
     from metarec_fast.study import Cell, Domains, Results, Study
 
 Method = Literal["target_only", "pretrain", "joint", "metarec"]
@@ -105,6 +107,37 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapt:
+    """A recommender of another domain from a saved model, without the data of its sources."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a saved model."""
+    target: str
+    """A file, the folder that import made of one, or the name of either in --folder."""
+    folder: Path = Path(os.environ.get("METAREC_FAST_DATA", "."))
+    """Where named domains lie; METAREC_FAST_DATA sets the default."""
+    user: str | None = None
+    """Column of user ids; found by its usual names if not given."""
+    item: str | None = None
+    time: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: stop with file, line and reason, or skip and count them."""
+    steps: int | None = None
+    """Of fine-tuning, at most; as in the model's training if not given, and so for the others."""
+    lr: float | None = None
+    scope: Literal["all", "table"] | None = None
+    """table: leave the shared parameters as they are."""
+    seed: int | None = None
+    threads: int | None = None
+    compare_target_only: bool = False
+    """Train on the target alone too, with as many steps, and keep what validation likes better."""
+    out: Path | None = None
+    """Run folder; runs/<target> if not given."""
+    resume: bool = False
+    """Go on from the run folder's checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recommend:
     """The best items for users, or for a history of items."""
 
@@ -160,6 +193,8 @@ class AuditTransfer(Config):
     seeds: tuple[int, ...] = (0, 1, 2)
     weights: bool = True
     """One more arm with all kinds of sources together, for the weights that they get."""
+    leave_out: bool = False
+    """One more arm for each source, trained without it: what it is worth beside the others."""
     out: Path | None = None
     """Folder of the cells and results; runs/audit-<target> if not given. Finished cells in it are not run again."""
     processes: int = 1
@@ -175,6 +210,7 @@ COMMANDS = {
     "demo": Demo,
     "import": Import,
     "train": Train,
+    "adapt": Adapt,
     "evaluate": Evaluate,
     "recommend": Recommend,
     "study": StudyRun,
@@ -238,6 +274,18 @@ def show_rows(console: Console, rows: Sequence, title: str) -> None:
         table.add_row(name, *figures, "" if row.seconds is None else f"{row.seconds:.0f}")
     console.print(table)
     console.print(escape(rows[0].metrics.protocol), highlight=False)
+
+
+def show_transfer(console: Console, model: MetaRec, out: Path) -> None:
+    """The verdict and key figures of a transfer report, if the model has one, and where the whole of it lies."""
+    from metarec_fast.api import METHODS
+    from metarec_fast.report.transfer import lines
+
+    report = model.history.get("transfer_report")
+    if report is None:
+        return
+    told = [f"{METHODS[report['method']]}: {report['verdict']}", *lines(report), f"  report: {out / 'report.html'}"]
+    console.print(escape("\n".join(told)), highlight=False, soft_wrap=True)
 
 
 class StopAsked:
@@ -331,6 +379,8 @@ def train_and_show(
         profile_report.show(profiler.stages, console)
         profile_report.write(profiler.stages, out)
     show_rows(console, rows, title)
+    for method, model in models.items():
+        show_transfer(console, model, out / method)
     write_atomically(out / "config.json", config.to_json().encode())
     write_atomically(out / "metrics.json", json.dumps(run_folder_facts(config, rows, models), indent=2).encode())
     write_atomically(out / "table.md", markdown(rows, columns=COLUMNS).encode())
@@ -354,20 +404,22 @@ def demo(command: Demo) -> int:
     )
 
 
-def train(command: Train) -> int:
+def load_named(name: str, command: Train | Adapt) -> Domain:
+    """A domain by its file, folder or name, with the columns that the command gives."""
     from metarec_fast.data import find_domain, load_domain, read
 
-    def load(name: str) -> object:
-        path = find_domain(name, command.folder)
-        if path.is_dir():
-            domain = load_domain(path)
-        else:
-            domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
-        Console().print(escape(domain.summary()), highlight=False)
-        return domain
+    path = find_domain(name, command.folder)
+    if path.is_dir():
+        domain = load_domain(path)
+    else:
+        domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
+    Console().print(escape(domain.summary()), highlight=False)
+    return domain
 
+
+def train(command: Train) -> int:
     config = config_of(command)
-    target, sources = load(command.target), [load(name) for name in command.source]
+    target, sources = load_named(command.target, command), [load_named(name, command) for name in command.source]
     methods = command.methods or (command.train.method,)
     out = command.out or Path("runs") / target.name
     return train_and_show(
@@ -380,6 +432,54 @@ def train(command: Train) -> int:
         profile=command.profile,
         title=f"target {target.name}",
     )
+
+
+def adapt(command: Adapt) -> int:
+    from metarec_fast.api import METHODS, MetaRec, floor_row
+    from metarec_fast.report.console import ConsoleReporter
+    from metarec_fast.report.table import Row
+    from metarec_fast.train.trainer import Interrupted
+
+    model = MetaRec.from_pretrained(command.model)
+    target = load_named(command.target, command)
+    out = command.out or Path("runs") / target.name
+    given = {
+        "finetune_steps": command.steps,
+        "finetune_lr": command.lr,
+        "finetune_scope": command.scope,
+        "seed": command.seed,
+        "threads": command.threads,
+    }
+    train = {name: value for name, value in given.items() if value is not None}
+    config = model.config.replace(train=train, data={"target_fraction": 1.0})
+    console = Console()
+    with StopAsked() as stop:
+        try:
+            with ConsoleReporter(log=out / "log.jsonl", console=console) as reporter:
+                reporter.begin(f"from {model.domain.name}")
+                adapted = model.adapt(
+                    target,
+                    config=config,
+                    compare_target_only=command.compare_target_only,
+                    run_dir=out,
+                    resume=command.resume,
+                    reporter=reporter,
+                    should_stop=stop,
+                )
+        except Interrupted as reason:
+            console.print(f"{reason}; saved in {out}. Go on with the same command and --resume.", highlight=False)
+            return 130
+    name = METHODS[adapted.config.train.method]
+    if "adapted_from" in adapted.history:
+        name += f", adapted from {model.domain.name}"
+    rows = [
+        floor_row(adapted.split, mask_history=adapted.config.data.mask_history),
+        Row(name, adapted.evaluate(), seconds=adapted.history["seconds"]),
+    ]
+    show_rows(console, rows, f"target {target.name}")
+    show_transfer(console, adapted, out)
+    console.print(f"model: {out / 'model'}", highlight=False)
+    return 0
 
 
 def import_(command: Import) -> int:
@@ -520,7 +620,14 @@ def study(command: StudyRun) -> int:
 def audit_transfer(command: AuditTransfer) -> int:
     from metarec_fast.study import Domains, audit_study, audit_verdict
 
-    plan = audit_study(command.target, command.source, config_of(command), seeds=command.seeds, weights=command.weights)
+    plan = audit_study(
+        command.target,
+        command.source,
+        config_of(command),
+        seeds=command.seeds,
+        weights=command.weights,
+        leave_out=command.leave_out,
+    )
     columns = tuple((role, getattr(command, role)) for role in ("user", "item", "time"))
     domains = Domains(command.folder, columns)
     for name in (command.target, *command.source):
@@ -570,6 +677,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "demo": demo,
             "import": import_,
             "train": train,
+            "adapt": adapt,
             "evaluate": evaluate,
             "recommend": recommend,
             "study": study,

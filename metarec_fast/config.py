@@ -87,7 +87,7 @@ class TrainConfig:
     finetune_steps: int = 800
     """At most; target_only and joint may use the steps of all three stages."""
     finetune_scope: Literal["all", "table"] = "all"
-    """table: fine-tuning leaves the shared parameters as the sources made them."""
+    """table: fine-tuning leaves the shared parameters as the sources made them; target_only has none and trains all."""
     batch_size: int = 128
     lr: float = 1e-3
     finetune_lr: float = 1e-3
@@ -102,6 +102,9 @@ class TrainConfig:
     evaluate_every: int = 25
     patience: int = 10
     """Evaluations without a better validation NDCG@10 before fine-tuning stops."""
+    compare_target_only: bool = True
+    """After training with sources, train on the target alone with as many steps too, and return what validation likes
+    better: never worse than target only."""
     seed: int = 0
     compile: bool = False
     """torch.compile the encoder."""

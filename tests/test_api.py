@@ -9,7 +9,9 @@ import torch
 
 from metarec_fast import MetaRec
 from metarec_fast.api import compare
-from metarec_fast.data import Domain, Sequences, Vocabulary
+from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
+from metarec_fast.evaluation import Metrics
+from metarec_fast.train.trainer import Interrupted
 from tests.tiny import DOMAINS, config
 
 FILES = ("metarec.json", "model.safetensors", "domain/domain.json", "domain/items.npy")
@@ -250,6 +252,269 @@ def test_another_configuration_leaves_the_run_folder_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="another configuration"):
         MetaRec.fit(SOURCES, TARGET, config=config(train={"seed": 5}), run_dir=tmp_path, resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["train"]["seed"] == 0
+
+
+# the transfer report, and never worse than target only
+
+LONG = config(train={"meta_steps": 20, "threads": 1})  # two entries in the trace
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run with sources in one go: the model, and its folder."""
+    folder = tmp_path_factory.mktemp("straight")
+    before = torch.get_num_threads()
+    model = MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=folder)
+    torch.set_num_threads(before)
+    return model, folder
+
+
+class Recorder:
+    def __init__(self):
+        self.begun, self.steps = [], []
+
+    def begin(self, title):
+        self.begun.append(title)
+
+    def step(self, stage, step, total, facts):
+        self.steps.append((len(self.begun), stage))
+
+    def evaluation(self, *_): ...
+
+
+def test_fit_with_sources_reports_what_they_gave(straight):
+    model, folder = straight
+    report = model.history["transfer_report"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert set(report["sources"]) == {"source0", "source1"} and report["method"] == "metarec"
+    assert [entry["step"] for entry in report["over_time"]] == [10, 20] and model.history["transfer"]
+    assert report["noise_floor"]["draws"] == 2 * 18 and 0 < report["noise_floor"]["similarity"] < 2
+    for source in report["sources"].values():
+        assert 0 < source["weight"] < 1 and source["late_entries"] == 1 and source["leaving_out_costs"] is not None
+    codes = report["code_overlap"]
+    assert codes["domains"] == ["source0", "source1", "target"] and all(
+        0 < used <= 8 for used in codes["used"].values()
+    )
+    np.testing.assert_allclose(np.diag(codes["overlap"]), 1)
+    text = (folder / "report.html").read_text()
+    assert report["verdict"].split(":")[0] in text
+    assert MetaRec.from_pretrained(folder / "model").history == model.history
+
+
+def test_the_target_only_run_beside_has_the_same_budget():
+    seen = Recorder()
+    MetaRec.fit(SOURCES, TARGET, config=config(train={"patience": 99}), reporter=seen)
+    assert seen.begun == ["target only"]
+    taken = [sum(at == part for at, _ in seen.steps) for part in (0, 1)]
+    assert taken == [13, 13] and {stage for at, stage in seen.steps if at == 1} == {"finetune"}
+    seen = Recorder()
+    model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}), reporter=seen)
+    assert not seen.begun and "transfer_report" not in model.history
+
+
+@pytest.mark.parametrize(
+    ("ranks", "method", "words"),
+    [
+        ({"metarec": 0, "target_only": 3}, "metarec", "Transfer helped"),
+        ({"metarec": 3, "target_only": 3}, "target_only", "No evidence that transfer helped"),
+        ({"metarec": 3, "target_only": 0}, "target_only", "Transfer harmed"),
+    ],
+    ids=str,
+)
+def test_what_is_not_better_on_validation_gives_way_to_target_only(monkeypatch, tmp_path, ranks, method, words):
+    """Every validation user's target at a known rank for either model: the rule alone decides."""
+
+    def known(self, split="test", **_):
+        users = self.split.valid.users
+        return Metrics("", False, 30, users, np.full(len(users), ranks[self.config.train.method]), 0 * users)
+
+    monkeypatch.setattr(MetaRec, "evaluate", known)
+    model = MetaRec.fit(SOURCES, TARGET, config=config(model={"transitions": False}), run_dir=tmp_path)
+    report = model.history["transfer_report"]
+    assert model.config.train.method == method
+    assert report["returned"] == ("transferred" if method == "metarec" else "target_only")
+    assert report["verdict"].startswith(words)
+    assert set(model.model.domains) == ({"source0", "source1", "target"} if method == "metarec" else {"target"})
+    loaded = MetaRec.from_pretrained(tmp_path / "model")
+    assert loaded.config.train.method == method and loaded.history == model.history
+    assert words in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_sources_that_teach_are_kept_and_random_ones_that_teach_nothing_are_not(helps):
+    """One of the two runs cannot learn, by its rates alone, and keeps its random start: no seed comes near that."""
+    domains = synthetic(num_sources=1, source_users=100, source_items=40, target_users=100, target_items=40)
+    # with sources, warm-up and meta steps learn at lr; target only learns at finetune_lr throughout
+    rates = {"lr": 5e-3, "finetune_lr": 0.0} if helps else {"lr": 0.0, "finetune_lr": 5e-3}
+    train = {"warmup_steps": 60, "meta_steps": 10, "finetune_steps": 0, "batch_size": 32, **rates}
+    options = config(model={"start": "random", "transitions": False, "dropout": 0.1}, train=train)
+    source = domains.sources[0] if helps else random_items(domains.sources[0], seed=0)
+    model = MetaRec.fit(source, domains.target, config=options)
+    report = model.history["transfer_report"]
+    assert report["returned"] == ("transferred" if helps else "target_only")
+    gain = report["validation"]["difference"] * (1 if helps else -1)
+    assert gain > 0.1 and report["validation"]["p"] < 0.001
+    assert model.evaluate("valid").ndcg[10] == max(
+        report["validation"]["transferred"], report["validation"]["target_only"]
+    )
+
+
+def after(calls):
+    """Asks to stop at the call that follows ``calls`` others."""
+    left = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+# with sources: 3 + 20 + 6 steps; then the target alone
+@pytest.mark.parametrize("calls", [15, 26, 29, 40])
+def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tmp_path, calls):
+    want, folder = straight
+    before = torch.get_num_threads()
+    with pytest.raises(Interrupted):
+        MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=tmp_path, should_stop=after(calls))
+    assert (tmp_path / "target_only").exists() == (calls >= 29) and not (tmp_path / "model").exists()
+    seen = Recorder()
+    model = MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=tmp_path, resume=True, reporter=seen)
+    torch.set_num_threads(before)
+    assert len(seen.steps) < 58 - calls + 2
+    assert model.history["transfer_report"] == want.history["transfer_report"]
+    assert model.config == want.config
+    for name, tensor in want.model.state_dict().items():
+        assert torch.equal(model.model.state_dict()[name], tensor), name
+    assert (tmp_path / "report.html").read_text() == (folder / "report.html").read_text()
+
+
+def test_compare_reports_against_its_own_target_only_row(tmp_path):
+    seen = Recorder()
+    methods = ("pretrain", "target_only", "metarec")
+    rows, models = compare(SOURCES, TARGET, config=LONG, methods=methods, run_dir=tmp_path, reporter=seen)
+    assert seen.begun == [row.method for row in rows[1:]] == ["pretrain, then fine-tune", "target only", "MetaRec"]
+    assert "transfer_report" not in models["target_only"].history
+    alone = models["target_only"].evaluate("valid").ndcg[10]
+    for method in ("pretrain", "metarec"):
+        report = models[method].history["transfer_report"]
+        assert (report["method"], report["returned"]) == (method, "transferred")
+        assert report["validation"]["target_only"] == alone
+        assert report["validation"]["transferred"] == models[method].evaluate("valid").ndcg[10]
+        assert (tmp_path / method / "report.html").exists()
+        assert MetaRec.from_pretrained(tmp_path / method / "model").history["transfer_report"] == report
+    assert models["pretrain"].history["transfer_report"]["noise_floor"] is None
+
+
+def test_compare_without_a_target_only_row_names_the_model_that_took_the_place(monkeypatch):
+    monkeypatch.setattr("metarec_fast.api.transfer_report", lambda *_, **__: {"returned": "target_only"})
+    rows, models = compare(SOURCES, TARGET, config=config(), methods=("metarec",))
+    assert rows[1].method == "MetaRec (target only returned)"
+    assert models["metarec"].config.train.method == "target_only"
+
+
+# a new target from a saved model
+
+
+NEW = synthetic(num_sources=0, target_users=50, target_items=35, seed=5).target
+
+
+def test_adapt_needs_no_source_and_leaves_the_model_as_it_was(saved, tmp_path):
+    model = MetaRec.from_pretrained(saved)
+    kept = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    adapted = model.adapt(NEW, run_dir=tmp_path)
+    assert adapted.domain is NEW and adapted.model.domains == ["target"]
+    assert len(adapted.model.table("target").weight) == 35
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+    assert adapted.history["adapted_from"] == "target" and "transfer_report" not in adapted.history
+    assert adapted.history["evidence_weight"]["chosen"] == adapted.evidence_weight
+    assert len(adapted.recommend(users=[next(iter(NEW.users))], k=3)[0]) == 3
+    loaded = MetaRec.from_pretrained(tmp_path / "model")
+    got, want = loaded.evaluate(), adapted.evaluate()
+    assert np.array_equal(got.greater, want.greater) and loaded.history == adapted.history
+    # an adapted model adapts in turn
+    assert loaded.adapt(TARGET).domain is TARGET
+
+
+def test_adapting_starts_from_the_shared_parameters_and_the_structure_of_the_new_domain(fitted):
+    still = fitted.config.replace(train={"finetune_steps": 0})
+    adapted = fitted.adapt(NEW, config=still)
+    for name, tensor in fitted.model.shared.state_dict().items():
+        assert torch.equal(adapted.model.shared.state_dict()[name], tensor), name
+    rows = adapted.model.table("target").weight
+    assert rows.norm(dim=1).tolist() == pytest.approx([fitted.config.model.start_scale] * 35, rel=1e-4)
+    moved = fitted.adapt(NEW, config=fitted.config.replace(train={"finetune_steps": 20, "finetune_lr": 0.05}))
+    assert moved.history["best_validation_ndcg@10"] >= adapted.history["best_validation_ndcg@10"]
+    frozen = fitted.config.replace(train={"finetune_scope": "table", "finetune_lr": 0.05})
+    kept = fitted.adapt(NEW, config=frozen).model.shared.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in fitted.model.shared.state_dict().items())
+
+
+def test_adapting_uses_all_users_whatever_the_model_was_trained_on():
+    few = config(data={"target_fraction": 0.25}, train={"finetune_steps": 2, "compare_target_only": False})
+    adapted = MetaRec.fit(SOURCES[0], TARGET, config=few).adapt(NEW)
+    assert (adapted.split.train.lengths > 0).sum() == NEW.num_users
+
+
+def test_a_stopped_adaptation_goes_on(fitted, tmp_path):
+    threads = torch.get_num_threads()
+    options = fitted.config.replace(train={"threads": 1})
+    want = fitted.adapt(NEW, config=options, compare_target_only=True)
+    for calls in (3, 5):  # in the adaptation, and in the target-only run after it
+        folder = tmp_path / str(calls)
+        with pytest.raises(Interrupted):
+            fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, should_stop=after(calls + 3))
+        got = fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, resume=True)
+        assert got.history["transfer_report"] == want.history["transfer_report"]
+        assert got.evaluate().ndcg == want.evaluate().ndcg
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_adapting_never_worse_on_request(fitted, monkeypatch, rank):
+    def known(self, split="test", **_):
+        users = self.split.valid.users
+        return Metrics(
+            "", False, 35, users, np.full(len(users), rank if "adapted_from" in self.history else 1), 0 * users
+        )
+
+    monkeypatch.setattr(MetaRec, "evaluate", known)
+    monkeypatch.setattr(MetaRec, "_choose_evidence_weight", lambda self: None)
+    chosen = fitted.adapt(NEW, compare_target_only=True)
+    report = chosen.history["transfer_report"]
+    assert report["sources"] == {} and report["noise_floor"] is None
+    assert ("adapted_from" in chosen.history) == (rank == 0)
+    assert (chosen.config.train.method == "target_only") == (rank == 3)
+
+
+@pytest.mark.parametrize("method", ["joint", "target_only"])
+def test_whatever_made_a_model_adapting_it_is_fine_tuning(method):
+    made = MetaRec.fit(SOURCES, TARGET, config=config(train={"method": method, "compare_target_only": False}))
+    frozen = made.config.replace(train={"finetune_scope": "table", "finetune_lr": 0.05})
+    adapted = made.adapt(NEW, config=frozen)
+    assert adapted.history["best_at"].startswith("finetune ") and adapted.config.train.method == "pretrain"
+    for name, tensor in made.model.shared.state_dict().items():
+        assert torch.equal(adapted.model.shared.state_dict()[name], tensor), name
+
+
+def short(lengths):
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    items = (np.arange(offsets[-1]) % 3).astype(np.int32)
+    return Domain("shop", Sequences(offsets, items, 3), Vocabulary(range(len(lengths))), Vocabulary(list("xyz")))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([1, 1, 3], "domain 'shop' has no user with two training events"),
+        ([2, 2, 2], "domain 'shop' has no validation case, by which the model is chosen"),
+    ],
+    ids=str,
+)
+def test_a_domain_that_cannot_be_adapted_to_is_named(fitted, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        fitted.adapt(short(lengths))
+
+
+def test_adapting_needs_the_architecture_of_the_model(fitted):
+    with pytest.raises(ValueError, match=r"config\.model must be that of the model to adapt"):
+        fitted.adapt(NEW, config=config(model={"dim": 16}))
 
 
 def test_threads_are_set():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,52 @@ def test_a_profiled_run_shows_where_its_time_goes(folder, tmp_path, capsys, monk
     assert (tmp_path / "profile.svg").read_text().startswith("<svg")
 
 
+def test_each_method_with_sources_gets_a_verdict(run, capsys):
+    command, out, *_ = run
+    assert main([*command, "--resume"]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((out / "metrics.json").read_text())["history"]["metarec"]["transfer_report"]
+    assert f"MetaRec: {report['verdict']}" in shown and "target only: " not in shown
+    assert "overlap of codes with shop: books " in shown
+    assert f"report: {out / 'metarec' / 'report.html'}" in shown
+    assert report["verdict"].split(":")[0] in (out / "metarec" / "report.html").read_text()
+    assert not (out / "target_only" / "report.html").exists()
+
+
+def test_one_method_is_held_against_target_only(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["train", "--target=shop", "--source=books", f"--folder={folder}", f"--out={tmp_path}", *TINY]
+    assert main([*command, "--train.finetune-steps=4", "--train.meta-steps=20"]) == 0
+    shown = capsys.readouterr().out
+    history = json.loads((tmp_path / "metrics.json").read_text())["history"]["metarec"]
+    report = history["transfer_report"]
+    assert f"MetaRec: {report['verdict']}" in shown and "books: weight 1.00, similarity " in shown
+    assert ("(target only returned)" in shown) == (report["returned"] == "target_only")
+    assert (tmp_path / "metarec" / "target_only" / "checkpoint").is_dir()
+    assert (
+        main([*command, "--train.finetune-steps=4", "--train.no-compare-target-only", f"--out={tmp_path / 'b'}"]) == 0
+    )
+    assert "transfer" not in capsys.readouterr().out.lower()
+
+
+def test_adapt_makes_a_model_of_another_domain(model, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["adapt", model, "--target=books", f"--folder={folder}", f"--out={tmp_path}", "--steps=6", "--lr=0.01"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    adapted = MetaRec.from_pretrained(tmp_path / "model")
+    assert adapted.domain.name == "books" and adapted.history["adapted_from"] == "shop"
+    assert (adapted.config.train.finetune_steps, adapted.config.train.finetune_lr) == (6, 0.01)
+    assert "MetaRec, adapted from shop" in shown and f"{adapted.evaluate().ndcg[10]:.4f}" in shown
+    assert f"model: {tmp_path / 'model'}" in shown and "Transfer" not in shown
+    assert main(["recommend", str(tmp_path / "model"), "--users", "b-500", "--k", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["b-500"]) == 2
+    assert main([*command, "--compare-target-only", "--resume"]) == 0
+    shown = capsys.readouterr().out
+    report = MetaRec.from_pretrained(tmp_path / "model").history["transfer_report"]
+    assert report["verdict"] in shown and (tmp_path / "report.html").exists()
+
+
 @pytest.fixture
 def model(run):
     return str(run[1] / "metarec" / "model")
@@ -224,6 +271,8 @@ def test_import_tells_what_it_left_out(tmp_path, capsys):
         (["train", "--target=shop", "--folder={folder}"], "at least one source"),
         (["train", "--target=shop", "--source=shop", "--folder={folder}"], "different names"),
         (["evaluate", "{folder}"], "holds no saved model"),
+        (["adapt", "{folder}", "--target=shop"], "holds no saved model"),
+        (["audit-transfer", "--target=shop", "--source=books", "--leave-out", "--folder={folder}"], "two sources"),
         (["study", "nothing"], "study must be smoke, published or a JSON file, got 'nothing'"),
         (["study", "smoke", "--arms", "wings"], "study 'smoke' has no arm 'wings'"),
         (["study", "published"], "domain 'amazon14_office' is neither a file nor in"),
@@ -327,6 +376,23 @@ def test_audit_transfer_gives_a_verdict(folder, tmp_path, capsys):
     assert "shop: 40 users" in shown and "6/6  shop 1 all-kinds seed 0" in shown
     assert re.search(r"^The sources (help|harm|make no difference)", shown, re.MULTILINE)
     assert (tmp_path / "tables.md").exists()
+
+
+def test_adapting_to_a_domain_without_two_events_of_a_user_says_so(model, tmp_path, capsys):
+    (tmp_path / "few.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u{i},x,{i}\n" for i in range(5)))
+    assert main(["adapt", model, f"--target={tmp_path / 'few.csv'}", f"--out={tmp_path}"]) == 2
+    assert_one_line(capsys, "domain 'few' has no user with two training events")
+
+
+def test_an_audit_leaves_each_source_out(folder, tmp_path, capsys):
+    shutil.copy(folder / "books.csv", folder / "toys.csv")
+    command = ["audit-transfer", "--target=shop", "--source=books", "--source=toys", f"--folder={folder}"]
+    options = [f"--out={tmp_path}", "--seeds", "0", "--no-weights", "--leave-out", "--train.finetune-steps=4"]
+    assert main([*command, *options, *TINY]) == 0
+    shown = capsys.readouterr().out
+    assert "7/7  shop 1 without-toys seed 0" in shown and "6/7  shop 1 without-books seed 0" in shown
+    told = re.findall(r"(?:It cannot be told that (\w+) matters|^(\w+) (?:helps|harms)) beside the other", shown, re.M)
+    assert [a or b for a, b in told] == ["books", "toys"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

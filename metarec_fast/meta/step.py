@@ -47,6 +47,10 @@ class GradientAverages:
             averages[name] = torch.lerp(new, averages[name], self.decay) if name in averages else new.clone()
         return self.steps[name], self.answers[name]
 
+    def copy(self) -> GradientAverages:
+        """What the averages are now: updates replace tensors, they change none."""
+        return GradientAverages(self.decay, dict(self.steps), dict(self.answers))
+
 
 @dataclass
 class InnerRates:
@@ -91,6 +95,8 @@ class OuterStep:
     shared_grad, target_grad, source_grads: what the optimizer applies.
     similarities, weights: [S], in the order of the sources.
     source_losses: [S] before adaptation; target_losses: [S] after adaptation to each source.
+    steps: [S, P] theta - phi; descents: [S, P] sums of each source's inner gradients; answers: [S, P] the target's
+    gradients. P: all shared parameters in one vector.
     rates_grad: [inner_steps, tensors], of the weighted target losses in the inner rates, if they are learned.
     """
 
@@ -101,6 +107,9 @@ class OuterStep:
     weights: Tensor
     source_losses: Tensor
     target_losses: Tensor
+    steps: Tensor
+    descents: Tensor
+    answers: Tensor
     rates_grad: Tensor | None = None
 
 
@@ -314,7 +323,7 @@ def outer_step(
         phis = [a.phi.detach() for a in adaptations]
         target_losses, answers_at_phi, private_grads = _target_answers(loss, phis, target, target_batch, like)
     target_grad: list[Tensor] = []
-    answers, descents, similarities, source_losses, losses, rates_grads = [], [], [], [], [], []
+    answers, descents, steps, similarities, source_losses, losses, rates_grads = [], [], [], [], [], [], []
     source_grads: dict[str, Parameters] = {}
     for s, source in enumerate(sources):
         if vmapped:
@@ -340,13 +349,15 @@ def outer_step(
             del table_grads, value
         answers.append(answer)
         descents.append(sum(g for _, g, _ in adaptation.path))
+        steps.append(step)
         rates_grads.append(rates_grad)
         source_losses.append(adaptation.first_loss)
         source_grads[source.name] = adaptation.private_grad
     weights = source_weights(torch.stack(similarities), config=config)
-    flat = config.target_loss_weight * (weights @ torch.stack(answers))
+    answers_SP, descents_SP = torch.stack(answers), torch.stack(descents)
+    flat = config.target_loss_weight * (weights @ answers_SP)
     if config.source_loss_weight:
-        flat = flat + config.source_loss_weight / config.inner_steps * (weights @ torch.stack(descents))
+        flat = flat + config.source_loss_weight / config.inner_steps * (weights @ descents_SP)
     if vmapped:
         target_grad = [torch.tensordot(weights, g, 1) for g in private_grads.values()]
     return OuterStep(
@@ -357,6 +368,9 @@ def outer_step(
         weights=weights,
         source_losses=torch.stack(source_losses),
         target_losses=torch.stack(losses),
+        steps=torch.stack(steps),
+        descents=descents_SP,
+        answers=answers_SP,
         rates_grad=None if alpha is None else torch.tensordot(weights, torch.stack(rates_grads), 1),
     )
 

@@ -185,6 +185,14 @@ class Recommender(nn.Module):
         table.bias.copy_(torch.log((counts + 0.5) / (counts.sum() + 0.5 * len(counts)) * len(counts)))
 
     @torch.no_grad()
+    def codes(self, domain: str) -> Tensor:
+        """[H, V] int64: the code of each item in each head. Raises ValueError for a model without codes."""
+        if self.config.vq == "none":
+            raise ValueError("codes need a model with a codebook, got vq 'none'")
+        table = self.table(domain)
+        return self.shared.quantize(table.norm(table.weight))[1]
+
+    @torch.no_grad()
     def start_codebook(self, domains: Sequence[str], *, seed: int) -> None:
         """Codes start as normalised item rows, drawn evenly from the domains, so that none starts dead."""
         if self.config.vq == "none":

@@ -1,12 +1,14 @@
-"""Does transfer help on these domains, and is it what the sources know that helps? A study of five arms, and words."""
+"""Does transfer help on these domains, and is it what the sources know that helps? A study, and words."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from metarec_fast.config import Config
-from metarec_fast.study.grid import Arm, Comparison, Study
+from metarec_fast.evaluation import holm
+from metarec_fast.study.grid import SAFE, Arm, Comparison, Study
 from metarec_fast.study.presets import controls, ours
 from metarec_fast.study.results import LEVEL, Contrast, Results
 
@@ -14,15 +16,24 @@ ALONE = "target-only"
 
 
 def audit_study(
-    target: str, sources: Sequence[str], config: Config, *, seeds: Sequence[int] = (0, 1, 2), weights: bool = True
+    target: str,
+    sources: Sequence[str],
+    config: Config,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    weights: bool = True,
+    leave_out: bool = False,
 ) -> Study:
     """Target only, the sources, and the controls made of them, all with the options of ``config``.
 
     weights: one more arm with all kinds of sources together, for the weights that they get.
-    Raises ValueError without sources, or with a target among them.
+    leave_out: one more arm for each source, trained without it.
+    Raises ValueError without sources, with a target among them, or to leave out the only one.
     """
     if not sources or target in sources:
         raise ValueError(f"an audit needs sources that are not the target, got {', '.join(sources) or 'none'}")
+    if leave_out and len(sources) < 2:
+        raise ValueError("leave_out needs at least two sources, got one: without it there is the target alone")
     arms = (
         Arm(name=ALONE, group="structure", options={"train": {"method": "target_only"}}),
         ours(),
@@ -32,16 +43,25 @@ def audit_study(
         *((arm.name, ALONE) for arm in arms[1:5]),
         *(("ours", control) for control in ("shuffled-sources", "random-sources")),
     )
+    parts = tuple(_without(source) for source in sources) if leave_out else ()
     return Study(
         name="audit",
         targets=(target,),
         sources=tuple(sources),
         fractions=(config.data.target_fraction,),
         seeds=tuple(seeds),
-        arms=arms,
-        comparisons=tuple(Comparison(arm=arm, against=(against,)) for arm, against in compared),
+        arms=(*arms, *parts),
+        comparisons=tuple(
+            Comparison(arm=arm, against=(against,))
+            for arm, against in (*compared, *(("ours", part.name) for part in parts))
+        ),
         options=dataclasses.asdict(config),
     )
+
+
+def _without(source: str) -> Arm:
+    name = Path(source).name.partition(".")[0]
+    return Arm(name="without-" + "".join(c if c in SAFE else "_" for c in name), group="ablation", without=(source,))
 
 
 def audit_verdict(results: Results) -> list[str]:
@@ -73,6 +93,16 @@ def audit_verdict(results: Results) -> list[str]:
         if control.difference.p < LEVEL:
             verb = _effect(control)
             sentences.append(f"Caution: {name} should equal target only, and {verb} it: {_figures(control)}.")
+    parts = [found["ours", arm.name] for arm in study.arms if arm.without]
+    for part, p in zip(parts, holm([part.difference.p for part in parts]), strict=True):
+        source = part.baseline.removeprefix("without-")
+        what = f"{_figures(part, p)} with it over training without it"
+        if p >= LEVEL:
+            sentences.append(f"It cannot be told that {source} matters beside the other sources: {what}.")
+        else:
+            sentences.append(
+                f"{source} {'helps' if part.difference.mean > 0 else 'harms'} beside the other sources: {what}."
+            )
     weights = results.source_means("all-kinds", study.targets[0], study.fractions[0], "weight")
     if weights:
         ranked = sorted(weights, key=lambda name: -weights[name])
@@ -86,6 +116,9 @@ def _effect(contrast: Contrast) -> str:
     return "help" if contrast.difference.mean > 0 else "harm"
 
 
-def _figures(contrast: Contrast) -> str:
+def _figures(contrast: Contrast, p: float | None = None) -> str:
+    """p: adjusted, in place of the comparison's own."""
     low, high = contrast.interval
-    return f"{contrast.gain:+.1%} NDCG@10 ({low:+.1%} to {high:+.1%}, p {contrast.difference.p:.4f})"
+    return (
+        f"{contrast.gain:+.1%} NDCG@10 ({low:+.1%} to {high:+.1%}, p {contrast.difference.p if p is None else p:.4f})"
+    )

@@ -34,6 +34,8 @@ class Arm:
     sources: tuple[Sources, ...] = ("related",)
     """related: the study's sources as they are. shuffled: each user's items in random order. random: all items in
     random order. copy: the target under other ids."""
+    without: tuple[str, ...] = ()
+    """Of the study's sources, those that this arm leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,8 @@ class Study:
                     raise ValueError(
                         f"{what} of arm {arm.name!r} must be of {', '.join(allowed)}, got {unknown.pop()!r}"
                     )
+            if unknown := set(arm.without) - set(self.sources):
+                raise ValueError(f"arm {arm.name!r} leaves out {unknown.pop()!r}, which is no source of the study")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"fractions must be in (0, 1], got {fraction}")
@@ -118,7 +122,9 @@ class Study:
     def configs(self, cell: Cell) -> list[Config]:
         """The configurations of a cell, one for each combination of tuned values."""
         start = apply(apply(Config(), self.options), cell.arm.options)
-        start = start.replace(train={"seed": cell.seed}, data={"target_fraction": cell.fraction})
+        # a study has its own target-only arms
+        train = {"seed": cell.seed, "compare_target_only": False}
+        start = start.replace(train=train, data={"target_fraction": cell.fraction})
         if cell.arm.floor:
             return [start]
         made = []
@@ -136,8 +142,10 @@ class Study:
             return ()
         return cell.arm.sources
 
-    def sources_of(self, target: str) -> list[str]:
-        return [name for name in self.sources if name != target]
+    def sources_of(self, target: str, arm: Arm | None = None) -> list[str]:
+        """The study's sources for a target, less those that the arm leaves out."""
+        without = {target, *(() if arm is None else arm.without)}
+        return [name for name in self.sources if name not in without]
 
     def hash(self, cell: Cell, fingerprints: Mapping[str, str]) -> str:
         """16 hexadecimal digits of all that a cell's figures depend on, the code's version aside.
@@ -145,13 +153,14 @@ class Study:
         fingerprints: of every domain by its name (``data.fingerprint``).
         """
         kinds = self.kinds(cell)
+        sources = self.sources_of(cell.target, cell.arm) if set(kinds) - {"copy"} else []
         facts = {
             "format": FORMAT,
             "floor": cell.arm.floor,
             "configs": [dataclasses.asdict(config) for config in self.configs(cell)],
             "target": fingerprints[cell.target],
             "kinds": kinds,
-            "sources": [fingerprints[name] for name in self.sources_of(cell.target)] if set(kinds) - {"copy"} else [],
+            "sources": [fingerprints[name] for name in sources],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -104,7 +104,7 @@ def code_version() -> str:
 def sources_of(study: Study, cell: Cell, domains: Domains) -> list[Domain]:
     """The source domains of an arm, kind after kind; what is random in them follows the cell's seed."""
     kinds = study.kinds(cell)
-    names = study.sources_of(cell.target) if set(kinds) - {"copy"} else []
+    names = study.sources_of(cell.target, cell.arm) if set(kinds) - {"copy"} else []
     related = [domains.load(study, name) for name in names]
     made: list[Domain] = []
     for kind in kinds:
@@ -253,14 +253,14 @@ def cell_stem(cell: Cell) -> str:
 
 def cell_path(out: Path, study: Study, cell: Cell, domains: Domains) -> Path:
     """Where a cell's file lies. Its name holds the hash, so that a changed arm is another cell."""
-    names = [cell.target, *study.sources_of(cell.target)]
+    names = [cell.target, *study.sources_of(cell.target, cell.arm)]
     digest = study.hash(cell, {name: domains.fingerprint(study, name) for name in names})
     return out / "cells" / f"{cell_stem(cell)}-{digest}.json"
 
 
 def save_cell(path: Path, study: Study, cell: Cell, domains: Domains, outcome: Outcome) -> None:
     """The ranks, then the facts: a cell whose JSON is there is whole."""
-    names = [cell.target, *(study.sources_of(cell.target) if set(study.kinds(cell)) - {"copy"} else ())]
+    names = [cell.target, *(study.sources_of(cell.target, cell.arm) if set(study.kinds(cell)) - {"copy"} else ())]
     facts = {
         "format": FORMAT,
         "arm": dataclasses.asdict(cell.arm),

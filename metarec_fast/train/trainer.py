@@ -23,6 +23,7 @@ from metarec_fast.data.domain import Split
 from metarec_fast.data.prefetch import Prefetch
 from metarec_fast.data.sampler import Sampler, draw
 from metarec_fast.evaluation import evaluate
+from metarec_fast.meta.signals import NoiseFloor, leaving_out
 from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Source, outer_step
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
@@ -35,6 +36,7 @@ from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 # 1,000 to 3,000 rows of 57,000 (64 wide, float32) so costs 1.4 to 2.7 times less than dense AdamW, of 12,000 up to
 # 1.4 times more.
 LARGE_TABLE = 50_000
+TRACE_EVERY = 10  # meta steps
 
 
 class Reporter(Protocol):
@@ -103,7 +105,8 @@ class Progress:
     best_at: str = ""
     waited: int = 0  # evaluations since the best
     skipped: int = 0  # steps left out for non-finite numbers
-    trace: list[dict[str, Any]] = field(default_factory=list)  # similarities and weights over time
+    trace: list[dict[str, Any]] = field(default_factory=list)  # an entry every TRACE_EVERY meta steps
+    untraced: list[dict[str, Any]] = field(default_factory=list)  # noise and descents of the steps since
 
 
 class Trainer:
@@ -126,6 +129,7 @@ class Trainer:
         self.folder, self.reporter, self.should_stop = folder, reporter or Silent(), should_stop
         self.progress = Progress()
         self.averages = GradientAverages(config.meta.similarity_decay)
+        self.noise = NoiseFloor()
         self.best_state: dict[str, Tensor] = {}
         self.rates: InnerRates | None = None
         if config.meta.lr_of_inner_lr:
@@ -226,6 +230,7 @@ class Trainer:
         name = self.target.domain.name
         rows = {s: self._rows(s, [batch for of, batch in batches[:-1] if of == s]) for s in self.sources}
         rows[name] = self._rows(name, [batches[-1][1]])
+        before = self.averages.copy()
         result: OuterStep = outer_step(
             self.model.loss,
             self.model.shared_parameters(),
@@ -233,7 +238,7 @@ class Trainer:
             rows[name].private,
             rows[name].batches[0],
             config=m,
-            averages=self.averages if m.similarity_decay else None,
+            averages=self.averages,
             rates=self.rates,
         )
         for key, parameter in self.model.shared_parameters().items():
@@ -241,10 +246,17 @@ class Trainer:
         for domain, grads in (result.source_grads | {name: result.target_grad}).items():
             rows[domain].take_gradients(grads)
         losses = dict(zip(self.sources, result.source_losses, strict=True))
+        like = self.model.shared_parameters()
+        noise = {
+            s: self.noise.draw(s, step, answer, before=before, like=like, config=m)
+            for s, step, answer in zip(self.sources, result.steps, result.answers, strict=True)
+        }
         return {
             "losses": {**losses, name: result.target_losses.mean()},
             "similarities": dict(zip(self.sources, result.similarities.tolist(), strict=True)),
             "weights": dict(zip(self.sources, result.weights.tolist(), strict=True)),
+            "noise": noise,
+            "descents": leaving_out(result, before=before, config=m),
             "rates_grad": result.rates_grad,
         }
 
@@ -255,7 +267,7 @@ class Trainer:
         self.model.train()
         for optimizer in self._optimizers():
             optimizer.zero_grad(set_to_none=True)
-        averages = dict(self.averages.steps), dict(self.averages.answers)
+        averages, noise = self.averages.copy(), self.noise.copy()
         batches = self._ready(stage, step)
         facts = self._meta(batches) if stage == "meta" else self._joint(batches)
         facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
@@ -264,7 +276,7 @@ class Trainer:
         if updated and rates_grad is not None:
             self.rates.update(rates_grad, lr=self.config.meta.lr_of_inner_lr)
         if not updated:
-            self.averages.steps, self.averages.answers = averages  # one bad step would stay in them for ever
+            self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
             self.progress.skipped += 1
             facts["skipped"] = True
         facts["data_wait_share"] = round(self._prefetch[1].wait_share, 5)
@@ -327,7 +339,8 @@ class Trainer:
         p, every = self.progress, self.config.train.evaluate_every
         while p.stage < len(self.stages):
             stage = self.stages[p.stage]
-            frozen = stage.name == "finetune" and self.config.train.finetune_scope == "table"
+            t = self.config.train
+            frozen = stage.name == "finetune" and t.finetune_scope == "table" and t.method != "target_only"
             self.model.shared.requires_grad_(not frozen)
             while p.step < stage.steps:
                 if self.should_stop():
@@ -342,8 +355,8 @@ class Trainer:
                 else:
                     facts = self.profiler.step(self, stage.name, p.step)
                 p.step += 1
-                if "weights" in facts and p.step % 10 == 0:
-                    p.trace.append({"step": p.step, "similarity": facts["similarities"], "weight": facts["weights"]})
+                if "weights" in facts and "skipped" not in facts:
+                    self._trace(facts)
                 self.reporter.step(stage.name, p.step, stage.steps, facts)
                 if self.folder is not None and p.step % (4 * every) == 0:
                     self.save()
@@ -353,6 +366,28 @@ class Trainer:
             p.stage, p.step = p.stage + 1, 0
             if p.stage < len(self.stages):
                 self._start_optimizers()
+
+    def _trace(self, facts: dict[str, Any]) -> None:
+        """Keep what a meta step found: similarities and weights now and then, noise and descents of all steps."""
+        p = self.progress
+        if None not in facts["noise"].values():
+            p.untraced.append({"noise": list(facts["noise"].values()), "descents": facts["descents"]})
+        if p.step % TRACE_EVERY == 0 and p.untraced:
+            draws = [draw for one in p.untraced for draw in one["noise"]]
+            descents = zip(*(one["descents"] for one in p.untraced), strict=True)
+            descent, *without = (sum(column) / len(p.untraced) for column in descents)
+            p.trace.append(
+                {
+                    "step": p.step,
+                    "similarity": facts["similarities"],
+                    "weight": facts["weights"],
+                    "noise": math.sqrt(sum(draw**2 for draw in draws) / len(draws)),
+                    "draws": len(draws),
+                    "descent": descent,
+                    "descent_without": dict(zip(self.sources, without, strict=True)),
+                }
+            )
+            p.untraced = []
 
     # checkpoints
 
@@ -364,6 +399,7 @@ class Trainer:
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= {f"steps.{k}": v for k, v in self.averages.steps.items()}
         tensors |= {f"answers.{k}": v for k, v in self.averages.answers.items()}
+        tensors |= {f"noise.{k}": v for k, v in self.noise.answers.items()}
         if self.rates is not None:
             tensors["rates"] = self.rates.values
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
@@ -398,6 +434,7 @@ class Trainer:
             ) from error
         self.best_state = pick("best.")
         self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
+        self.noise.answers = pick("noise.")
         if self.rates is not None:
             self.rates.values = tensors["rates"]
         if self.progress.stage < len(self.stages):

@@ -232,3 +232,16 @@ def test_clear_errors():
         Recommender(dataclasses.replace(SMALL, codebook_heads=3), CATALOGUES)
     with pytest.raises(ValueError, match="domain must be one of a, b, t, got 'c'"):
         world()[0].table("c")
+
+
+def test_codes_of_a_catalogue_are_the_nearest_in_each_head():
+    model, _ = world()
+    codes = model.codes("b")
+    assert codes.shape == (2, 40) and codes.dtype == torch.int64
+    table = model.table("b")
+    z = F.layer_norm(table.weight, (8,), table.norm.weight, table.norm.bias).view(40, 2, 4)
+    for head in range(2):
+        distances = torch.cdist(z[:, head], model.shared.codebook[head])
+        assert torch.equal(codes[head], distances.argmin(1))
+    with pytest.raises(ValueError, match="codes need a model with a codebook"):
+        world(dataclasses.replace(SMALL, vq="none"))[0].codes("b")

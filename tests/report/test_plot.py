@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from metarec_fast.report.plot import Interval, Point, interval_chart, line_chart, ticks
+from metarec_fast.report.plot import MOST_PLACES, Band, Interval, Point, heat_map, interval_chart, line_chart, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -33,6 +33,37 @@ def test_intervals_lie_about_zero():
     assert up.get("fill") != "#fff" == down.get("fill")
     assert {"up", "down", "0.1", "-0.1"} <= set(texts(svg))
     assert "+10.0%" in texts(interval_chart([Interval("up", 0.1, 0.05, 0.2)], title="t", percent=True))
+
+
+def test_a_band_lies_behind_the_lines_and_is_named():
+    line = {"a": [Point("1", 0.0), Point("2", 0.1)]}
+    svg = line_chart(line, title="t", band=Band("noise", -0.2, 0.2))
+    assert "noise" in texts(svg)
+    first, *_ = [e for e in ElementTree.fromstring(svg).iter(f"{SVG}rect") if e.get("width") != "100%"]
+    (polyline,) = ElementTree.fromstring(svg).findall(f"{SVG}polyline")
+    ys = [float(pair.split(",")[1]) for pair in polyline.get("points").split()]
+    top, height = float(first.get("y")), float(first.get("height"))
+    # 0 in the middle of the band, .1 in the middle of its upper half
+    assert ys == pytest.approx([top + height / 2, top + height / 4], abs=0.11)
+
+
+def test_many_places_are_not_all_named():
+    points = [Point(str(10 * (i + 1)), 0.1) for i in range(30)]
+    named = set(texts(line_chart({"a": points}, title="t"))) & {point.place for point in points}
+    assert len(named) <= MOST_PLACES and "300" in named
+
+
+def test_a_heat_map_shows_every_pair():
+    svg = heat_map(["a", "b < c"], [[1.0, 0.25], [0.25, 1.0]], title="t")
+    assert (
+        texts(svg).count("0.25") == 2
+        and texts(svg).count("1.00") == 2
+        and {"a  1", "b < c  2", "1", "2"} <= set(texts(svg))
+    )
+    fills = [e.get("fill") for e in ElementTree.fromstring(svg).iter(f"{SVG}rect") if e.get("width") == "62.0"]
+    assert fills[0] == fills[3] == "#0072b2" and fills[1] == fills[2] not in ("#ffffff", "#0072b2")
+    with pytest.raises(ValueError, match="a square over 2 names"):
+        heat_map(["a", "b"], [[1.0, 0.0]], title="t")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,21 @@ def test_a_target_is_no_source_of_itself():
     assert study(targets=("target", "source0")).sources_of("source0") == ["source1"]
 
 
+def test_an_arm_leaves_sources_out():
+    part = Arm(name="without-1", group="ablation", without=("source1",))
+    plan = study(arms=(*ARMS, part))
+    assert plan.sources_of("target", part) == ["source0"] and plan.sources_of("target") == ["source0", "source1"]
+    hashed = plan.hash(cell("without-1", arms=plan.arms), {"target": "t", "source0": "a"})
+    # the same cell as a study of that source alone has
+    assert hashed == study(sources=("source0",)).hash(cell("ours"), DATA) != plan.hash(cell("ours"), DATA)
+    with pytest.raises(ValueError, match="arm 'odd' leaves out 'it', which is no source of the study"):
+        study(arms=(*ARMS, Arm(name="odd", group="ours", without=("it",))))
+
+
+def test_cells_train_no_target_only_model_beside():
+    assert all(not config.train.compare_target_only for c in study().cells() for config in study().configs(c))
+
+
 def test_only_keeps_a_part_and_the_comparisons_that_it_has():
     part = study().only(arms=["ours", "best-floor"], seeds=[1], fractions=(), targets=())
     assert [c.arm.name for c in part.cells()] == ["best-floor", "ours"] * 2

@@ -114,8 +114,8 @@ def test_markdown_has_every_arm_metric_cost_and_verdict(out):
     assert "different code versions" not in text
 
 
-def made(gain, p, fraction=0.1):
-    return Contrast("t", fraction, "a", "b", 3, 0.1 * (1 + gain), 0.1, Difference(0.1 * gain, 0, 0, p), p)
+def made(gain, p, fraction=0.1, baseline="b"):
+    return Contrast("t", fraction, "a", baseline, 3, 0.1 * (1 + gain), 0.1, Difference(0.1 * gain, 0, 0, p), p)
 
 
 def test_consistent_needs_most_wins_and_no_loss():
@@ -134,9 +134,9 @@ def test_consistent_needs_most_wins_and_no_loss():
 # the audit
 
 
-def audit(**changes):
+def audit(*, leave_out=False, **changes):
     options = config(train={"threads": 1}, data={"target_fraction": 0.5})
-    plan = audit_study("target", ["source0", "source1"], options, seeds=(0,))
+    plan = audit_study("target", ["source0", "source1"], options, seeds=(0,), leave_out=leave_out)
     return study(**{**{f: getattr(plan, f) for f in ("name", "arms", "fractions", "seeds", "comparisons")}, **changes})
 
 
@@ -155,11 +155,12 @@ class Known:
 
     complete = True
 
-    def __init__(self, gains):
-        self.study, self.gains = audit(), gains
+    def __init__(self, gains, **options):
+        self.study, self.gains = audit(**options), gains
 
     def contrasts(self, comparison):
-        return [made(*self.gains.get((comparison.arm, comparison.against[0]), (0.0, 0.9)))]
+        (against,) = comparison.against
+        return [made(*self.gains.get((comparison.arm, against), (0.0, 0.9)), baseline=against)]
 
     def source_means(self, *asked):
         return {"target copy": 0.2, "source0": 0.5, "source0 random": 0.3}
@@ -184,6 +185,27 @@ def test_the_verdict_in_words():
     assert nothing[1].startswith("Even a copy of the target as source gives no clear gain")
     assert len(nothing) == 3
     assert audit_verdict(Known({("ours", "target-only"): (-0.2, 0.001)}))[0].startswith("The sources harm the target")
+
+
+def test_an_audit_trains_without_each_source_and_adjusts_for_their_number(tmp_path):
+    plan = audit(leave_out=True)
+    assert [(arm.name, arm.without) for arm in plan.arms if arm.without] == [
+        ("without-source0", ("source0",)),
+        ("without-source1", ("source1",)),
+    ]
+    assert run(plan, tmp_path, cells=plan.only(arms=["without-source1"]).cells()) == []
+    (cell,) = (tmp_path / "cells").glob("*.json")
+    facts = json.loads(cell.read_text())
+    assert set(facts["data"]) == {"target", "source0"} == {"target", *facts["transfer"]["weight"]}
+    gains = {("ours", "without-source0"): (0.3, 0.01), ("ours", "without-source1"): (-0.1, 0.03)}
+    *_, first, second, _ = audit_verdict(Known(gains, leave_out=True))
+    assert first.startswith("source0 helps beside the other sources: +30.0%") and "p 0.0200)" in first
+    assert second.startswith("source1 harms beside the other sources: -10.0%") and "p 0.0300)" in second
+    *_, first, second, _ = audit_verdict(Known(gains | {("ours", "without-source0"): (0.3, 0.03)}, leave_out=True))
+    assert first.startswith("It cannot be told that source0 matters beside the other sources")  # .03 twice
+    assert second.startswith("It cannot be told that source1")
+    with pytest.raises(ValueError, match="leave_out needs at least two sources"):
+        audit_study("target", ["source0"], Config(), leave_out=True)
 
 
 def test_an_audit_needs_sources():

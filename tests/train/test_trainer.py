@@ -247,12 +247,37 @@ def test_a_table_alone_is_fine_tuned(monkeypatch):
     assert all(p.requires_grad for p in run.model.parameters())
 
 
-def test_weights_of_sources_are_traced():
+def test_a_target_alone_has_no_shared_parameters_to_leave_as_they_are(monkeypatch):
+    run = trainer(config(train={"method": "target_only", "finetune_scope": "table"}))
+    kept = {k: v.clone() for k, v in run.model.shared.state_dict().items()}
+    monkeypatch.setattr(run, "validate", lambda: float(run.progress.step))  # the last model is returned
+    run.run()
+    assert not any(torch.equal(tensor, kept[name]) for name, tensor in run.model.shared.state_dict().items())
+
+
+@pytest.mark.parametrize("decay", [0.95, 0.0])
+def test_weights_noise_and_descents_of_sources_are_traced(decay):
+    run = trainer(config(train={"meta_steps": 23}, meta={"similarity_decay": decay}), reporter=(seen := Recorder()))
+    trace = run.run().trace
+    assert [(entry["step"], entry["draws"]) for entry in trace] == [(10, 16), (20, 20)]  # two steps begin
+    steps = [facts for stage, _, _, facts in seen.steps if stage == "meta"]
+    for entry, part in zip(trace, (steps[2:10], steps[10:20]), strict=True):
+        assert entry["weight"] == part[-1]["weights"] and sum(entry["weight"].values()) == pytest.approx(1)
+        assert entry["similarity"] == part[-1]["similarities"] and set(entry["similarity"]) == {"source0", "source1"}
+        draws = [draw for facts in part for draw in facts["noise"].values()]
+        assert entry["noise"] == pytest.approx(math.sqrt(sum(d * d for d in draws) / len(draws)))
+        means = [sum(column) / len(part) for column in zip(*(facts["descents"] for facts in part), strict=True)]
+        assert [entry["descent"], *entry["descent_without"].values()] == pytest.approx(means)
+
+
+def test_a_skipped_step_is_not_traced():
     run = trainer(config(train={"meta_steps": 10}))
-    (entry,) = run.run().trace
-    assert entry["step"] == 10
-    assert sum(entry["weight"].values()) == pytest.approx(1)
-    assert set(entry["similarity"]) == {"source0", "source1"}
+    step, run.train_step = (
+        run.train_step,
+        lambda stage, at: {**step(stage, at), **({"skipped": True} if at > 7 else {})},
+    )
+    assert run.run().trace == []
+    assert len(run.progress.untraced) == 6
 
 
 def prefetching() -> int:

@@ -1,0 +1,69 @@
+"""What the gradients of a meta step tell beside the step: what similarity is noise, and what a source gives.
+
+Neither is in MetaRec's abstract nor in MetaAdapt: both are ours, and found from what the step has at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from metarec_fast.config import MetaConfig
+from metarec_fast.meta.step import GradientAverages, OuterStep, Parameters, similarity, source_weights
+
+
+@dataclass
+class NoiseFloor:
+    """Draws of the similarity that gradients with nothing in common reach, from a run's own gradients.
+
+    A source's step and the target's answer deviate from their averages so far by the noise of their batches. A draw is
+    the similarity of a step's deviation and that of the answer one step earlier, which stems from other batches: what
+    agrees, agrees by chance, with the spread over parameters and the correlations that these gradients have. Averages
+    of independent deviations have the covariance of one, up to a factor that a cosine takes no notice of: the draws are
+    as large as the similarities of smoothed gradients without anything in common.
+
+    answers: the deviation [P] of the target's last answer to each source.
+    """
+
+    answers: dict[str, Tensor] = field(default_factory=dict)
+
+    def draw(
+        self, name: str, step: Tensor, answer: Tensor, *, before: GradientAverages, like: Parameters, config: MetaConfig
+    ) -> float | None:
+        """One draw for a source's step and the target's answer to it, both [P]; None at the source's first two steps.
+
+        before: the averages without this step.
+        """
+        if name not in before.steps:
+            return None
+        earlier, self.answers[name] = self.answers.get(name), answer - before.answers[name]
+        if earlier is None:
+            return None
+        return float(similarity(step - before.steps[name], earlier, like=like, config=config))
+
+    def copy(self) -> NoiseFloor:
+        return NoiseFloor(dict(self.answers))
+
+
+def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConfig) -> list[float] | None:
+    """How well a meta step descends the target's loss: [1 + S], with all sources, then without each.
+
+    The cosine between the shared gradient and the target's: to first order, the descent by a step of given length. The
+    target's gradient is the average over the steps before: in the present batch's own, its noise would agree with
+    itself. Without a source the weights are those of the other sources' similarities; without the only one the step is
+    the target's own gradient. None at the first step.
+    """
+    names = list(result.source_grads)
+    if any(name not in before.answers for name in names):
+        return None
+    target = result.weights @ torch.stack([before.answers[name] for name in names])
+    own = config.target_loss_weight * result.answers
+    parts = own + config.source_loss_weight / config.inner_steps * result.descents
+    shared = [result.weights @ parts]
+    for s in range(len(names)):
+        others = [i for i in range(len(names)) if i != s]
+        weights = source_weights(result.similarities[others], config=config)
+        shared.append(weights @ parts[others] if others else own[s])
+    return torch.cosine_similarity(torch.stack(shared), target, dim=1).tolist()

@@ -1,0 +1,240 @@
+"""Did transfer help? What a run with sources found out, as plain JSON, as lines of text, and as one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from metarec_fast.evaluation import Metrics, paired_bootstrap
+from metarec_fast.report.plot import Band, Interval, Point, heat_map, interval_chart, line_chart
+
+METRIC = "ndcg@10"
+LEVEL = 0.05  # of the paired bootstrap's p
+SPREADS = 2  # of the noise's draws that make its floor: 1 draw in 20 of a normal distribution lies outside
+
+
+def transfer_report(
+    transferred: Metrics,
+    alone: Metrics,
+    *,
+    method: str,
+    sources: Sequence[str],
+    trace: Sequence[Mapping[str, Any]] = (),
+    codes: Mapping[str, np.ndarray] | None = None,
+    codebook_size: int = 0,
+    replaces: bool = True,
+) -> dict[str, Any]:
+    """What transfer gave over the target-only model of the same budget, and what each source had to do with it.
+
+    transferred, alone: of the two models on the same validation cases. method: how the first was trained.
+    trace: of the meta stage (``Trainer.progress.trace``), empty without one.
+    codes: of each domain's items, [H, V] each; the target is the last.
+    replaces: whether the target-only model takes the place of one that is not better; otherwise only the words say so.
+    """
+    difference = paired_bootstrap(transferred.per_user(METRIC), alone.per_user(METRIC), seed=0)
+    baseline = alone[METRIC]
+    relative = {
+        key: value / baseline if baseline else None
+        for key, value in (("gain", difference.mean), ("gain_low", difference.low), ("gain_high", difference.high))
+    }
+    better = difference.mean > 0
+    validation = {
+        "metric": METRIC,
+        "cases": len(alone),
+        "protocol": alone.protocol,
+        "transferred": transferred[METRIC],
+        "target_only": baseline,
+        "difference": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+        "p": difference.p,
+        **relative,
+    }
+    floor = noise_floor(trace)
+    return {
+        "method": method,
+        "better": "transferred" if better else "target_only",
+        "returned": "target_only" if replaces and not better else "transferred",
+        "verdict": verdict(validation, replaces=replaces),
+        "validation": validation,
+        "noise_floor": floor,
+        "sources": {name: _source(name, trace, floor) for name in sources},
+        "code_overlap": None if codes is None else code_overlap(codes, codebook_size=codebook_size),
+        "over_time": list(trace),
+    }
+
+
+def verdict(validation: Mapping[str, Any], *, replaces: bool = True) -> str:
+    """One sentence on the validation figures of a report."""
+    figures = f"{_change(validation)} against target only on the same budget"
+    clear = validation["p"] < LEVEL
+    if validation["difference"] > 0:
+        if clear:
+            return f"Transfer helped on validation: {figures}."
+        return f"No clear evidence that transfer helped: {figures}. It is not worse, so the transferred model is kept."
+    choice = "is returned" if replaces else "is the one to take"
+    what = "Transfer harmed on validation" if clear else "No evidence that transfer helped"
+    return f"{what}: {figures}. The target-only model {choice}."
+
+
+def _change(validation: Mapping[str, Any]) -> str:
+    if validation["gain"] is None:
+        low, mean, high = (validation[key] for key in ("low", "difference", "high"))
+        return f"NDCG@10 {mean:+.4f} ({low:+.4f} to {high:+.4f}, p {validation['p']:.4f})"
+    low, gain, high = (validation[key] for key in ("gain_low", "gain", "gain_high"))
+    return f"{gain:+.1%} NDCG@10 ({low:+.1%} to {high:+.1%}, p {validation['p']:.4f})"
+
+
+def noise_floor(trace: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Twice the root mean square of all draws of the noise (``meta.NoiseFloor``); None without a meta stage."""
+    draws = sum(entry["draws"] for entry in trace)
+    if not draws:
+        return None
+    square = sum(entry["draws"] * entry["noise"] ** 2 for entry in trace) / draws
+    return {"similarity": SPREADS * square**0.5, "draws": draws}
+
+
+def _source(name: str, trace: Sequence[Mapping[str, Any]], floor: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Over the later half of the meta stage; None without one."""
+    late = trace[len(trace) // 2 :]
+    if not late or floor is None:
+        return None
+    similarities = [entry["similarity"][name] for entry in late]
+    descent, without = (float(np.mean(values)) for values in zip(*_descents(name, late), strict=True))
+    return {
+        "weight": float(np.mean([entry["weight"][name] for entry in late])),
+        "similarity": float(np.mean(similarities)),
+        "late_entries": len(late),
+        "above_noise_floor": sum(value > floor["similarity"] for value in similarities),
+        # of the target's loss, to first order and by a step of given length
+        "leaving_out_costs": 1 - without / descent if descent > 0 else None,
+    }
+
+
+def _descents(name: str, trace: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    return [(entry["descent"], entry["descent_without"][name]) for entry in trace]
+
+
+def code_overlap(codes: Mapping[str, np.ndarray], *, codebook_size: int) -> dict[str, Any]:
+    """How far domains use the same codes: for each pair and head, the sum over codes of the smaller share of items.
+
+    codes: [H, V] of each domain's items. 1: the same histogram; 0: no code in common. "overlap": the mean over heads.
+    "used": the mean number of codes of a head that have an item.
+    """
+    shares = {
+        name: np.stack([np.bincount(head, minlength=codebook_size) / len(head) for head in np.asarray(indices)])
+        for name, indices in codes.items()
+    }
+    by_head = [[np.minimum(a, b).sum(1) for b in shares.values()] for a in shares.values()]
+    return {
+        "domains": list(codes),
+        "codebook_size": codebook_size,
+        "overlap": [[float(pair.mean()) for pair in row] for row in by_head],
+        "overlap_by_head": [[pair.tolist() for pair in row] for row in by_head],
+        "used": {name: float((share > 0).sum(1).mean()) for name, share in shares.items()},
+    }
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """The key figures under the verdict, for a terminal."""
+    told = []
+    floor = report["noise_floor"]
+    for name, source in report["sources"].items():
+        if source is not None:
+            above = f"{source['above_noise_floor']} of {source['late_entries']} late values above the noise floor"
+            told.append(
+                f"  {name}: weight {source['weight']:.2f}, similarity {source['similarity']:+.3f} "
+                f"({above} of {floor['similarity']:.3f}){_costs(source)}"
+            )
+    if report["code_overlap"] is not None and len(report["code_overlap"]["domains"]) > 1:
+        *others, target = report["code_overlap"]["domains"]
+        shared = report["code_overlap"]["overlap"][-1]
+        listed = ", ".join(f"{name} {share:.2f}" for name, share in zip(others, shared, strict=False))
+        told.append(f"  overlap of codes with {target}: {listed}")
+    return told
+
+
+def _costs(source: Mapping[str, Any]) -> str:
+    costs = source["leaving_out_costs"]
+    return "" if costs is None else f", leaving it out would cost {costs:+.1%} of the descent (estimate)"
+
+
+NOTES = {
+    "Noise floor": "twice the spread of the similarity of gradients that have nothing to do with each other, drawn "
+    "from this run's own: the deviations of a source's and of the target's from their averages, at different steps. "
+    "Independent gradients lie inside it 19 times in 20. A similarity above it is more than chance, not yet of use: "
+    "gradients agree too in what any source has, popular items and the pull of codes, even one of random items.",
+    "Cost of leaving a source out": "an estimate, to first order: how much less a meta step of the same length would "
+    "descend the target's loss with the weights of the other sources alone, in the later half of the meta stage. "
+    "Negative: the step would descend more. Any source evens out the noise of batches, and this counts too; of warm-up "
+    "and of what item tables learn it knows nothing. "
+    "metarec-fast audit-transfer --leave-out trains without each source.",
+    "Overlap of codes": "the sum over codes of the smaller of two domains' shares of items, mean over the heads of the "
+    "codebook. 1: the same use of codes. Catalogues smaller than the codebook overlap less for that alone.",
+    "Interval": "paired bootstrap over validation users, 10,000 resamples. Validation also chose both models' steps.",
+}
+
+
+def html(report: Mapping[str, Any], *, title: str) -> str:
+    """The report as one file: no script, nothing loaded from elsewhere."""
+    validation = report["validation"]
+    parts = [f"<p><strong>{escape(report['verdict'])}</strong></p>", _figures(validation)]
+    if validation["gain"] is not None:
+        gain = Interval(
+            "transferred against target only",
+            *(validation[key] for key in ("gain", "gain_low", "gain_high")),
+            strong=validation["p"] < LEVEL,
+        )
+        parts.append(interval_chart([gain], title="Gain in NDCG@10 on validation, 95 % interval", percent=True))
+    if report["noise_floor"] is not None:
+        parts.append(_sources(report))
+        floor = report["noise_floor"]["similarity"]
+        bands = {"similarity": Band(f"noise floor, ±{floor:.3f}", -floor, floor), "weight": None}
+        for key, band in bands.items():
+            drawn = {
+                name: [Point(str(entry["step"]), entry[key][name]) for entry in report["over_time"]]
+                for name in report["sources"]
+            }
+            parts.append(line_chart(drawn, title=f"{key.capitalize()} of sources by meta step", band=band))
+    codes = report["code_overlap"]
+    if codes is not None and len(codes["domains"]) > 1:
+        parts.append(heat_map(codes["domains"], codes["overlap"], title="Overlap of the use of codes"))
+        used = ", ".join(f"{escape(name)} {count:.0f}" for name, count in codes["used"].items())
+        parts.append(f"<p>Codes in use, of {codes['codebook_size']} a head: {used}.</p>")
+    notes = "".join(f"<dt>{term}</dt><dd>{escape(text)}</dd>" for term, text in NOTES.items())
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts, f"<dl>{notes}</dl>"])
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+STYLE = (
+    "body{font-family:sans-serif;max-width:900px;margin:2em auto;padding:0 1em}svg{display:block;max-width:100%;"
+    "height:auto;margin:1em 0}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}dt{font-weight:bold}dd{margin:0 0 .6em}"
+)
+
+
+def _figures(validation: Mapping[str, Any]) -> str:
+    rows = [("transferred", validation["transferred"]), ("target only", validation["target_only"])]
+    table = _table(("model", "NDCG@10, validation"), [(name, f"{value:.4f}") for name, value in rows])
+    return f"{table}<p>{escape(validation['protocol'])}</p>"
+
+
+def _sources(report: Mapping[str, Any]) -> str:
+    head = ("source", "weight", "similarity", "above the noise floor", "cost of leaving it out (estimate)")
+    rows = []
+    for name, source in report["sources"].items():
+        costs = source["leaving_out_costs"]
+        above = f"{source['above_noise_floor']} of {source['late_entries']}"
+        figures = (f"{source['weight']:.3f}", f"{source['similarity']:+.4f}", above)
+        rows.append((name, *figures, "" if costs is None else f"{costs:+.1%}"))
+    return f"{_table(head, rows)}<p>Means over the later half of the meta stage.</p>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"
+    others = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table>{first}{''.join(others)}</table>"

@@ -1,0 +1,160 @@
+"""The transfer report: whole, plain, and in words that its figures bear out."""
+
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from metarec_fast.evaluation import Metrics, paired_bootstrap
+from metarec_fast.report.transfer import code_overlap, html, lines, noise_floor, transfer_report, verdict
+
+
+def metrics(ranks) -> Metrics:
+    ranks = np.asarray(ranks)
+    return Metrics("leave one out; valid", False, 50, np.arange(len(ranks)), ranks, np.zeros(len(ranks), np.int64))
+
+
+GOOD, POOR = metrics([0] * 30 + [20] * 10), metrics([0] * 10 + [20] * 30)
+
+
+def entry(step, a, b):
+    return {
+        "step": step,
+        "similarity": {"a": a, "b <c>": b},
+        "weight": {"a": 0.75, "b <c>": 0.25},
+        "noise": 0.02,
+        "draws": 20,
+        "descent": 0.5,
+        "descent_without": {"a": 0.4, "b <c>": 0.55},
+    }
+
+
+TRACE = [entry(10, 0.9, 0.9), entry(20, -0.5, 0.0), entry(30, 0.05, -0.05), entry(40, 0.03, 0.01)]
+CODES = {"a": np.array([[0, 0, 1, 1]]), "b <c>": np.array([[2, 3]]), "target": np.array([[0, 1, 2, 2]])}
+
+
+def report(transferred=GOOD, alone=POOR, **changes):
+    given = {"method": "metarec", "sources": ["a", "b <c>"], "trace": TRACE, "codes": CODES, "codebook_size": 4}
+    return transfer_report(transferred, alone, **{**given, **changes})
+
+
+def test_the_report_is_whole_and_plain_json():
+    found = report()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    difference = paired_bootstrap(GOOD.per_user("ndcg@10"), POOR.per_user("ndcg@10"), seed=0)
+    validation = found["validation"]
+    assert [validation[key] for key in ("difference", "low", "high", "p")] == list(difference)
+    assert validation["gain"] == pytest.approx(2.0) and validation["gain_low"] < 2 < validation["gain_high"]
+    assert (validation["cases"], validation["target_only"], validation["transferred"]) == (40, 0.25, 0.75)
+    assert found["noise_floor"] == {"similarity": pytest.approx(0.04), "draws": 80}
+    a, b = found["sources"].values()
+    # the later half: two entries, of which one of a's lies above .04
+    assert (a["similarity"], a["above_noise_floor"], a["late_entries"]) == (pytest.approx(0.04), 1, 2)
+    assert (b["similarity"], b["above_noise_floor"]) == (pytest.approx(-0.02), 0)
+    assert a["leaving_out_costs"] == pytest.approx(0.2) and b["leaving_out_costs"] == pytest.approx(-0.1)
+    assert found["over_time"] == TRACE and found["method"] == "metarec"
+
+
+@pytest.mark.parametrize(
+    ("transferred", "alone", "returned", "words"),
+    [
+        (
+            GOOD,
+            POOR,
+            "transferred",
+            r"^Transfer helped on validation: \+200\.0% NDCG@10 \(\+\d.* to \+\d.*%, p 0.0002",
+        ),
+        (metrics([0, 1, 5, 9]), metrics([0, 1, 5, 30]), "transferred", r"^No clear evidence .* It is not worse"),
+        (GOOD, GOOD, "target_only", r"^No evidence that transfer helped: \+0\.0% .*target-only model is returned\.$"),
+        (
+            metrics([0, 1, 5, 30]),
+            metrics([0, 1, 5, 9]),
+            "target_only",
+            r"^No evidence .* -\d.*target-only model is ret",
+        ),
+        (POOR, GOOD, "target_only", r"^Transfer harmed on validation: -66\.7% .*target-only model is returned\.$"),
+        (
+            GOOD,
+            metrics([20] * 40),
+            "transferred",
+            r"^Transfer helped on validation: NDCG@10 \+0\.7500 \(\+0\.\d{4} ",
+        ),
+    ],
+)
+def test_the_better_on_validation_is_returned_and_words_say_how_sure_it_is(transferred, alone, returned, words):
+    found = report(transferred, alone)
+    assert found["returned"] == found["better"] == returned
+    assert re.search(words, found["verdict"])
+    # without the rule the words only advise
+    kept = report(transferred, alone, replaces=False)
+    assert kept["returned"] == "transferred" and kept["better"] == returned
+    assert ("is the one to take" in kept["verdict"]) == (returned == "target_only")
+    assert kept["verdict"] == verdict(kept["validation"], replaces=False)
+
+
+def test_without_a_meta_stage_or_codes_nothing_is_made_up():
+    found = report(trace=[], codes=None)
+    assert found["noise_floor"] is None and found["code_overlap"] is None
+    assert found["sources"] == {"a": None, "b <c>": None}
+    assert lines(found) == [] and "<table>" in html(found, title="t")
+    assert noise_floor([]) is None
+
+
+def test_overlap_of_identical_domains_is_one_and_of_disjoint_ones_zero():
+    codes = {"a": np.array([[0, 1, 1], [2, 2, 2]]), "same": np.array([[1, 0, 1], [2, 2, 2]]), "other": [[3], [0]]}
+    found = code_overlap(codes, codebook_size=4)
+    np.testing.assert_allclose(found["overlap"], [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    assert found["used"] == {"a": 1.5, "same": 1.5, "other": 1.0}
+    mixed = report()["code_overlap"]
+    np.testing.assert_allclose(mixed["overlap"], [[1, 0, 0.5], [0, 1, 0.5], [0.5, 0.5, 1]])
+    assert mixed["overlap_by_head"][0][2] == [0.5]
+
+
+def test_lines_hold_the_key_figures():
+    told = "\n".join(lines(report()))
+    assert "a: weight 0.75, similarity +0.040 (1 of 2 late values above the noise floor of 0.040)" in told
+    assert "leaving it out would cost +20.0% of the descent (estimate)" in told
+    assert "overlap of codes with target: a 0.50, b <c> 0.50" in told
+
+
+class Tags(HTMLParser):
+    """Open elements are closed again, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_file_is_whole_and_says_what_the_report_says():
+    text = html(report(), title="Transfer to <target>")
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == [] and "script" not in tags.seen
+    said = "".join(tags.text)
+    assert report()["verdict"] in said and "Transfer to <target>" in said and "b <c>" in said
+    assert "noise floor, ±0.040" in said and "+20.0%" in said
+    charts = [f"<svg{part.split('</svg>')[0]}</svg>" for part in text.split("<svg")[1:]]
+    titles = [next(ElementTree.fromstring(c).iter("{http://www.w3.org/2000/svg}text")).text for c in charts]
+    assert titles == [
+        "Gain in NDCG@10 on validation, 95 % interval",
+        "Similarity of sources by meta step",
+        "Weight of sources by meta step",
+        "Overlap of the use of codes",
+    ]
