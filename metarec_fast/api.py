@@ -16,17 +16,21 @@ from torch import Tensor
 
 from metarec_fast.config import Config
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, load_domain, save_domain, time_cut
-from metarec_fast.evaluation import Metrics, best_floor, evaluate
+from metarec_fast.data.evidence import EvidenceStatistics
+from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, mean_log_loss
+from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.models.recommender import Recommender
-from metarec_fast.models.scorer import ModelScorer, TransitionEvidence
+from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
 from metarec_fast.report.table import Row
 from metarec_fast.report.transfer import html, transfer_report
 from metarec_fast.train.checkpoint import write_atomically
+from metarec_fast.train.evidence import EvidenceTrainer
 from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.trainer import Reporter, Trainer
 
-FORMAT = 1  # of the saved folder
-EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+FORMAT = 2  # of the saved folder
+EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
+ENCODER_WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5)  # beside learned evidence
 
 
 def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
@@ -48,12 +52,16 @@ class MetaRec:
         split: Split,
         config: Config,
         *,
+        evidence: EvidencePath | None = None,
         evidence_weight: float = 0.0,
+        encoder_weight: float = 1.0,
         history: dict | None = None,
     ) -> None:
         self.model, self.split, self.config = model, split, config
-        self.evidence_weight = evidence_weight
-        self.evidence = TransitionEvidence(split.train) if evidence_weight else None
+        self.evidence: EvidencePath | TransitionEvidence | None = evidence
+        self.evidence_weight, self.encoder_weight = evidence_weight, encoder_weight
+        if evidence is None and evidence_weight:
+            self.evidence = TransitionEvidence(split.train)
         self.history = history or {}
 
     @property
@@ -143,7 +151,8 @@ class MetaRec:
         check_splits({}, split)
         model = build(config, [split])
         model.shared.load_state_dict(self.model.shared.state_dict())
-        adapted = self._train(model, {}, split, config, run)
+        start = self.evidence.scorer if isinstance(self.evidence, EvidencePath) else None
+        adapted = self._train(model, {}, split, config, run, start=start)
         adapted.history["adapted_from"] = self.domain.name
         if compare_target_only:
             adapted = adapted._or_target_only(run, [])
@@ -160,8 +169,9 @@ class MetaRec:
         run: _Run,
         *,
         profiler: StepProfiler | None = None,
+        start: EvidenceScorer | None = None,
     ) -> MetaRec:
-        """Train ``model`` as ``config`` says, or go on with it, and choose the weight of transition evidence."""
+        """Train ``model`` as ``config`` says, or go on with it, then what stands beside it, from ``start`` if given."""
         started = time.perf_counter()
         trainer = Trainer(
             model,
@@ -189,8 +199,10 @@ class MetaRec:
             "skipped_steps": progress.skipped,
             "transfer": progress.trace,
         }
-        if config.model.transitions:
+        if config.model.evidence == "transitions":
             trained._choose_evidence_weight()
+        elif config.model.evidence == "learned":
+            trained._learn_evidence(sources, run, start=start)
         trained.history["seconds"] = time.perf_counter() - started
         return trained
 
@@ -225,6 +237,23 @@ class MetaRec:
             replaces=replaces,
         )
 
+    def _learn_evidence(self, sources: dict[str, Split], run: _Run, *, start: EvidenceScorer | None) -> None:
+        """Train the evidence scorer, and mix the encoder in by the weight of the least validation loss."""
+        trainer = EvidenceTrainer(
+            sources, self.split, self.config, start=start, reporter=run.reporter, should_stop=run.should_stop
+        )
+        self.evidence, self.evidence_weight = trainer.run(), 1.0
+        tried = {}
+        for weight in ENCODER_WEIGHTS:
+            self.encoder_weight = weight
+            tried[weight] = mean_log_loss(self.scorer(), self.split.valid)
+        self.encoder_weight = min(tried, key=lambda weight: (tried[weight], weight))
+        self.history["evidence"] = trainer.found.to_dict()
+        self.history["encoder_weight"] = {
+            "chosen": self.encoder_weight,
+            "validation_loss": {str(weight): loss for weight, loss in tried.items()},
+        }
+
     def _choose_evidence_weight(self) -> None:
         """How much the domain's own transitions count beside the encoder: whatever validation likes best."""
         self.evidence = TransitionEvidence(self.split.train)
@@ -238,20 +267,24 @@ class MetaRec:
             "validation_ndcg@10": {str(weight): ndcg for weight, ndcg in tried.items()},
         }
 
-    def scorer(self, *, transitions: bool = True) -> ModelScorer:
-        """Scores over the target's catalogue; ``transitions=False`` leaves the domain's transition evidence out."""
+    def scorer(self, *, evidence: bool = True) -> Scorer:
+        """Scores over the target's catalogue; ``evidence=False`` leaves what stands beside the encoder out."""
         self.model.eval()
-        weight = self.evidence_weight if transitions else 0.0
-        return ModelScorer(self.model, self.domain.name, evidence=self.evidence, evidence_weight=weight)
+        encoder = ModelScorer(self.model, self.domain.name)
+        if not evidence or self.evidence is None:
+            return encoder
+        if isinstance(self.evidence, EvidencePath):
+            return EvidenceMixture(encoder, self.evidence, encoder_weight=self.encoder_weight)
+        return ModelScorer(self.model, self.domain.name, evidence=self.evidence, evidence_weight=self.evidence_weight)
 
     def evaluate(
-        self, split: Literal["valid", "test"] = "test", *, mask_history: bool | None = None, transitions: bool = True
+        self, split: Literal["valid", "test"] = "test", *, mask_history: bool | None = None, evidence: bool = True
     ) -> Metrics:
         """Full ranking of every case of the target's split; ties count as their expectation."""
         if split not in ("valid", "test"):
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
         return evaluate(
-            self.scorer(transitions=transitions),
+            self.scorer(evidence=evidence),
             getattr(self.split, split),
             mask_history=self.config.data.mask_history if mask_history is None else mask_history,
             protocol=f"{self.split.protocol}; {split}",
@@ -323,12 +356,15 @@ class MetaRec:
         index = self.model.domains.index(self.domain.name)
         tensors = {f"shared.{k}": v.contiguous() for k, v in self.model.shared.state_dict().items()}
         tensors |= {f"table.{k}": v.contiguous() for k, v in self.model.tables[index].state_dict().items()}
+        if isinstance(self.evidence, EvidencePath):
+            tensors |= {f"evidence.{k}": v.contiguous() for k, v in self.evidence.scorer.state_dict().items()}
         write_atomically(folder / "model.safetensors", save(tensors))
         save_domain(self.domain, folder / "domain")
         facts = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
             "evidence_weight": self.evidence_weight,
+            "encoder_weight": self.encoder_weight,
             "history": self.history,
             "versions": {"metarec_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
@@ -353,15 +389,21 @@ class MetaRec:
             config = Config.from_json(json.dumps(facts["config"]))
             tensors = load_file(folder / "model.safetensors")
             domain = load_domain(folder / "domain")
+            learned = {k.removeprefix("evidence."): tensors.pop(k) for k in list(tensors) if k.startswith("evidence.")}
             model = Recommender(config.model, {domain.name: domain.num_items})
             model.load_state_dict(
                 {k.replace("table.", "tables.0.", 1) if k.startswith("table.") else k: v for k, v in tensors.items()}
             )
-            evidence_weight, history = facts["evidence_weight"], facts["history"]
+            weights = {name: facts[name] for name in ("evidence_weight", "encoder_weight")}
+            history, scorer = facts["history"], None
+            if config.model.evidence == "learned":
+                scorer = EvidenceScorer(hidden=config.evidence.hidden)
+                scorer.load_state_dict(learned)
         except (json.JSONDecodeError, KeyError, FileNotFoundError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"saved model in {folder} is damaged: {error}") from error
         split = split_domain(domain, config, fraction=config.data.target_fraction)
-        return cls(model.eval(), split, config, evidence_weight=evidence_weight, history=history)
+        evidence = None if scorer is None else EvidencePath(scorer.eval(), EvidenceStatistics(split.train))
+        return cls(model.eval(), split, config, evidence=evidence, history=history, **weights)
 
 
 @dataclasses.dataclass(frozen=True)

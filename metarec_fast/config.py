@@ -131,12 +131,14 @@ class EvidenceConfig:
     finetune_lr: float = 1e-3
     weight_decay: float = 1e-3
     sizes: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Users whose events make a source's statistics, in numbers of the target's: a source is to look like the target."""
+    """Users whose events make a source's statistics, in numbers of the target's, which a source should look like."""
     folds: int = 5
     """Groups of the target's users, each asked by the statistics of the others."""
     evaluate_every: int = 25
     patience: int = 6
     """Evaluations without a better validation loss before training on the target stops."""
+    average_decay: float = 0.95
+    """On the target, the parameters that count are an exponential average over steps; 0 takes them as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,13 @@ class Config:
         given = json.loads(text)
         if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
             raise ValueError("configuration must be a JSON object of sections, each an object of options")
-        sections = {"model": ModelConfig, "meta": MetaConfig, "train": TrainConfig, "evidence": EvidenceConfig, "data": DataConfig}
+        sections = {
+            "model": ModelConfig,
+            "meta": MetaConfig,
+            "train": TrainConfig,
+            "evidence": EvidenceConfig,
+            "data": DataConfig,
+        }
         built = {}
         for name, values in given.items():
             if name not in sections:

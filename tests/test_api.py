@@ -177,7 +177,7 @@ def test_the_history_of_the_user_is_masked_on_request(fitted):
 def test_the_weight_of_evidence_is_the_best_on_validation(fitted):
     tried = fitted.history["evidence_weight"]["validation_ndcg@10"]
     assert fitted.evaluate("valid").ndcg[10] == max(tried.values())
-    assert tried["0.0"] == fitted.evaluate("valid", transitions=False).ndcg[10]
+    assert tried["0.0"] == fitted.evaluate("valid", evidence=False).ndcg[10]
 
 
 @pytest.mark.parametrize("method", ["pretrain", "metarec"])
@@ -329,7 +329,7 @@ def test_what_is_not_better_on_validation_gives_way_to_target_only(monkeypatch, 
         return Metrics("", False, 30, users, np.full(len(users), ranks[self.config.train.method]), 0 * users)
 
     monkeypatch.setattr(MetaRec, "evaluate", known)
-    model = MetaRec.fit(SOURCES, TARGET, config=config(model={"transitions": False}), run_dir=tmp_path)
+    model = MetaRec.fit(SOURCES, TARGET, config=config(model={"evidence": "none"}), run_dir=tmp_path)
     report = model.history["transfer_report"]
     assert model.config.train.method == method
     assert report["returned"] == ("transferred" if method == "metarec" else "target_only")
@@ -347,7 +347,7 @@ def test_sources_that_teach_are_kept_and_random_ones_that_teach_nothing_are_not(
     # with sources, warm-up and meta steps learn at lr; target only learns at finetune_lr throughout
     rates = {"lr": 5e-3, "finetune_lr": 0.0} if helps else {"lr": 0.0, "finetune_lr": 5e-3}
     train = {"warmup_steps": 60, "meta_steps": 10, "finetune_steps": 0, "batch_size": 32, **rates}
-    options = config(model={"start": "random", "transitions": False, "dropout": 0.1}, train=train)
+    options = config(model={"start": "random", "evidence": "none", "dropout": 0.1}, train=train)
     source = domains.sources[0] if helps else random_items(domains.sources[0], seed=0)
     model = MetaRec.fit(source, domains.target, config=options)
     report = model.history["transfer_report"]

@@ -10,7 +10,7 @@ from metarec_fast.data.mixture import Mixture
 from metarec_fast.data.prefetch import Prefetch, PrefetchError
 from metarec_fast.data.read import read
 from metarec_fast.data.sampler import BatchBuffers, Sampler, batch_buffers, draw
-from metarec_fast.data.split import leave_one_out, limit_users, time_cut
+from metarec_fast.data.split import leave_one_out, limit_users, select_cases, time_cut
 from metarec_fast.data.synthetic import SyntheticDomains, synthetic
 from metarec_fast.data.transitions import TransitionKernel
 from metarec_fast.data.vocabulary import Vocabulary
@@ -45,6 +45,7 @@ __all__ = [
     "read",
     "relabelled_copy",
     "save_domain",
+    "select_cases",
     "shuffled_order",
     "shuffled_ties",
     "support_and_query",

@@ -116,7 +116,7 @@ def limit_users(split: Split, fraction: float, *, seed: int) -> Split:
     kept = np.zeros(len(train), bool)
     kept[shuffled[: max(1, round(fraction * len(users)))]] = True
     limited = _slices(train, train.offsets[:-1], np.where(kept, train.lengths, 0))
-    valid = _select(split.valid, np.flatnonzero(kept[split.valid.users]))
+    valid = select_cases(split.valid, np.flatnonzero(kept[split.valid.users]))
     words = (
         f"{split.protocol}; training and validation limited to {int(kept.sum()):,} of {len(users):,} users "
         f"(fraction {fraction:g}, seed {seed}), test users all kept"
@@ -146,7 +146,8 @@ def _cases(sequences: Sequences, users: np.ndarray, seen: np.ndarray, max_histor
     return Cases(users.astype(np.int64), histories, sequences.items[starts + seen].astype(np.int64))
 
 
-def _select(cases: Cases, which: np.ndarray) -> Cases:
+def select_cases(cases: Cases, which: np.ndarray) -> Cases:
+    """The cases of these numbers."""
     histories = cases.histories
     return Cases(
         cases.users[which],

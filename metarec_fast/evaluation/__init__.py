@@ -1,6 +1,6 @@
 """Ranks by counting, tie-aware metrics, floors, and the protocols by name."""
 
-from metarec_fast.evaluation.evaluate import Difference, evaluate, holm, paired_bootstrap
+from metarec_fast.evaluation.evaluate import Difference, evaluate, holm, mean_log_loss, paired_bootstrap
 from metarec_fast.evaluation.floors import Popularity, Transitions, best_floor, floors, item_neighbours
 from metarec_fast.evaluation.metrics import Metrics, expected_metric
 from metarec_fast.evaluation.ranks import NonFiniteScoresError, target_ranks
@@ -21,6 +21,7 @@ __all__ = [
     "floors",
     "holm",
     "item_neighbours",
+    "mean_log_loss",
     "paired_bootstrap",
     "target_ranks",
 ]

@@ -65,6 +65,30 @@ def evaluate(
     return metrics
 
 
+@torch.no_grad()
+def mean_log_loss(scorer: Scorer, cases: Cases, *, batch_size: int = 256, tile: int = TILE) -> float:
+    """Mean cross-entropy of the targets, scores taken as logits over the catalogue; ``tile`` items at a time.
+
+    Less noisy than ranks where cases are few. Raises ValueError for no cases.
+    """
+    if len(cases) == 0:
+        raise ValueError("cases must have at least one case, got none")
+    total, V = 0.0, scorer.num_items
+    for begin in range(0, len(cases), batch_size):
+        pick = np.arange(begin, min(begin + batch_size, len(cases)))
+        score_tile = scorer.prepare(_take(cases.histories, pick), cases.users[pick])
+        targets = torch.from_numpy(cases.targets[pick])
+        sums = torch.full((len(pick),), -torch.inf)
+        answers = torch.empty(len(pick))
+        for first in range(0, V, tile):
+            scores = score_tile(first, min(first + tile, V)).float().cpu()
+            sums = torch.logaddexp(sums, scores.logsumexp(1))
+            here = (targets >= first) & (targets < first + tile)
+            answers[here] = scores[here, targets[here] - first]
+        total += float((sums - answers).double().sum())
+    return total / len(cases)
+
+
 def _take(sequences: Sequences, rows: np.ndarray) -> Sequences:
     """The sequences of these rows, without their times."""
     lengths = sequences.lengths[rows]

@@ -7,7 +7,6 @@ holds in the target as it stands.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metarec_fast.data.domain import Sequences
 from metarec_fast.data.transitions import TransitionKernel
+from metarec_fast.models.evidence import EvidencePath
 from metarec_fast.models.linear_scores import LinearScores
 from metarec_fast.models.recommender import Recommender
 
@@ -75,3 +76,31 @@ class ModelScorer:
             return LinearScores(states, weight, bias)
         offsets, items, evidence = (x.to(weight.device) for x in self.evidence(histories))
         return LinearScores(states, weight, bias, (offsets, items, self.evidence_weight * evidence.to(weight)))
+
+
+class EvidenceMixture:
+    """logit = the evidence scorer's, plus ``encoder_weight`` times the encoder's."""
+
+    def __init__(self, encoder: ModelScorer, evidence: EvidencePath, *, encoder_weight: float) -> None:
+        if encoder.num_items != evidence.num_items:
+            raise ValueError(
+                f"encoder and evidence must rank as many items, got {encoder.num_items} and {evidence.num_items}"
+            )
+        self.encoder, self.evidence, self.encoder_weight = encoder, evidence, encoder_weight
+        self.num_items = encoder.num_items
+        weight = encoder.table.weight.detach()
+        self._table = torch.cat((weight, evidence.items.to(weight)), 1)
+
+    @torch.no_grad()
+    def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
+        told = self.evidence.prepare(histories)
+        if not self.encoder_weight:
+            return told
+        states = self.encoder.states(histories)
+        offsets, items, terms = (x.to(states.device) for x in told.added)
+        return LinearScores(
+            torch.cat((self.encoder_weight * states, told.states.to(states)), 1),
+            self._table,
+            self.encoder_weight * self.encoder.table.bias.detach(),
+            (offsets, items, terms.to(states)),
+        )

@@ -6,6 +6,7 @@ Runs on the CPU, where sequences and statistics lie: a plain function.
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class EvidenceGraph:
     def __init__(self, offsets: Array, items: Array, values: np.ndarray) -> None:
         self.offsets, self.items = check_offsets(offsets), as_array(items, "graph items", dtypes=INT32)
         if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.ndim != 2:
-            raise TypeError(f"graph values must be a float32 array [E, R], got {getattr(values, 'dtype', type(values))}")
+            got = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
+            raise TypeError(f"graph values must be a float32 array [E, R], got {got}")
         if len(values) != len(self.items) or not values.flags.c_contiguous:
             raise ValueError(
                 f"graph values must be contiguous with a row for each of the {len(self.items)} entries, got shape "
@@ -77,7 +79,7 @@ def gather_evidence(
     Raises TypeError or ValueError for other dtypes and shapes, items out of range, offsets or ages that fall.
     """
     offsets, items = check_offsets(offsets), as_array(items, "items", dtypes=INT32)
-    if len(ages) < 2 or ages[0] != 0 or any(a >= b for a, b in zip(ages, ages[1:], strict=False)):
+    if len(ages) < 2 or ages[0] != 0 or any(a >= b for a, b in pairwise(ages)):
         raise ValueError(f"ages must rise from 0 and name one group at least, got {tuple(ages)}")
     B, groups, cpu = len(offsets) - 1, len(ages) - 1, torch.device("cpu")
     bounds = torch.tensor(ages, dtype=torch.int64)

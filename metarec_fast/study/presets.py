@@ -7,8 +7,10 @@ import dataclasses
 from metarec_fast.config import metaadapt_literal
 from metarec_fast.study.grid import Arm, Comparison, Study
 
-PLAIN = {"start": "random", "transitions": False}
-"""Without the target's own structure: random item tables, no transition evidence."""
+PLAIN = {"start": "random", "evidence": "none"}
+"""Without the target's own structure: random item tables, nothing beside the encoder."""
+STRUCTURE = {"evidence": "transitions"}
+"""Spectral item tables, and the target's own transitions as they are beside the encoder."""
 TARGET_ONLY = {"method": "target_only"}
 
 
@@ -22,17 +24,18 @@ def floors() -> tuple[Arm, ...]:
 
 
 def target_only() -> tuple[Arm, ...]:
-    """Two encoders with and without codes, plain and with the target's own structure."""
-    return tuple(
+    """Two encoders with and without codes, plain and with the target's own structure; and the architecture of ours."""
+    encoders = tuple(
         Arm(
             name=f"{encoder}{'' if vq == 'none' else '-vq'}{suffix}",
             group=group,
             options={"model": {"encoder": encoder, "vq": vq, **structure}, "train": TARGET_ONLY},
         )
-        for group, suffix, structure in (("plain", "", PLAIN), ("structure", "-structure", {}))
+        for group, suffix, structure in (("plain", "", PLAIN), ("structure", "-structure", STRUCTURE))
         for encoder in ("sasrec", "lru")
         for vq in ("none", "residual")
     )
+    return (*encoders, Arm(name="target-only", group="structure", options={"train": TARGET_ONLY}))
 
 
 def transfer_baselines() -> tuple[Arm, ...]:
@@ -72,7 +75,8 @@ def ablations(*, warmup_steps: int, meta_steps: int) -> tuple[Arm, ...]:
         "no-source-loss": {"meta": {"source_loss_weight": 0.0}},
         "no-warmup": {"train": {"warmup_steps": 0, "meta_steps": warmup_steps + meta_steps}},
         "random-start": {"model": {"start": "random"}},
-        "no-transitions": {"model": {"transitions": False}},
+        "transitions-as-evidence": {"model": {"evidence": "transitions"}},
+        "no-evidence": {"model": {"evidence": "none"}},
     }
     return tuple(Arm(name=name, group="ablation", options=options) for name, options in changes.items())
 
@@ -118,7 +122,7 @@ def published() -> Study:
         fractions=(0.01, 0.05, 0.1, 1.0),
         seeds=(0, 1, 2),
         arms=arms,
-        comparisons=comparisons(arms, control="lru-vq-structure"),
+        comparisons=comparisons(arms, control="target-only"),
         options={"train": train},
         tune={"model.dropout": (0.3, 0.5)},
     )
@@ -138,7 +142,7 @@ def smoke() -> Study:
     }
     arms = (
         *floors(),
-        *(arm for arm in target_only() if arm.name in ("lru", "lru-vq-structure")),
+        *(arm for arm in target_only() if arm.name in ("lru", "lru-vq-structure", "target-only")),
         *(arm for arm in transfer_baselines() if arm.name == "pretrain"),
         ours(),
         *controls()[:3],
@@ -150,7 +154,7 @@ def smoke() -> Study:
         fractions=(0.05,),
         seeds=(0,),
         arms=arms,
-        comparisons=comparisons(arms, control="lru-vq-structure"),
+        comparisons=comparisons(arms, control="target-only"),
         options={
             "model": {"dim": 32, "codebook_heads": 4, "codebook_size": 32, "dropout": 0.2, "max_length": 20},
             "train": train,

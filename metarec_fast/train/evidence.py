@@ -6,7 +6,6 @@ that what is learned there is about evidence as thin as the target's.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 
 from metarec_fast.config import Config
+from metarec_fast.data import select_cases
 from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
 from metarec_fast.meta.step import GradientAverages, Source, outer_step
-from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
+from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
 from metarec_fast.train.trainer import Interrupted, Reporter, Silent, decayed_and_free
 
 ASKED = 4000  # users of a source, at most
@@ -51,9 +51,11 @@ class EvidenceTrainer:
         target: Split,
         config: Config,
         *,
+        start: EvidenceScorer | None = None,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        """start: a scorer whose parameters to go on from, by default fresh ones."""
         self.config, self.target, self.sources = config, target, sources
         self.reporter, self.should_stop = reporter or Silent(), should_stop
         self.statistics = EvidenceStatistics(target.train)
@@ -66,33 +68,45 @@ class EvidenceTrainer:
             for i, (name, split) in enumerate(sources.items())
         }
         self.folds = folds(target.train, users, config.evidence.folds, seed=(seed, len(sources)))
+        # like those who come later, users answer for statistics that leave them out
+        self.questions = [
+            (fold.statistics, select_cases(target.valid, np.flatnonzero(np.isin(target.valid.users, fold.asked))))
+            for fold in self.folds
+        ]
         torch.manual_seed(seed)
         self.scorer = EvidenceScorer(hidden=config.evidence.hidden)
-        self.best = copy.deepcopy(self.scorer.state_dict())
+        if start is not None:
+            self.scorer.load_state_dict(start.state_dict())
+        self.fresh = start is None
+        self.best = self.averaged = parameters_of(self.scorer)
         self.found = Found()
 
     def run(self) -> EvidencePath:
         """Train to the end; the scorer of the least validation loss is left in place.
 
-        Raises Interrupted if ``should_stop`` says so: the stage is short and starts again.
+        Raises Interrupted if ``should_stop`` says so: the stages are short, and start again.
         """
         e, method = self.config.evidence, self.config.train.method
-        if method == "target_only":
-            self._stage("finetune", e.warmup_steps + e.meta_steps + e.finetune_steps, lr=e.lr)
-        else:
+        if self.sources:
             meta = e.meta_steps if method == "metarec" else 0
-            self._stage("warmup", e.warmup_steps + e.meta_steps - meta, lr=e.lr, joint=method == "joint")
-            if meta:
-                self._stage("meta", meta, lr=e.lr * meta / (e.warmup_steps + meta))
-            if method != "joint":
-                self._stage("finetune", e.finetune_steps, lr=e.finetune_lr)
+            total = e.warmup_steps + e.meta_steps
+            self._stage("warmup", total - meta, lr=e.lr, falls=True, joint=method == "joint")
+            self._stage("meta", meta, lr=e.lr * meta / total, falls=True)
+        if method != "joint":
+            fresh = self.fresh and not self.sources
+            steps = e.warmup_steps + e.meta_steps if fresh else 0
+            self._stage("finetune", steps + e.finetune_steps, lr=e.lr if fresh else e.finetune_lr)
         self.scorer.load_state_dict(self.best)
         return EvidencePath(self.scorer.eval(), self.statistics)
 
-    def _stage(self, stage: str, steps: int, *, lr: float, joint: bool = False) -> None:
+    def _stage(self, stage: str, steps: int, *, lr: float, falls: bool = False, joint: bool = False) -> None:
+        if not steps:
+            return
         e = self.config.evidence
         optimizer = torch.optim.AdamW(decayed_and_free(list(self.scorer.parameters()), e.weight_decay), lr=lr)
         averages = GradientAverages(self.config.meta.similarity_decay)
+        decay = e.average_decay if stage == "finetune" else 0.0
+        self.averaged = parameters_of(self.scorer)
         waited = 0
         for step in range(steps):
             if self.should_stop():
@@ -104,7 +118,9 @@ class EvidenceTrainer:
             facts = self._meta(step, averages) if stage == "meta" else self._plain(stage, step, joint)
             torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.train.clip)
             optimizer.step()
-            if stage != "finetune":
+            for name, value in parameters_of(self.scorer).items():
+                self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
+            if falls:
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * (1 - step / (steps + 20))
             self.reporter.step(TITLES[stage], step + 1, steps, facts)
         self._keep_if_better(stage, steps)
@@ -112,7 +128,9 @@ class EvidenceTrainer:
     def _plain(self, stage: str, step: int, joint: bool) -> dict[str, Any]:
         """Gradients of one domain's loss."""
         pools = [self.folds] if stage == "finetune" else list(self.episodes.values()) + [self.folds] * joint
-        loss = self.scorer.loss(dict(self.scorer.named_parameters()), {}, self._draw(pools[step % len(pools)], stage, step))
+        loss = self.scorer.loss(
+            dict(self.scorer.named_parameters()), {}, self._draw(pools[step % len(pools)], stage, step)
+        )
         self.scorer.zero_grad(set_to_none=True)
         loss.backward()
         return {"losses": {"evidence": float(loss.detach())}}
@@ -147,7 +165,11 @@ class EvidenceTrainer:
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean cross-entropy of the target's validation answers: less noisy than ranks where cases are few."""
-        return mean_loss(self.scorer, self.statistics, self.target.valid)
+        losses = [
+            mean_loss(self.scorer, self.averaged, statistics, cases) * len(cases)
+            for statistics, cases in self.questions
+        ]
+        return sum(losses) / max(1, sum(len(cases) for _, cases in self.questions))
 
     def _keep_if_better(self, stage: str, step: int) -> bool:
         loss = self.validation_loss()
@@ -155,7 +177,7 @@ class EvidenceTrainer:
         if loss >= self.found.best:
             return False
         self.found.best, self.found.best_at = loss, f"{stage} {step}"
-        self.best = copy.deepcopy(self.scorer.state_dict())
+        self.best = dict(self.averaged)
         return True
 
 
@@ -168,9 +190,7 @@ def source_episodes(
     for i, size in enumerate(sizes):
         order = np.random.default_rng((*seed, i)).permutation(users)
         counted = min(max(1, round(size * target_users)), max(1, int(0.9 * len(order))))
-        episodes.append(
-            EvidenceEpisode(train, statistics=order[:counted], asked=order[counted : counted + ASKED])
-        )
+        episodes.append(EvidenceEpisode(train, statistics=order[:counted], asked=order[counted : counted + ASKED]))
     return episodes
 
 
@@ -184,13 +204,20 @@ def folds(train: Sequences, users: np.ndarray, count: int, *, seed: tuple[int, .
     ]
 
 
-def mean_loss(scorer: EvidenceScorer, statistics: EvidenceStatistics, cases: Cases, *, batch: int = 256) -> float:
+def parameters_of(scorer: EvidenceScorer) -> Parameters:
+    """A copy."""
+    return {name: value.detach().clone() for name, value in scorer.named_parameters()}
+
+
+def mean_loss(
+    scorer: EvidenceScorer, parameters: Parameters, statistics: EvidenceStatistics, cases: Cases, *, batch: int = 256
+) -> float:
     total = 0.0
     for begin in range(0, len(cases), batch):
         end = min(begin + batch, len(cases))
         h = cases.histories
         offsets = h.offsets[begin : end + 1]
         part = Sequences(offsets - offsets[0], h.items[offsets[0] : offsets[-1]], h.num_items)
-        value = scorer.loss(dict(scorer.named_parameters()), {}, statistics.cases(part, cases.targets[begin:end]))
+        value = scorer.loss(parameters, {}, statistics.cases(part, cases.targets[begin:end]))
         total += float(value) * (end - begin)
     return total / max(len(cases), 1)
