@@ -34,7 +34,8 @@ class ModelConfig:
     vq_gradient: Literal["straight_through", "rotation"] = "straight_through"
     unique_items: Literal["auto", "always", "never"] = "auto"
     """Find the codes of each item of a batch once, however often it occurs: the same result, with less work where
-    items repeat. auto: for batches of more positions than the catalogue has items."""
+    items repeat. auto: for batches of more positions than the catalogue has items. On a GPU: of each item of the
+    catalogue, since how many a batch has would have to be waited for."""
     transitions: bool = True
     """Add evidence of the domain's own transitions to the scores, by a weight chosen on validation."""
 

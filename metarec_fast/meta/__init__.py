@@ -1,5 +1,6 @@
 """Learning to transfer: inner adaptation, similarity, source weights, the outer step."""
 
+from metarec_fast.meta.captured import CapturedStep, FixedStep
 from metarec_fast.meta.step import (
     GradientAverages,
     InnerRates,
@@ -10,4 +11,14 @@ from metarec_fast.meta.step import (
     source_weights,
 )
 
-__all__ = ["GradientAverages", "InnerRates", "OuterStep", "Source", "inner_adapt", "outer_step", "source_weights"]
+__all__ = [
+    "CapturedStep",
+    "FixedStep",
+    "GradientAverages",
+    "InnerRates",
+    "OuterStep",
+    "Source",
+    "inner_adapt",
+    "outer_step",
+    "source_weights",
+]
