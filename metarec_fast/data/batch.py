@@ -28,7 +28,7 @@ class PaddedBatch:
 
 
 class BatchShape(NamedTuple):
-    """A size that batches are filled to: up to ``windows`` windows of ``length`` positions, up to ``positions`` in all."""
+    """A size to fill batches to: at most ``windows`` windows of ``length`` positions, at most ``positions`` in all."""
 
     windows: int
     positions: int
@@ -78,7 +78,7 @@ class PackedBatch:
         T, B = len(self.items), len(self.offsets) - 1
         if len(self.targets) != T:
             raise ValueError("filled needs a target at every position, got targets of last positions alone")
-        if T > shape.positions or B > shape.windows:
+        if shape.positions < T or shape.windows < B:
             raise ValueError(
                 f"batch must have at most {shape.positions} positions in {shape.windows} windows to be filled to that, "
                 f"got {T} in {B}"

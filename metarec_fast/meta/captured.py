@@ -170,8 +170,8 @@ class CapturedStep(FixedStep):
     parallel: each source on a stream of its own, so that small kernels of several sources run side by side.
 
     Other arguments as in `FixedStep`. Orders 1, 2 and "fd", inner rates that learn and dropout (of torch's default
-    generator) can be captured. Raises ValueError for parameters elsewhere than on a GPU, and at the first step for order
-    "fd" with a loss that draws random numbers: the difference needs the same ones twice.
+    generator) can be captured. Raises ValueError for parameters elsewhere than on a GPU, and at the first step for
+    order "fd" with a loss that draws random numbers: the difference needs the same ones twice.
     """
 
     def __init__(

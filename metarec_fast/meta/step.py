@@ -129,7 +129,7 @@ def _leaves(parameters: Parameters) -> Parameters:
 
 
 def _random_state(device: torch.device) -> RandomState:
-    """What dropout on ``device`` will draw from; nothing while a CUDA graph is captured, which has no way back to it."""
+    """What dropout on ``device`` will draw from; nothing during the capture of a graph, which has no way back to it."""
     if device.type != "cuda":
         return (torch.get_rng_state(),)
     if torch.cuda.is_current_stream_capturing():

@@ -33,12 +33,14 @@ class Repeats(NamedTuple):
     row: Tensor | None = None
 
 
-def _each_once(items: Tensor, num_items: int, real: Tensor, dtype: torch.dtype) -> tuple[Tensor, Repeats]:
-    """The items of a batch, each once; elsewhere than on a CPU all items, as how many occur would have to be waited for.
+def _each_once(
+    items: Tensor, num_items: int, real: Tensor, dtype: torch.dtype, *, look: bool
+) -> tuple[Tensor, Repeats]:
+    """The items of a batch, each once, and how they repeat over the positions that ``real`` [T] marks.
 
-    real: [T], whether a position counts.
+    look: find out how many there are, for which the host has to wait; otherwise take all items.
     """
-    if items.device.type == "cpu":
+    if look:
         items, row = items.unique(return_inverse=True)
     else:
         row, items = items, torch.arange(num_items, device=items.device)
@@ -173,7 +175,7 @@ class Recommender(nn.Module):
         repeats = None if real is None else Repeats(real.to(weight.dtype))
         if once == "always" or (once == "auto" and len(items) > len(weight)):
             real = torch.ones_like(items) if real is None else real
-            items, repeats = _each_once(items, len(weight), real, weight.dtype)
+            items, repeats = _each_once(items, len(weight), real, weight.dtype, look=items.device.type == "cpu")
         rows_TD = F.embedding(items, weight)
         z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
         return functional_call(self.shared, shared, (z_TD, offsets, self._lookup(items, weight), repeats))
