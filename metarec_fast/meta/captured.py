@@ -189,12 +189,11 @@ class CapturedStep(FixedStep):
         super().__init__(loss, shared, sources, target, shapes=shapes, target_shape=target_shape, config=config)
         if self.device.type != "cuda":
             raise ValueError(f"CapturedStep needs parameters on a CUDA device, got {self.device}; use outer_step")
-        self.parallel = parallel
+        self._streams = [torch.cuda.Stream(self.device) for _ in self.sources] if parallel else []
 
     def _lane(self) -> Lane:
-        if not self.parallel:
+        if not self._streams:
             return super()._lane()
-        streams = [torch.cuda.Stream(self.device) for _ in self.sources]
         fork = torch.cuda.Event()
 
         @contextmanager
@@ -202,10 +201,10 @@ class CapturedStep(FixedStep):
             main = torch.cuda.current_stream(self.device)
             if s == 0:
                 main.record_event(fork)
-            streams[s].wait_event(fork)
-            with torch.cuda.stream(streams[s]):
+            self._streams[s].wait_event(fork)
+            with torch.cuda.stream(self._streams[s]):
                 yield
-            main.wait_stream(streams[s])
+            main.wait_stream(self._streams[s])
 
         return lane
 
@@ -223,7 +222,8 @@ class CapturedStep(FixedStep):
                 "use order 1 or 2"
             )
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads may go on copying batches to the device
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self._run()
         torch.cuda.set_rng_state(drawn_from, self.device)  # the first replay draws what a first step would
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarec_fast import _C
-from metarec_fast.data.domain import Sequences
 from metarec_fast.data.batch import BatchShape
+from metarec_fast.data.domain import Sequences
 from metarec_fast.data.sampler import PackedBatch, Sampler
 
 

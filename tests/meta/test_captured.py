@@ -1,6 +1,7 @@
 """The outer step on batches filled to a fixed size, against the plain one; as a CUDA graph where there is a card."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -117,6 +118,51 @@ def test_errors():
         both.step(0, rates=InnerRates.start(world.shared, META))
 
 
+class WithoutCuda(CapturedStep):
+    """With torch.cuda stood in for: a replay does nothing."""
+
+    def __init__(self, *args, **options):
+        FixedStep.__init__(self, *args, **options)
+        self._streams = [mock.MagicMock() for _ in self.sources]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    stand_in = mock.MagicMock()
+    stand_in.get_rng_state = lambda device: torch.get_rng_state()
+    stand_in.set_rng_state = lambda state, device: torch.set_rng_state(state)
+    for name in ("Stream", "Event", "CUDAGraph", "graph", "stream", "current_stream", "get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    return stand_in
+
+
+def test_is_recorded_once_and_sources_fork_from_the_main_stream_and_join_it(cuda):
+    both = Both(World(), kind=WithoutCuda)
+    assert_same(both.step(0), as_expected(both.plain(0)), tolerance=1e-10)
+    both.step(1)
+    assert cuda.CUDAGraph.call_count == 1 and cuda.CUDAGraph.return_value.replay.call_count == 2
+    runs = 4  # three to warm up, one to be recorded
+    main = cuda.current_stream.return_value
+    assert main.record_event.call_count == runs
+    for stream in both.fixed._streams:
+        assert stream.wait_event.call_count == runs
+        assert sum(call.args == (stream,) for call in main.wait_stream.call_args_list) == runs
+
+
+def test_draws_of_the_first_step_are_those_of_a_plain_one(cuda):
+    both = Both(World(dataclasses.replace(SMALL, dropout=0.5)), kind=WithoutCuda)
+    state = torch.get_rng_state()
+    both.step(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_finite_differences_of_a_loss_that_draws_are_refused(cuda):
+    world = World(dataclasses.replace(SMALL, dropout=0.5))
+    both = Both(world, dataclasses.replace(META, order="fd"), WithoutCuda)
+    with pytest.raises(ValueError, match="needs the same random numbers twice, which a CUDA graph cannot draw"):
+        both.step(0)
+
+
 class OnDevice(World):
     def __init__(self, config=SMALL):
         super().__init__(config, torch.float32)
@@ -166,11 +212,3 @@ def test_captured_dropout_is_new_at_each_step_and_a_function_of_the_seed():
     first, again = losses(), losses()
     assert torch.equal(first, again)
     assert (first[0] != first[1]).all()
-
-
-@pytest.mark.gpu
-def test_finite_differences_with_dropout_cannot_be_captured():
-    world = OnDevice(dataclasses.replace(SMALL, dropout=0.5))
-    both = Both(world, dataclasses.replace(META, order="fd"), CapturedStep)
-    with pytest.raises(ValueError, match="needs the same random numbers twice, which a CUDA graph cannot draw"):
-        both.step(0)
