@@ -100,9 +100,9 @@ def scan_cases(device: str, wanted: Wanted, rates: Rates) -> Iterator[Case]:
         ) -> Providers:
             h = ops.linear_scan(*on, at)
             yield "metarec_fast", lambda: torch.autograd.grad(h, on, weight, retain_graph=True)
-            h = padded_meta_step.scan(*padded, real)
-            ones = torch.ones_like(h)
-            yield "torch padded, by doubling", lambda: torch.autograd.grad(h, padded, ones, retain_graph=True)
+            other = padded_meta_step.scan(*padded, real)
+            ones = torch.ones_like(other)
+            yield "torch padded, by doubling", lambda: torch.autograd.grad(other, padded, ones, retain_graph=True)
 
         for names, providers, right, passes in zip(rows, (forward, backward), expected, (2, 3), strict=True):
             if wanted(names):
