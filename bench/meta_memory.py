@@ -4,8 +4,8 @@
 
 Linux only; measured as bench/memory.py does, each order in a process of its own, after a step of as many positions
 over a smaller table. What was resident before the step holds the parameters, and the kernels that oneDNN makes for each
-number of rows and keeps, up to 1,024 of them (about 14 MB for the five batches of a step at order 2). The gradients that
-the optimizer applies are counted apart, as they are the step's result: a table's gradient for each domain, and the
+number of rows and keeps, up to 1,024 of them (about 14 MB for the five batches of a step at order 2). The gradients
+that the optimizer applies are counted apart, as they are the step's result: a table's gradient for each domain, and the
 shared one. Exits with 1 if a step takes more than 64 MB beside its result.
 """
 
