@@ -81,7 +81,9 @@ class Trace(TorchDispatchMode):
         if name == "_to_copy" and any(x.is_meta for x in inputs) and (kwargs or {}).get("device", META) != META:
             raise HostWaits("the host wants values")
         outputs = func(*args, **(kwargs or {}))
-        devices = {x.device.type for x in (*inputs, *tree_leaves(outputs)) if isinstance(x, Tensor) and x.dim()}
+        given = [x for x in (*inputs, *tree_leaves(outputs)) if isinstance(x, Tensor)]
+        # a number on the host may take part in an operator, but not be copied
+        devices = {x.device.type for x in given if x.dim() or name in ("_to_copy", "copy_")}
         if len(devices) > 1:
             raise HostWaits(f"{name} copies between devices")
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)

@@ -209,6 +209,10 @@ class CapturedStep(FixedStep):
         return lane
 
     def _record(self) -> Callable[[], tuple[OuterStep, GradientAverages | None]]:
+        with torch.cuda.device(self.device):
+            return self._captured()
+
+    def _captured(self) -> Callable[[], tuple[OuterStep, GradientAverages | None]]:
         drawn_from = torch.cuda.get_rng_state(self.device)
         main, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         side.wait_stream(main)

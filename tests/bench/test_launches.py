@@ -39,6 +39,7 @@ def test_an_outer_step_never_waits(order, encoder, target_pass):
         lambda x: x[x > 0],
         lambda x: x.cpu(),
         lambda x: x + torch.ones(1).to("meta"),
+        lambda x: x + torch.tensor(1.0).to("meta"),
         lambda x: torch.arange(3, device="meta").repeat_interleave(x.long().expand(3)),
     ],
 )

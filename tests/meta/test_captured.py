@@ -131,7 +131,17 @@ def cuda(monkeypatch):
     stand_in = mock.MagicMock()
     stand_in.get_rng_state = lambda device: torch.get_rng_state()
     stand_in.set_rng_state = lambda state, device: torch.set_rng_state(state)
-    for name in ("Stream", "Event", "CUDAGraph", "graph", "stream", "current_stream", "get_rng_state", "set_rng_state"):
+    for name in (
+        "Stream",
+        "Event",
+        "CUDAGraph",
+        "graph",
+        "stream",
+        "current_stream",
+        "get_rng_state",
+        "set_rng_state",
+        "device",
+    ):
         monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
     return stand_in
 
@@ -196,6 +206,7 @@ def test_captured_does_not_wait_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         both.step(1)
+        both.plain(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
