@@ -104,6 +104,8 @@ class TrainConfig:
     seed: int = 0
     compile: bool = False
     """torch.compile the encoder."""
+    capture: bool = False
+    """Run meta steps as one CUDA graph each, on batches filled to a fixed size. Only on a GPU; not yet run on one."""
     remember_codes: bool = False
     """Keep each item's code from step to step by bounds (vq.CodebookAssignments): the same codes, fewer distances."""
     threads: int = 0

@@ -137,6 +137,11 @@ class FixedStep:
                 part.update({name: x.clone() for name, x in new.items()})
         return result
 
+    def holds(self, batches: Mapping[str, Sequence[PackedBatch]], target_batch: PackedBatch) -> bool:
+        """Whether the shapes have room for these batches."""
+        fit = (self.shapes[name].holds(b) for name in self.sources for b in batches[name])
+        return all(fit) and self.target_shape.holds(target_batch)
+
     def _lane(self) -> Lane:
         return lambda s: nullcontext()
 
@@ -188,7 +193,7 @@ class CapturedStep(FixedStep):
     ) -> None:
         super().__init__(loss, shared, sources, target, shapes=shapes, target_shape=target_shape, config=config)
         if self.device.type != "cuda":
-            raise ValueError(f"CapturedStep needs parameters on a CUDA device, got {self.device}; use outer_step")
+            raise ValueError(f"a captured step (train.capture) needs parameters on a CUDA device, got {self.device}")
         self._streams = [torch.cuda.Stream(self.device) for _ in self.sources] if parallel else []
 
     def _lane(self) -> Lane:

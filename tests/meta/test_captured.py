@@ -107,12 +107,16 @@ def test_errors():
             world.model.loss, world.shared, {n: world.private[n] for n in NAMES}, world.private["t"],
             shapes={"a": SHAPE}, target_shape=SHAPE, config=META,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="needs parameters on a CUDA device, got cpu; use outer_step"):
+    with pytest.raises(
+        ValueError, match=r"a captured step \(train.capture\) needs parameters on a CUDA device, got cpu"
+    ):
         Both(world, kind=CapturedStep)
     small = Both(world, shape=BatchShape(windows=5, positions=3, length=6))
+    assert not small.fixed.holds(small.batches(0), world.batches["t"][0])
     with pytest.raises(ValueError, match=r"batch must have at most 3 positions in 5 windows .*, got \d+ in 4"):
         small.step(0)
     both = Both(world)
+    assert both.fixed.holds(both.batches(0), world.batches["t"][0])
     both.step(0)
     with pytest.raises(ValueError, match="a step must have inputs like those of the first one"):
         both.step(0, rates=InnerRates.start(world.shared, META))
