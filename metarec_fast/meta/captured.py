@@ -92,8 +92,8 @@ class FixedStep:
         self.loss, self.shared, self.sources, self.target = loss, shared, dict(sources), target
         self.shapes, self.target_shape, self.config = dict(shapes), target_shape, config
         self.device = next(iter(shared.values())).device
-        self._inputs: _Inputs | None = None  # where the graph reads
-        self._replay: Callable[[], tuple[OuterStep, GradientAverages | None]]
+        self._inputs: _Inputs  # where the graph reads
+        self._replay: Callable[[], tuple[OuterStep, GradientAverages | None]] | None = None
 
     def __call__(
         self,
@@ -120,7 +120,7 @@ class FixedStep:
             # averages begin with what they are to average, which is a step of its own kind
             batches = {name: [b.to(self.device) for b in those] for name, those in given.batches.items()}
             return self._step(_Inputs(batches, given.target.to(self.device), averages, rates))
-        if self._inputs is None:
+        if self._replay is None:
             self._inputs = given.on(self.device)
             self._replay = self._record()
         elif given.layout() != self._inputs.layout():
