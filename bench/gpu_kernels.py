@@ -1,4 +1,4 @@
-"""Times the Triton kernels on a CUDA card, against the torch code they replace and against the card's own floor.
+"""Times the Triton kernels and the outer step on a CUDA card, against torch code and against the card's own floor.
 
     python bench/gpu_kernels.py [--out bench/results] [--only SUBSTRING]
     python bench/gpu_kernels.py --dry-run       # no card: the same checks, tiny, on the CPU; nothing is written, and
