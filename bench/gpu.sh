@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds from source, tests and times the Triton kernels on a machine with a CUDA card. No network is used.
+# Builds from source, tests and times the Triton kernels and the outer step on a machine with a CUDA card. No network.
 #
 #   [PYTHON=python3] [OUT=bench/results] bash bench/gpu.sh [--dry-run]
 #

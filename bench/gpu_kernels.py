@@ -1,12 +1,14 @@
-"""Times the Triton kernels on a CUDA card, against the torch code they replace and against the card's own floor.
+"""Times the Triton kernels and the outer step on a CUDA card, against torch code and against the card's own floor.
 
     python bench/gpu_kernels.py [--out bench/results] [--only SUBSTRING]
-    python bench/gpu_kernels.py --dry-run       # no card: the same checks, tiny, on the CPU; nothing is written
+    python bench/gpu_kernels.py --dry-run       # no card: the same checks, tiny, on the CPU; nothing is written, and
+                                                # what is captured in a graph there runs without one
 
 Every result is checked before it is timed. The floor is the larger of two times: each input read and each output
 written once at the card's copy bandwidth, and the products at its matrix rate (three float16 products for a float32
 lookup, one for a half type; for target_ranks those of float32 itself), and for negatives 12 bytes written for each.
-These rates are measured here.
+For linear_cross_entropy and the outer step it is three TF32 products for each of float32: logits and both gradients,
+and the encoder's; of any order of the outer step what the first order cannot leave out. These rates are measured here.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import gpu_sequence
+from bench.gpu_case import Case, Rates
 from metarec_fast import ops, reference
 from metarec_fast.ops.gpu_negatives import GpuSeenItems, sample_unseen_on_gpu
 from metarec_fast.ops.sample_negatives import SeenItems, sample_unseen, seen_items
@@ -88,14 +94,6 @@ DRAWS = (
     Draws(10**7, 1024, 50, 128),
 )
 TINY_DRAWS = (Draws(300, 8, 5, 3), Draws(300, 3, 5, 128))
-
-
-class Rates(NamedTuple):
-    """Bytes and operations a second."""
-
-    copy: float
-    product: float
-    float32: float
 
 
 def lookup_by_product(x: Tensor, codebook: Tensor) -> Tensor:
@@ -292,24 +290,23 @@ def measure_rates(device: str, measure: Callable) -> Rates:
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copy = 2 * size / (1e-3 * measure(lambda: target.copy_(source))[0])
-    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-    c, d = a.float(), b.float()
-    return Rates(copy, *(2 * n**3 / (1e-3 * measure(lambda p=p: p[0] @ p[1])[0]) for p in ((a, b), (c, d))))
+    pair = [torch.randn(n, n, device=device) for _ in range(2)]
+
+    def products(a: Tensor, b: Tensor) -> float:
+        return 2 * n**3 / (1e-3 * measure(lambda: a @ b)[0])
+
+    half, single = products(*(x.to(torch.bfloat16) for x in pair)), products(*pair)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    tf32 = products(*pair)
+    torch.set_float32_matmul_precision(precision)
+    return Rates(copy, half, single, tf32)
 
 
 def commit() -> str:
     command = ("git", "describe", "--always", "--dirty", "--exclude=*")
     described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return described.stdout.strip() or "unknown"
-
-
-class Case(NamedTuple):
-    """What is timed against what: names of the row, calls with ours first, check of ours, floor in milliseconds."""
-
-    names: dict[str, str]
-    providers: Iterator[tuple[str, Callable[[], Any]]]
-    check: Callable[[Any], None]
-    floor: float
 
 
 def cases(device: str, only: str, rates: Rates) -> Iterator[Case]:
@@ -331,6 +328,7 @@ def cases(device: str, only: str, rates: Rates) -> Iterator[Case]:
             verify = lambda result, given=given: check_negatives(result, *given)  # noqa: E731
             floor = 1e3 * draws.B * draws.L * draws.K * (8 + 4) / rates.copy
             yield Case(names, negatives_providers(*given), verify, floor)
+    yield from gpu_sequence.cases(device, only, rates)
 
 
 def run(device: str, only: str) -> Iterator[dict[str, str]]:
@@ -340,7 +338,7 @@ def run(device: str, only: str) -> Iterator[dict[str, str]]:
     if device == "cuda":
         print(
             f"copy {rates.copy / 1e12:.3g} TB/s, bfloat16 product {rates.product / 1e12:.3g} TFLOP/s, "
-            f"float32 {rates.float32 / 1e12:.3g}",
+            f"float32 {rates.float32 / 1e12:.3g}, as TF32 {rates.tf32 / 1e12:.3g}",
             flush=True,
         )
     import triton
@@ -360,10 +358,11 @@ def run(device: str, only: str) -> Iterator[dict[str, str]]:
                 if ours is None:
                     case.check(call())
                 ms, p20, p80 = measure(call)
-            except torch.OutOfMemoryError:
-                if ours is None:
+            except RuntimeError as error:
+                if ours is None or device == "cpu":
                     raise
-                yield row | {"ms": "out of memory"}
+                print(f"{provider}: {error}", file=sys.stderr)
+                yield row | {"ms": "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"}
                 continue
             finally:
                 if device == "cuda":
@@ -371,6 +370,17 @@ def run(device: str, only: str) -> Iterator[dict[str, str]]:
             ours = ours or ms
             times = {"ms": ms, "p20": p20, "p80": p80, "ratio": ms / ours, "of_floor": case.floor / ms}
             yield row | {name: f"{value:.4g}" for name, value in times.items()}
+
+
+def write(folder: Path, rows: list[dict[str, str]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
+    path = folder / f"{slug}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def main() -> int:
@@ -385,20 +395,15 @@ def main() -> int:
     rows = []
     for row in run("cpu" if options.dry_run else "cuda", options.only):
         rows.append(row)
-        print("{kernel:<22}{dtype:<9} {shape:<27}{provider:<37}".format(**row), end="")
+        if not options.dry_run:
+            path = write(options.out, rows)  # after each row: what was measured stays, whatever comes
+        print("{kernel:<29}{dtype:<9} {shape:<27}{provider:<37}".format(**row), end="")
         times = (f"{name} {row[name]}" for name in COLUMNS[4:9] if name in row)
         print("runs" if options.dry_run else " ".join(times), flush=True)
     if not rows:
         parser.error(f"--only {options.only!r} matches no case")
     if options.dry_run:
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
-    path = options.out / f"{slug}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
     print(f"wrote {path}")
     return 0
 

@@ -2,9 +2,11 @@
 
     python bench/meta_memory.py
 
-Linux only; measured as bench/memory.py does, each order in a process of its own. What was resident before the step
-holds the parameters. The gradients that the optimizer applies are counted apart, as they are the step's result: a
-table's gradient for each domain, and the shared one. Exits with 1 if a step takes more than 64 MB beside its result.
+Linux only; measured as bench/memory.py does, each order in a process of its own, after a step of as many positions
+over a smaller table. What was resident before the step holds the parameters, and the kernels that oneDNN makes for each
+number of rows and keeps, up to 1,024 of them (about 14 MB for the five batches of a step at order 2). The gradients
+that the optimizer applies are counted apart, as they are the step's result: a table's gradient for each domain, and the
+shared one. Exits with 1 if a step takes more than 64 MB beside its result.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def measure(order: str) -> dict[str, float]:
     def step(model, shared, sources, target, batches) -> object:
         return outer_step(model.loss, shared, sources, target, batches["beauty"], config=meta)
 
-    step(*world(4))  # threads, libraries, autograd
+    step(*world(128))  # threads, libraries, autograd, and what oneDNN keeps for these numbers of rows
     bench_meta.SHAPES["beauty"] = bench_meta.LRUREC_BEAUTY
     measured = world(128)
     results: list = []

@@ -34,7 +34,8 @@ class ModelConfig:
     vq_gradient: Literal["straight_through", "rotation"] = "straight_through"
     unique_items: Literal["auto", "always", "never"] = "auto"
     """Find the codes of each item of a batch once, however often it occurs: the same result, with less work where
-    items repeat. auto: for batches of more positions than the catalogue has items."""
+    items repeat. auto: for batches of more positions than the catalogue has items. On a GPU: of each item of the
+    catalogue, since how many a batch has would have to be waited for."""
     evidence: Literal["learned", "transitions", "none"] = "learned"
     """What stands beside the encoder's scores, by a weight chosen on validation. learned: a network over what the
     domain's statistics say of each candidate, trained on all domains alike. transitions: its own transitions as they
@@ -108,6 +109,8 @@ class TrainConfig:
     seed: int = 0
     compile: bool = False
     """torch.compile the encoder."""
+    capture: bool = False
+    """Run meta steps as one CUDA graph each, on batches filled to a fixed size. Only on a GPU; not yet run on one."""
     remember_codes: bool = False
     """Keep each item's code from step to step by bounds (vq.CodebookAssignments): the same codes, fewer distances."""
     threads: int = 0

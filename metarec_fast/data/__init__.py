@@ -1,6 +1,6 @@
 """From files to domains, and from domains to training sequences and questions."""
 
-from metarec_fast.data.batch import PackedBatch, PaddedBatch
+from metarec_fast.data.batch import BatchShape, PackedBatch, PaddedBatch
 from metarec_fast.data.controls import fingerprint, random_items, relabelled_copy, shuffled_order, shuffled_ties
 from metarec_fast.data.domain import Cases, Domain, ReadReport, Sequences, Split
 from metarec_fast.data.episodes import support_and_query
@@ -17,6 +17,7 @@ from metarec_fast.data.vocabulary import Vocabulary
 
 __all__ = [
     "BatchBuffers",
+    "BatchShape",
     "Cases",
     "Domain",
     "Mixture",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,22 @@ class PaddedBatch:
     logq: Tensor | None = None
 
 
+class BatchShape(NamedTuple):
+    """A size to fill batches to: at most ``windows`` windows of ``length`` positions, at most ``positions`` in all."""
+
+    windows: int
+    positions: int
+    length: int
+
+    @property
+    def segments(self) -> int:
+        """Windows, and what is filled, in pieces that are no longer than a window."""
+        return self.windows + -(-self.positions // self.length)
+
+    def holds(self, batch: PackedBatch) -> bool:
+        return len(batch.items) <= self.positions and len(batch.offsets) - 1 <= self.windows
+
+
 @dataclass(eq=False, slots=True)  # not frozen: five of them are a tenth of the time of a step
 class PackedBatch:
     """Windows of B users without padding: row b is positions offsets[b] to offsets[b + 1] of items and targets.
@@ -34,6 +51,7 @@ class PackedBatch:
     offsets: int64 [B+1]. users: int64 [B].
     negatives: int64 [T, K] of each target ([B, K] with ``targets="last"``), or [N] shared by the batch; logq: float32,
     the log of the probability of drawing each. None if the sampler draws none.
+    real: bool [T], False at positions that only fill the batch to a fixed size; None if there are none.
     """
 
     items: Tensor
@@ -42,6 +60,7 @@ class PackedBatch:
     users: Tensor
     negatives: Tensor | None = None
     logq: Tensor | None = None
+    real: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -50,6 +69,41 @@ class PackedBatch:
         """The batch with every tensor on ``device``."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in moved.items() if v is not None})
+
+    def filled(self, shape: BatchShape) -> PackedBatch:
+        """The batch with as many positions and segments as ``shape`` says, whatever it holds: the same loss.
+
+        What is missing comes behind the windows: positions of item 0 without a target (-100), which ``real`` marks.
+        ``offsets`` are [shape.segments + 1]; ``users`` stay as they are. Nothing waits for the device.
+
+        Raises ValueError for a batch that ``shape`` cannot hold, and without a target at every position.
+        """
+        T, B = len(self.items), len(self.offsets) - 1
+        if len(self.targets) != T:
+            raise ValueError("filled needs a target at every position, got targets of last positions alone")
+        if not shape.holds(self):
+            raise ValueError(
+                f"batch must have at most {shape.positions} positions in {shape.windows} windows to be filled to that, "
+                f"got {T} in {B}"
+            )
+
+        def fill(values: Tensor, value: int) -> Tensor:
+            return torch.cat((values, values.new_full((shape.positions - T, *values.shape[1:]), value)))
+
+        negatives, logq = self.negatives, self.logq
+        if negatives is not None and negatives.dim() == 2:
+            negatives, logq = fill(negatives, 0), fill(logq, 0)
+        pieces = torch.arange(1 + B - shape.windows, shape.segments - shape.windows + 1, device=self.items.device)
+        ends = (T + pieces.clamp_min(0) * shape.length).clamp_max(shape.positions)  # windows that are missing are empty
+        return PackedBatch(
+            fill(self.items, 0),
+            fill(self.targets, -100),
+            torch.cat((self.offsets, ends)),
+            self.users,
+            negatives,
+            logq,
+            torch.arange(shape.positions, device=self.items.device) < T,
+        )
 
     def padded(self, length: int, *, side: Side = "left", fill: int = 0) -> PaddedBatch:
         """The batch as rectangles of ``length`` positions, ``fill`` for the items, targets and negatives of padding.

@@ -1,5 +1,6 @@
 """Learning to transfer: inner adaptation, similarity, source weights, the outer step."""
 
+from metarec_fast.meta.captured import CapturedStep, FixedStep
 from metarec_fast.meta.signals import NoiseFloor, leaving_out
 from metarec_fast.meta.step import (
     GradientAverages,
@@ -12,6 +13,8 @@ from metarec_fast.meta.step import (
 )
 
 __all__ = [
+    "CapturedStep",
+    "FixedStep",
     "GradientAverages",
     "InnerRates",
     "NoiseFloor",

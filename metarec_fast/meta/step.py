@@ -9,7 +9,7 @@ source's own loss. The rescaling follows MetaAdapt (Yue et al., ACL 2023) with t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Parameters, PackedBatch], Tensor]
 Gradient = Callable[[Tensor, Parameters, PackedBatch], Tensor]
 RandomState = tuple[Tensor, ...]
+Lane = Callable[[int], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ def unflatten(flat: Tensor, like: Parameters) -> Parameters:
     return {name: piece.view(p.shape) for (name, p), piece in zip(like.items(), pieces, strict=True)}
 
 
+def spread_by_tensor(values: Tensor, like: Parameters) -> Tensor:
+    """[P]: the value of each tensor, ``values`` [tensors], at each of its elements."""
+    return torch.cat([value.expand(p.numel()) for value, p in zip(values.unbind(), like.values(), strict=True)])
+
+
 def sum_by_tensor(flat: Tensor, like: Parameters) -> Tensor:
     """[tensors]: the sum of each tensor's part of a vector."""
     return torch.stack([piece.sum() for piece in flat.split([p.numel() for p in like.values()])])
@@ -132,13 +138,18 @@ def _leaves(parameters: Parameters) -> Parameters:
 
 
 def _random_state(device: torch.device) -> RandomState:
-    """What dropout on ``device`` will draw from."""
-    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
+    """What dropout on ``device`` will draw from; nothing during the capture of a graph, which has no way back to it."""
+    if device.type != "cuda":
+        return (torch.get_rng_state(),)
+    if torch.cuda.is_current_stream_capturing():
+        return ()
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device)
 
 
 def _set_random_state(state: RandomState, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
+    if state:
+        torch.set_rng_state(state[0])
+    if state[1:]:
         torch.cuda.set_rng_state(state[1], device)
 
 
@@ -169,7 +180,6 @@ def inner_adapt(
     rates: [inner_steps, tensors] in place of ``inner_lr``.
     """
     fixed = {n: p.detach() for n, p in source.private.items()}
-    sizes = torch.tensor([p.numel() for p in like.values()], device=theta.device)
     phi, step, path = theta, torch.zeros_like(theta.detach()), []
     for k in range(config.inner_steps):
         state = _random_state(theta.device) if config.order == "fd" else ()
@@ -182,7 +192,7 @@ def inner_adapt(
         if k == 0:
             first_loss = value.detach()
             private_grad = {n: g.detach() for n, g in zip(private, own, strict=True)}
-        rate = config.inner_lr if rates is None else rates[k].repeat_interleave(sizes)
+        rate = config.inner_lr if rates is None else spread_by_tensor(rates[k], like)
         move = rate * gradient
         path.append((phi.detach(), gradient.detach(), state))
         # summed from the moves: the difference of nearly equal parameters would keep few of its digits
@@ -215,14 +225,13 @@ def pull_back(
         with _twice_differentiable(config.order):
             pulled = torch.autograd.grad(adaptation.phi, at, grad_outputs=answer)
         return pulled[0], pulled[1] if rates is not None else None
-    sizes = torch.tensor([p.numel() for p in like.values()], device=theta.device)
     rates_grad: list[Tensor] = []
     for k in reversed(range(config.inner_steps)):
         phi, g, state = adaptation.path[k]
         if rates is not None:
             rates_grad.insert(0, -sum_by_tensor(g * answer, like))
         if config.order == "fd":
-            rate = config.inner_lr if rates is None else rates[k].detach().repeat_interleave(sizes)
+            rate = config.inner_lr if rates is None else spread_by_tensor(rates[k].detach(), like)
             direction = rate * answer
             length = torch.linalg.vector_norm(direction)
             # a source that asks for nothing, or a target that answers nothing, has no direction to look in
@@ -285,6 +294,7 @@ def outer_step(
     config: MetaConfig,
     averages: GradientAverages | None = None,
     rates: InnerRates | None = None,
+    lane: Lane = lambda s: nullcontext(),
 ) -> OuterStep:
     """One step of learning to transfer.
 
@@ -298,6 +308,8 @@ def outer_step(
     The target's table gets the weighted sum of its gradients, each source's table its own loss's gradient.
 
     rates: inner rates of each tensor and step, in place of ``inner_lr``; ``rates_grad`` is then found too.
+    lane: the context in which source s is adapted and the target asked about it, for example a stream: what is done
+        for one source waits for nothing that is done for another.
 
     Raises ValueError without sources, if a source lacks a batch for each inner step, for rates of another shape, or
     without rates where ``lr_of_inner_lr`` has them learn;
@@ -317,26 +329,29 @@ def outer_step(
     def adapt(source: Source) -> Adaptation:
         return inner_adapt(loss, theta, source, like=like, config=config, rates=alpha)
 
-    vmapped = config.target_pass == "vmap"
+    vmapped, adaptations = config.target_pass == "vmap", []
     if vmapped:
-        adaptations = [adapt(source) for source in sources]
+        for s, source in enumerate(sources):
+            with lane(s):
+                adaptations.append(adapt(source))
         phis = [a.phi.detach() for a in adaptations]
         target_losses, answers_at_phi, private_grads = _target_answers(loss, phis, target, target_batch, like)
     target_grad: list[Tensor] = []
     answers, descents, steps, similarities, source_losses, losses, rates_grads = [], [], [], [], [], [], []
     source_grads: dict[str, Parameters] = {}
     for s, source in enumerate(sources):
-        if vmapped:
-            adaptation, answer, value = adaptations[s], answers_at_phi[s], target_losses[s]
-        else:
-            adaptation = adapt(source)
-            phi = adaptation.phi.detach().requires_grad_()
-            value = loss(unflatten(phi, like), target, target_batch)
-            answer, *table_grads = _gradients(value, [phi, *target.values()])
-        losses.append(value.detach())
-        answer, rates_grad = pull_back(
-            gradient, answer, adaptation, theta, source, like=like, config=config, rates=alpha
-        )
+        with lane(s):
+            if vmapped:
+                adaptation, answer, value = adaptations[s], answers_at_phi[s], target_losses[s]
+            else:
+                adaptation = adapt(source)
+                phi = adaptation.phi.detach().requires_grad_()
+                value = loss(unflatten(phi, like), target, target_batch)
+                answer, *table_grads = _gradients(value, [phi, *target.values()])
+            losses.append(value.detach())
+            answer, rates_grad = pull_back(
+                gradient, answer, adaptation, theta, source, like=like, config=config, rates=alpha
+            )
         step = adaptation.step
         compared = averages.update(source.name, step, answer) if averages is not None else (step, answer)
         similarities.append(similarity(*compared, like=like, config=config))

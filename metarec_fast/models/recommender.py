@@ -27,10 +27,25 @@ Lookup = Callable[[Tensor, Tensor], Tensor]
 
 
 class Repeats(NamedTuple):
-    """Positions of which several hold the same row: the row of each [T], and the number of positions of each row."""
+    """How often rows count, [N], and the row of each position [T], or None if each position has its own."""
 
-    row: Tensor
     counts: Tensor
+    row: Tensor | None = None
+
+
+def _each_once(
+    items: Tensor, num_items: int, real: Tensor, dtype: torch.dtype, *, look: bool
+) -> tuple[Tensor, Repeats]:
+    """The items of a batch, each once, and how they repeat over the positions that ``real`` [T] marks.
+
+    look: find out how many there are, for which the host has to wait; otherwise take all items.
+    """
+    if look:
+        items, row = items.unique(return_inverse=True)
+    else:
+        row, items = items, torch.arange(num_items, device=items.device)
+    real = real.to(dtype)
+    return items, Repeats(real.new_zeros(len(items)).index_add(0, row, real), row)
 
 
 def _mean_square_error(x_HTd: Tensor, y_HTd: Tensor, counts: Tensor | None) -> Tensor:
@@ -95,12 +110,12 @@ class SharedEncoder(nn.Module):
     def forward(
         self, z_TD: Tensor, offsets: Tensor, lookup: Lookup | None = None, repeats: Repeats | None = None
     ) -> tuple[Tensor, Tensor]:
-        """repeats: which of the rows z stands at each position, and how often each does; by default each once."""
+        """repeats: which of the rows z stands at each position, and how often each counts; by default each once."""
         loss = z_TD.new_zeros(())
         if self.config.vq != "none":
             q_TD, _, loss = self.quantize(z_TD, lookup, counts=None if repeats is None else repeats.counts)
             z_TD = q_TD if self.config.vq == "quantized" else z_TD + q_TD
-        if repeats is not None:
+        if repeats is not None and repeats.row is not None:
             z_TD = F.embedding(repeats.row, z_TD)
         x_TD = self.norm(F.dropout(z_TD, self.config.dropout, self.training))
         return self.encoder(x_TD, offsets), loss
@@ -152,28 +167,34 @@ class Recommender(nn.Module):
                     return partial(assignments.lookup, items)
         return None
 
-    def states(self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder states [T, D] of packed items, and the VQ loss."""
-        repeats = None
-        once = self.config.unique_items
-        if once == "always" or (once == "auto" and len(items) > len(private["weight"])):
-            items, row, counts = items.unique(return_inverse=True, return_counts=True)
-            repeats = Repeats(row, counts.to(private["weight"].dtype))
-        rows_TD = F.embedding(items, private["weight"])
+    def states(
+        self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor, *, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encoder states [T, D] of packed items, and the VQ loss over the positions that ``real``, bool [T], marks."""
+        weight, once = private["weight"], self.config.unique_items
+        repeats = None if real is None else Repeats(real.to(weight.dtype))
+        if once == "always" or (once == "auto" and len(items) > len(weight)):
+            real = torch.ones_like(items) if real is None else real
+            items, repeats = _each_once(items, len(weight), real, weight.dtype, look=items.device.type == "cpu")
+        rows_TD = F.embedding(items, weight)
         z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
-        return functional_call(self.shared, shared, (z_TD, offsets, self._lookup(items, private["weight"]), repeats))
+        return functional_call(self.shared, shared, (z_TD, offsets, self._lookup(items, weight), repeats))
 
     def loss(self, shared: Parameters, private: Parameters, batch: PackedBatch) -> Tensor:
-        """Mean cross-entropy of the next item over the batch's positions, plus the weighted VQ loss.
+        """Mean cross-entropy of the next item over the batch's real positions, plus the weighted VQ loss.
 
         Full softmax, or sampled softmax with logQ correction if the batch carries shared negatives.
         """
-        h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets)
+        h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets, real=batch.real)
         table, bias = private["weight"], private["bias"]
-        if batch.negatives is None:
+        if batch.negatives is None:  # positions that only fill the batch have a target that is ignored
             task = linear_cross_entropy(h_TD, table, batch.targets, bias, reduction="mean")
-        else:
+        elif batch.real is None:
             task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias).mean()
+        else:
+            targets, real = batch.targets.where(batch.real, 0), batch.real.to(h_TD.dtype)
+            losses = sampled_cross_entropy(h_TD, table, targets, batch.negatives, batch.logq, bias=bias)
+            task = losses @ real / real.sum()
         return task + self.config.vq_loss_weight * vq_loss
 
     @torch.no_grad()

@@ -307,6 +307,7 @@ class _Sum(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.ignored, ctx.known = inputs[5], inputs[6:]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for those would be as large as the table
         ctx.save_for_backward(*inputs[:5], *output[1:])
 
     @staticmethod

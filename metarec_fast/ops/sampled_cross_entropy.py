@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,6 @@ def sampled_cross_entropy(
         logits = torch.einsum("td,tnd->tn", h, negative_rows)
     if bias is not None:
         positive, logits = positive + bias[targets], logits + bias[negatives]
-    count = torch.log(torch.tensor(float(negatives.shape[-1]), dtype=h.dtype, device=h.device))
-    logits = logits - (logq.to(h.dtype) + count)
+    logits = logits - (logq.to(h.dtype) + math.log(negatives.shape[-1]))
     logits = logits.masked_fill(negatives == targets[:, None], float("-inf"))
     return torch.logsumexp(torch.cat((positive[:, None], logits), 1), 1) - positive

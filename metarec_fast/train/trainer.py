@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from metarec_fast.config import Config
-from metarec_fast.data.batch import PackedBatch
+from metarec_fast.data.batch import BatchShape, PackedBatch
 from metarec_fast.data.domain import Split
 from metarec_fast.data.prefetch import Prefetch
 from metarec_fast.data.sampler import Sampler, draw
 from metarec_fast.evaluation import evaluate
+from metarec_fast.meta.captured import CapturedStep
 from metarec_fast.meta.signals import NoiseFloor, leaving_out
 from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Source, outer_step
 from metarec_fast.models.recommender import Recommender
@@ -37,6 +38,7 @@ from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 # 1.4 times more.
 LARGE_TABLE = 50_000
 TRACE_EVERY = 10  # meta steps
+SHOWN = 16  # batches by which a captured step's size is chosen
 
 
 class Reporter(Protocol):
@@ -138,6 +140,9 @@ class Trainer:
         self._samplers: dict[tuple[str, str], Sampler] = {}
         self._prefetch: tuple[str, Prefetch] | None = None  # of one stage
         self._start_optimizers()
+        self._captured: CapturedStep | None = None
+        if config.train.capture and any(stage.name == "meta" for stage in self.stages):
+            self._captured = self._capture()
         if config.train.remember_codes:
             model.remember_codes()
 
@@ -191,6 +196,25 @@ class Trainer:
             self._prefetch[1].close()
             self._prefetch = None
 
+    def _capture(self) -> CapturedStep:
+        """The meta step as one graph; see `_room` for which steps it can take."""
+        private, name = self.model.private_parameters, self.target.domain.name
+        return CapturedStep(
+            self.model.loss,
+            self.model.shared_parameters(),
+            {s: private(s) for s in self.sources},
+            private(name),
+            shapes={s: self._room(s) for s in self.sources},
+            target_shape=self._room(name),
+            config=self.config.meta,
+        )
+
+    def _room(self, domain: str) -> BatchShape:
+        """An eighth more positions than some batches have: a step with a larger one is rare, and not captured."""
+        sampler = self._sampler(domain, "meta")
+        most = max(len(sampler.batch(k).items) for k in range(SHOWN))
+        return BatchShape(self.config.train.batch_size, most + most // 8 + 1, self.config.model.max_length)
+
     def _start_optimizers(self) -> None:
         """Of a stage: one for what every step moves, one for tables of which a step touches few rows."""
         t = self.config.train
@@ -231,16 +255,15 @@ class Trainer:
         rows = {s: self._rows(s, [batch for of, batch in batches[:-1] if of == s]) for s in self.sources}
         rows[name] = self._rows(name, [batches[-1][1]])
         before = self.averages.copy()
-        result: OuterStep = outer_step(
-            self.model.loss,
-            self.model.shared_parameters(),
-            [Source(s, rows[s].private, rows[s].batches) for s in self.sources],
-            rows[name].private,
-            rows[name].batches[0],
-            config=m,
-            averages=self.averages,
-            rates=self.rates,
-        )
+        given, target_batch = {s: rows[s].batches for s in self.sources}, rows[name].batches[0]
+        state = {"averages": self.averages, "rates": self.rates}
+        result: OuterStep
+        if self._captured is not None and self._captured.holds(given, target_batch):
+            result = self._captured(given, target_batch, **state)
+        else:
+            sources = [Source(s, rows[s].private, rows[s].batches) for s in self.sources]
+            shared, private = self.model.shared_parameters(), rows[name].private
+            result = outer_step(self.model.loss, shared, sources, private, target_batch, config=m, **state)
         for key, parameter in self.model.shared_parameters().items():
             parameter.grad = result.shared_grad[key]
         for domain, grads in (result.source_grads | {name: result.target_grad}).items():

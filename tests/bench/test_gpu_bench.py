@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import gpu_sequence
+from bench.gpu_case import Rates
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -27,6 +30,33 @@ def test_dry_run_checks_negatives_against_the_definition():
         lines = [line for line in run.stdout.splitlines() if line.startswith(f"negatives, {distribution}")]
         assert [line.split("metarec_fast")[1].split() for line in lines if "metarec_fast" in line] == [["runs"]] * 2
         assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "providers"),
+    [
+        ("linear_scan float32", 2),
+        ("linear_scan backward", 2),
+        ("linear_cross_entropy", 3),
+        ("outer step, order 1", 8),
+        ("outer step, order 2", 6),
+    ],
+)
+def test_what_steps_are_made_of_is_checked_and_runs(kernel, providers):
+    (case,) = gpu_sequence.cases("cpu", kernel, Rates(1.0, 1.0, 1.0, 1.0))
+    calls = dict(case.providers)
+    assert len(calls) == providers and "metarec_fast" in next(iter(calls))
+    case.check(next(iter(calls.values()))())
+    for call in calls.values():
+        call()
+    assert case.floor > 0
+
+
+def test_a_result_that_is_off_is_not_timed():
+    close = gpu_sequence.close
+    close([torch.ones(3)], [torch.ones(3)], tolerance=1e-5)
+    with pytest.raises(AssertionError):
+        close([torch.ones(3) * 1.001], [torch.ones(3)], tolerance=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a card")

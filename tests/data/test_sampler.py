@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarec_fast import _C
+from metarec_fast.data.batch import BatchShape
 from metarec_fast.data.domain import Sequences
 from metarec_fast.data.sampler import PackedBatch, Sampler
 
@@ -286,6 +287,39 @@ def test_only_the_users_asked_for():
     sampler = Sampler(data, batch_size=2, users=chosen)
     shown = torch.cat([sampler.batch(step).users for step in range(sampler.steps_per_epoch)])
     assert sorted(shown.tolist()) == [u for u in chosen if len(data[u]) >= 2]
+
+
+@pytest.mark.parametrize("windows", [30, 37])
+@pytest.mark.parametrize("negatives", [{}, {"negatives": 2}, {"shared_negatives": 9}], ids=str)
+def test_filled_batches_have_one_size_and_the_packed_positions_first(negatives, windows):
+    batch = Sampler(geometric(), batch_size=30, max_length=6, **negatives).batch(1)
+    T, B = len(batch.items), len(batch)
+    shape = BatchShape(windows, positions=T + 20, length=6)
+    filled = batch.filled(shape)
+    assert torch.equal(filled.offsets[: B + 1], batch.offsets)
+    assert len(filled.offsets) == shape.segments + 1
+    lengths = filled.offsets.diff()[B:]
+    assert (lengths >= 0).all() and (lengths <= 6).all() and lengths.sum() == 20
+    assert torch.equal(filled.real, torch.arange(T + 20) < T)
+    assert torch.equal(filled.items[:T], batch.items) and (filled.items[T:] == 0).all()
+    assert torch.equal(filled.targets[:T], batch.targets) and (filled.targets[T:] == -100).all()
+    for name in ("negatives", "logq"):
+        ours, given = getattr(filled, name), getattr(batch, name)
+        if given is None or given.dim() == 1:
+            assert ours is given
+        else:
+            assert torch.equal(ours[:T], given) and (ours[T:] == 0).all() and len(ours) == T + 20
+    exactly = batch.filled(BatchShape(B, T, 6))
+    assert exactly.real.all() and (exactly.offsets[B:] == T).all()
+
+
+def test_filled_names_what_is_too_many():
+    batch = Sampler(geometric(), batch_size=30, max_length=6).batch(1)
+    for shape in (BatchShape(30, 29, 6), BatchShape(29, 500, 6)):
+        with pytest.raises(ValueError, match=rf"at most {shape.positions} positions in {shape.windows} windows"):
+            batch.filled(shape)
+    with pytest.raises(ValueError, match="filled needs a target at every position"):
+        Sampler(geometric(), batch_size=30, max_length=6, targets="last").batch(1).filled(BatchShape(30, 500, 6))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from metarec_fast.api import build
-from metarec_fast.data import leave_one_out
+from metarec_fast.data import BatchShape, leave_one_out
+from metarec_fast.meta import FixedStep
 from metarec_fast.train import trainer as trainer_module
 from metarec_fast.train.trainer import Interrupted, Trainer, stages
 from tests.tiny import DOMAINS, config
@@ -361,3 +362,57 @@ def test_inner_rates_learn_and_a_stopped_run_keeps_them(tmp_path):
     assert resumed.restore()
     assert resumed.run() == progress
     assert torch.equal(resumed.rates.values, straight.rates.values)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "sampled"}], ids=str)
+def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, options):
+    taken = []
+
+    class Counted(FixedStep):
+        def __call__(self, *args, **kwargs):
+            taken.append(self.target_shape)
+            return super().__call__(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "CapturedStep", Counted)
+    ends = []
+    for capture in (False, True):
+        given = config(
+            model={"dropout": 0.0},
+            meta={"inner_steps": 2, "lr_of_inner_lr": 0.01},
+            train={"capture": capture, **options},
+        )
+        run = trainer(given)
+        run.model.double()  # so that no code is nearly as near as another
+        for stage in ("warmup", "meta"):
+            for step in range(4):
+                run.train_step(stage, step)
+        run._stop_prefetch()
+        ends.append((run.model.state_dict(), run.rates.values, run.averages.steps))
+    assert len(taken) == 4
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
+
+
+def test_a_batch_too_large_to_be_captured_is_stepped_plainly(monkeypatch):
+    monkeypatch.setattr(trainer_module, "CapturedStep", FixedStep)
+    run = trainer(config(train={"capture": True}))
+    run._captured.target_shape = BatchShape(1, 1, 12)
+    monkeypatch.setattr(FixedStep, "__call__", None)
+    facts = run.train_step("meta", 0)
+    run._stop_prefetch()
+    assert len(facts["losses"]) == len(run.sources) + 1
+
+
+def test_capture_without_a_gpu_is_an_error():
+    with pytest.raises(ValueError, match=r"captured step \(train.capture\) needs parameters on a CUDA device, got cpu"):
+        trainer(config(train={"capture": True}))
+
+
+@pytest.mark.gpu
+def test_a_captured_run_learns_what_a_plain_one_learns():
+    losses = []
+    for capture in (False, True):
+        run = trainer(config(model={"dropout": 0.0}, train={"capture": capture, "device": "cuda"}))
+        losses.append([run.train_step("meta", step)["losses"] for step in range(6)])
+        run._stop_prefetch()
+    for plain, captured in zip(*losses, strict=True):  # float32, and steps build on each other
+        assert captured == pytest.approx(plain, rel=1e-2)
