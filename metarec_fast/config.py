@@ -123,10 +123,10 @@ class EvidenceConfig:
     """How the evidence scorer is trained: the stages of ``train.method``, over questions instead of windows."""
 
     hidden: int = 32
-    warmup_steps: int = 800
+    warmup_steps: int = 1000
     """Of one source each, in turn."""
     meta_steps: int = 50
-    finetune_steps: int = 200
+    finetune_steps: int = 150
     """At most; the target alone may use the steps of all stages."""
     batch_size: int = 64
     lr: float = 3e-3
