@@ -128,6 +128,22 @@ def published() -> Study:
     )
 
 
+def short() -> Study:
+    """What two cores finish within an hour or two: the arms of the headline, small budgets, nothing tuned."""
+    kept = ("best-floor", "sasrec", "lru", "lru-vq-structure", "target-only", "pretrain", "ours")
+    arms = (*floors(), *target_only(), *transfer_baselines(), ours(), *controls())
+    arms = tuple(arm for arm in arms if arm.name in (*kept, "shuffled-sources", "random-sources", "target-copy"))
+    return dataclasses.replace(
+        published(),
+        name="short",
+        fractions=(0.01, 0.05, 0.1),
+        arms=arms,
+        comparisons=comparisons(arms, control="target-only"),
+        options={"train": {"warmup_steps": 20, "meta_steps": 40, "finetune_steps": 200, "patience": 4}},
+        tune={},
+    )
+
+
 def smoke() -> Study:
     """Every kind of arm on small synthetic domains, in less than a minute."""
     train = {
@@ -163,4 +179,4 @@ def smoke() -> Study:
     )
 
 
-PRESETS = {"smoke": smoke, "published": published}
+PRESETS = {"smoke": smoke, "short": short, "published": published}
