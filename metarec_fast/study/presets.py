@@ -174,6 +174,7 @@ def smoke() -> Study:
         options={
             "model": {"dim": 32, "codebook_heads": 4, "codebook_size": 32, "dropout": 0.2, "max_length": 20},
             "train": train,
+            "evidence": {"warmup_steps": 100, "meta_steps": 20, "finetune_steps": 60, "evaluate_every": 20},
         },
         synthetic={"source_users": 500, "source_items": 100, "target_users": 1000, "target_items": 80},
     )
