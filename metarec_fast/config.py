@@ -143,6 +143,9 @@ class EvidenceConfig:
     average_decay: float = 0.95
     """On the target, the parameters that count are an exponential average over steps; 0 takes them as they are."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists where options are tuples
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -192,8 +195,7 @@ class Config:
             for option in values:
                 if option not in known:
                     raise ValueError(f"{name} has no option {option!r}; options are {', '.join(sorted(known))}")
-            # JSON has lists where options are tuples
-            built[name] = sections[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            built[name] = sections[name](**values)
         return Config(**built)
 
     @staticmethod

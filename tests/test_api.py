@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from metarec_fast import MetaRec
-from metarec_fast.api import compare
+from metarec_fast.api import ENCODER_WEIGHTS, compare
 from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
-from metarec_fast.evaluation import Metrics
+from metarec_fast.evaluation import Metrics, mean_log_loss
 from metarec_fast.train.trainer import Interrupted
 from tests.tiny import DOMAINS, config
 
@@ -21,6 +21,11 @@ SOURCES, TARGET = DOMAINS.sources, DOMAINS.target
 @pytest.fixture(scope="module")
 def fitted():
     return MetaRec.fit(SOURCES, TARGET, config=config())
+
+
+@pytest.fixture(scope="module")
+def with_transitions():
+    return MetaRec.fit(SOURCES, TARGET, config=config(model={"evidence": "transitions"}))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +53,32 @@ def test_a_saved_model_is_the_model(fitted, saved):
     assert loaded.recommend(users, k=5) == fitted.recommend(users, k=5)
     assert loaded.config == fitted.config
     assert loaded.history == fitted.history
-    assert loaded.evidence_weight == fitted.evidence_weight
+    assert (loaded.evidence_weight, loaded.encoder_weight) == (fitted.evidence_weight, fitted.encoder_weight)
     assert loaded.domain.name == "target"
+
+
+@pytest.mark.parametrize("evidence", ["transitions", "none"])
+def test_a_saved_model_has_the_evidence_that_it_was_made_with(with_transitions, tmp_path, monkeypatch, evidence):
+    model = with_transitions
+    if evidence == "none":
+        options = config(model={"evidence": "none"}, train={"method": "target_only"})
+        model = MetaRec.fit([], TARGET, config=options)
+    monkeypatch.setattr(model, "evidence_weight", 1.25 if evidence == "transitions" else 0.0)
+    model.save_pretrained(tmp_path)
+    loaded = MetaRec.from_pretrained(tmp_path)
+    assert (loaded.evidence is None) == (evidence == "none")
+    users = list(TARGET.users)
+    assert loaded.recommend(users, k=5) == model.recommend(users, k=5)
+    assert loaded.history == model.history
+
+
+def test_a_model_without_its_evidence_is_refused(copy):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if not k.startswith("evidence.")}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match="damaged"):
+        MetaRec.from_pretrained(copy)
 
 
 def test_saved_files_hold_no_code_and_no_source(saved):
@@ -121,7 +150,24 @@ def test_a_user_is_their_history(fitted):
     assert np.allclose([s for _, s in by_user], [s for _, s in by_history])
 
 
-def test_an_empty_history_is_answered_by_bias_and_does_not_touch_others(fitted):
+def test_an_empty_history_is_answered_by_popularity_and_bias_and_does_not_touch_others(fitted):
+    history = list(TARGET.items)[:3]
+    k = TARGET.num_items
+    (alone,) = fitted.recommend(histories=[[]], k=k)
+    beside = fitted.recommend(histories=[history, []], k=k)
+    assert items_of([alone])[0] == items_of(beside)[1]
+    assert items_of(fitted.recommend(histories=[history], k=k))[0] == items_of(beside)[0]
+    items = TARGET.items.encode([item for item, _ in alone])
+    scores = torch.tensor([score for _, score in alone])
+    rest = scores - fitted.encoder_weight * fitted.model.table("target").bias.detach()[items]
+    popularity = np.bincount(fitted.split.train.items, minlength=k)[items]
+    for count in np.unique(popularity):  # one score for all items of a popularity
+        same = rest[popularity == count]
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_history_is_answered_by_bias_beside_transitions(with_transitions):
+    fitted = with_transitions
     history = list(TARGET.items)[:3]
     alone = fitted.recommend(histories=[[]], k=3)
     beside = fitted.recommend(histories=[history, []], k=3)
@@ -174,7 +220,20 @@ def test_the_history_of_the_user_is_masked_on_request(fitted):
     assert (masked.greater <= fitted.evaluate().greater).all()
 
 
-def test_the_weight_of_evidence_is_the_best_on_validation(fitted):
+def test_the_weight_of_the_encoder_has_the_least_loss_on_validation(fitted):
+    found = fitted.history["encoder_weight"]
+    tried, valid = found["validation_loss"], fitted.split.valid
+    assert found["chosen"] == fitted.encoder_weight and set(tried) == set(map(str, ENCODER_WEIGHTS))
+    assert mean_log_loss(fitted.scorer(), valid) == min(tried.values()) == tried[str(fitted.encoder_weight)]
+    alone = fitted.evidence.prepare(valid.histories)(0, TARGET.num_items)
+    expected = torch.nn.functional.cross_entropy(alone, torch.from_numpy(valid.targets))
+    assert tried["0.0"] == pytest.approx(float(expected), rel=1e-5)
+    # without evidence it is the encoder's own score, by which its steps were chosen
+    assert fitted.evaluate("valid", evidence=False).ndcg[10] == fitted.history["best_validation_ndcg@10"]
+
+
+def test_the_weight_of_evidence_is_the_best_on_validation(with_transitions):
+    fitted = with_transitions
     tried = fitted.history["evidence_weight"]["validation_ndcg@10"]
     assert fitted.evaluate("valid").ndcg[10] == max(tried.values())
     assert tried["0.0"] == fitted.evaluate("valid", evidence=False).ndcg[10]
@@ -305,8 +364,10 @@ def test_the_target_only_run_beside_has_the_same_budget():
     seen = Recorder()
     MetaRec.fit(SOURCES, TARGET, config=config(train={"patience": 99}), reporter=seen)
     assert seen.begun == ["target only"]
-    taken = [sum(at == part for at, _ in seen.steps) for part in (0, 1)]
-    assert taken == [13, 13] and {stage for at, stage in seen.steps if at == 1} == {"finetune"}
+    taken = [sum(at == part and "evidence" not in stage for at, stage in seen.steps) for part in (0, 1)]
+    beside = [sum(at == part and "evidence" in stage for at, stage in seen.steps) for part in (0, 1)]
+    assert taken == [13, 13] and beside == [10, 10]
+    assert {stage for at, stage in seen.steps if at == 1} == {"finetune", "evidence: target"}
     seen = Recorder()
     model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}), reporter=seen)
     assert not seen.begun and "transfer_report" not in model.history
@@ -365,22 +426,26 @@ def after(calls):
     return lambda: next(left, None) is None
 
 
-# with sources: 3 + 20 + 6 steps; then the target alone
-@pytest.mark.parametrize("calls", [15, 26, 29, 40])
-def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tmp_path, calls):
+# with sources: 3 + 20 + 6 steps of the encoder, then 10 of the evidence, which start again; then the target alone:
+# 21 steps until it gets no better, and 10 of the evidence
+@pytest.mark.parametrize(("calls", "kept"), [(15, 15), (26, 26), (35, 29), (39, 29), (50, 40), (65, 50)])
+def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tmp_path, calls, kept):
     want, folder = straight
     before = torch.get_num_threads()
     with pytest.raises(Interrupted):
         MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=tmp_path, should_stop=after(calls))
-    assert (tmp_path / "target_only").exists() == (calls >= 29) and not (tmp_path / "model").exists()
+    assert (tmp_path / "target_only").exists() == (calls >= 39) and not (tmp_path / "model").exists()
     seen = Recorder()
     model = MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=tmp_path, resume=True, reporter=seen)
     torch.set_num_threads(before)
-    assert len(seen.steps) < 58 - calls + 2
-    assert model.history["transfer_report"] == want.history["transfer_report"]
+    assert sum("evidence" not in stage for _, stage in seen.steps) < 58 - kept + 2
+    for name in ("transfer_report", "evidence", "encoder_weight"):
+        assert model.history[name] == want.history[name]
     assert model.config == want.config
     for name, tensor in want.model.state_dict().items():
         assert torch.equal(model.model.state_dict()[name], tensor), name
+    for name, tensor in want.evidence.scorer.state_dict().items():
+        assert torch.equal(model.evidence.scorer.state_dict()[name], tensor), name
     assert (tmp_path / "report.html").read_text() == (folder / "report.html").read_text()
 
 
@@ -423,13 +488,23 @@ def test_adapt_needs_no_source_and_leaves_the_model_as_it_was(saved, tmp_path):
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor, kept[name]), name
     assert adapted.history["adapted_from"] == "target" and "transfer_report" not in adapted.history
-    assert adapted.history["evidence_weight"]["chosen"] == adapted.evidence_weight
+    assert adapted.history["encoder_weight"]["chosen"] == adapted.encoder_weight
+    assert model.evidence.scorer is not adapted.evidence.scorer and adapted.evidence.num_items == 35
     assert len(adapted.recommend(users=[next(iter(NEW.users))], k=3)[0]) == 3
     loaded = MetaRec.from_pretrained(tmp_path / "model")
     got, want = loaded.evaluate(), adapted.evaluate()
     assert np.array_equal(got.greater, want.greater) and loaded.history == adapted.history
     # an adapted model adapts in turn
     assert loaded.adapt(TARGET).domain is TARGET
+
+
+def test_adapting_starts_from_the_evidence_scorer_of_the_model(fitted):
+    still = fitted.config.replace(evidence={"finetune_steps": 0})
+    adapted = fitted.adapt(NEW, config=still)
+    for name, tensor in fitted.evidence.scorer.state_dict().items():
+        assert torch.equal(adapted.evidence.scorer.state_dict()[name], tensor), name
+    assert adapted.history["evidence"]["best_at"] == "start 0"
+    json.dumps(adapted.history, allow_nan=False)
 
 
 def test_adapting_starts_from_the_shared_parameters_and_the_structure_of_the_new_domain(fitted):
@@ -475,7 +550,6 @@ def test_adapting_never_worse_on_request(fitted, monkeypatch, rank):
         )
 
     monkeypatch.setattr(MetaRec, "evaluate", known)
-    monkeypatch.setattr(MetaRec, "_choose_evidence_weight", lambda self: None)
     chosen = fitted.adapt(NEW, compare_target_only=True)
     report = chosen.history["transfer_report"]
     assert report["sources"] == {} and report["noise_floor"] is None

@@ -1,5 +1,6 @@
 """The command as people use it: what it prints, what it leaves, and what it returns."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from metarec_fast.api import MetaRec
 from metarec_fast.cli import COMMANDS, main
 from metarec_fast.config import Config
 from metarec_fast.data import Vocabulary, load_domain, read
-from tests.tiny import DOMAINS
+from tests.tiny import DOMAINS, config
 
 TINY = [
     "--model.dim=8",
@@ -28,6 +29,10 @@ TINY = [
     "--train.evaluate-every=50",
     "--train.patience=99",
     "--train.threads=1",
+    "--evidence.hidden=8",
+    "--evidence.warmup-steps=4",
+    "--evidence.meta-steps=2",
+    "--evidence.finetune-steps=4",
 ]
 
 
@@ -87,7 +92,7 @@ def test_resume_goes_on_to_the_end(run):
     steps = [
         entry["step"]
         for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        if entry["run"] == "target only" and "losses" in entry
+        if entry["run"] == "target only" and entry["stage"] == "finetune" and "losses" in entry
     ]
     assert steps == list(range(1, 209))  # no step twice, none left out
 
@@ -316,6 +321,7 @@ def study_file(folder):
     from tests.study.problems import TRAIN
 
     options = {"model": {"dim": 8, "codebook_heads": 2, "codebook_size": 8, "layers": 1}, "train": TRAIN}
+    options["evidence"] = dataclasses.asdict(config().evidence)
     plan = Study(
         name="files",
         targets=("shop",),
@@ -338,7 +344,7 @@ def test_a_study_prints_costs_and_verdicts_and_goes_on(study_file, folder, tmp_p
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "popularity seed 0" not in shown.split("ours against")[0].split("2/4")[0]  # there already
-    assert re.search(r"4/4  shop 1 ours seed 0: NDCG@10 0\.\d{4} \(validation .*\)  \d+ s, 19 steps", shown)
+    assert re.search(r"4/4  shop 1 ours seed 0: NDCG@10 0\.\d{4} \(validation .*\)  \d+ s, 29 steps", shown)
     assert "ours against popularity" in shown and "| shop, 50% | popularity | " in shown and "mean gain" in shown
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert set(files) == {"study.json", "results.csv", "comparisons.csv", "tables.md", "gains.svg", "shop.svg"}

@@ -23,18 +23,26 @@ def test_presets_differ_from_one_another():
     assert len(texts) == len(PRESETS)
 
 
+def another(value):
+    if isinstance(value, bool):
+        return not value
+    return value + {int: 1, float: 1.0, str: "x", tuple: (3.0,)}[type(value)]
+
+
 def test_every_option_round_trips():
     """Each option changed to something else than its default."""
     changed = {}
     for section in dataclasses.fields(Config):
         values = dataclasses.asdict(getattr(Config(), section.name))
-        changed[section.name] = {
-            k: not v if isinstance(v, bool) else v + 1 if isinstance(v, (int, float)) else v + "x"
-            for k, v in values.items()
-        }
+        changed[section.name] = {k: another(v) for k, v in values.items()}
     config = Config().replace(**changed)
-    assert json.loads(config.to_json()) == changed
+    assert dataclasses.asdict(config) == changed
+    assert json.loads(config.to_json()) == json.loads(json.dumps(changed))
     assert Config.from_json(config.to_json()) == config
+
+
+def test_a_list_from_a_study_is_the_tuple_that_it_stands_for():
+    assert Config().replace(evidence={"sizes": [0.5, 1.0, 2.0]}) == Config()
 
 
 def test_options_left_out_have_their_defaults():
@@ -45,7 +53,7 @@ def test_options_left_out_have_their_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"modell": {}}', "no section 'modell'; sections are model, meta, train, data"),
+        ('{"modell": {}}', "no section 'modell'; sections are model, meta, train, evidence, data"),
         ('{"model": {"dims": 3}}', "model has no option 'dims'; options are .*dim"),
         ("[]", "must be a JSON object"),
         ('{"model": 3}', "must be a JSON object"),

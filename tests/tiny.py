@@ -1,6 +1,6 @@
 """Domains and options small enough to train within a fraction of a second."""
 
-from metarec_fast.config import Config, ModelConfig, TrainConfig
+from metarec_fast.config import Config, EvidenceConfig, ModelConfig, TrainConfig
 from metarec_fast.data import synthetic
 
 DOMAINS = synthetic(source_users=60, source_items=40, target_users=40, target_items=30)
@@ -11,6 +11,9 @@ def config(**sections) -> Config:
         model=ModelConfig(dim=8, codebook_heads=2, codebook_size=8, layers=1, max_length=12),
         train=TrainConfig(
             warmup_steps=3, meta_steps=4, finetune_steps=6, batch_size=16, evaluate_every=2, negatives=16, lr=1e-2
+        ),
+        evidence=EvidenceConfig(
+            hidden=8, warmup_steps=4, meta_steps=2, finetune_steps=4, batch_size=8, evaluate_every=2
         ),
     )
     return base.replace(**sections)

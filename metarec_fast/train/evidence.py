@@ -36,7 +36,8 @@ class Found:
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"validation_loss": self.losses, "best": self.best, "best_at": self.best_at, "transfer": self.trace}
+        losses = [list(entry) for entry in self.losses]  # as JSON has them
+        return {"validation_loss": losses, "best": self.best, "best_at": self.best_at, "transfer": self.trace}
 
 
 class EvidenceTrainer:
@@ -96,6 +97,8 @@ class EvidenceTrainer:
             fresh = self.fresh and not self.sources
             steps = e.warmup_steps + e.meta_steps if fresh else 0
             self._stage("finetune", steps + e.finetune_steps, lr=e.lr if fresh else e.finetune_lr)
+        if not self.found.losses:
+            self._keep_if_better("start", 0)
         self.scorer.load_state_dict(self.best)
         return EvidencePath(self.scorer.eval(), self.statistics)
 
@@ -174,7 +177,7 @@ class EvidenceTrainer:
     def _keep_if_better(self, stage: str, step: int) -> bool:
         loss = self.validation_loss()
         self.found.losses.append((stage, step, loss))
-        if loss >= self.found.best:
+        if not loss < self.found.best:  # nor if it is not a number
             return False
         self.found.best, self.found.best_at = loss, f"{stage} {step}"
         self.best = dict(self.averaged)

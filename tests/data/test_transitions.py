@@ -52,6 +52,37 @@ def test_fit_counts_pairs_within_the_window(window, decay):
     np.testing.assert_allclose(dense(kernel.transposed()), dense(kernel).T)
 
 
+@pytest.mark.parametrize(("first", "window", "decay"), [(1, 1, 1.0), (2, 3, 1.0), (4, 10, 0.7), (20, 20, 0.9)])
+def test_the_first_lag_leaves_nearer_pairs_out(first, window, decay):
+    rows = random_rows()
+    kernel = TransitionKernel.fit(packed(rows, 23), first=first, window=window, decay=decay)
+    expected = np.zeros((23, 23))
+    for row in rows:
+        for lag in range(first, window + 1):
+            np.add.at(expected, (row[:-lag], row[lag:]), decay ** (lag - 1))
+    np.testing.assert_allclose(dense(kernel), expected, rtol=1e-6)
+    assert len(kernel.columns) == (expected > 0).sum() and (first == 20) == (not expected.any())
+
+
+def test_without_diagonal():
+    kernel = TransitionKernel.fit(packed(random_rows(), 23))
+    matrix = dense(kernel)
+    assert np.diag(matrix).any()
+    without = kernel.without_diagonal()
+    np.testing.assert_array_equal(dense(without), matrix * (1 - np.eye(23)))
+    assert (without.weights > 0).all() and without.columns.dtype == kernel.columns.dtype
+    nothing = TransitionKernel.fit(packed([[1, 1, 1]], 5)).without_diagonal()
+    assert nothing.offsets.tolist() == [0] * 6 and not len(nothing.columns)
+
+
+@pytest.mark.parametrize("rows", [random_rows(), random_rows(count=4), [[0, 1, 2]], []], ids=len)
+def test_two_steps_are_the_dense_product(rows):
+    kernel = TransitionKernel.fit(packed(rows, 23)).normalised()
+    twice = kernel.two_steps()
+    np.testing.assert_allclose(dense(twice), dense(kernel) @ dense(kernel), rtol=1e-5, atol=1e-7)
+    assert twice.columns.dtype == np.int32 and twice.weights.dtype == np.float32
+
+
 def test_normalised():
     kernel = TransitionKernel.fit(packed(random_rows(), 23))
     matrix = dense(kernel)
@@ -108,6 +139,8 @@ def test_ids_beyond_float_precision():
     ("options", "message"),
     [
         ({"window": 0}, "window must be at least 1, got 0"),
+        ({"first": 0}, r"first must be in \[1, window=5\], got 0"),
+        ({"first": 3, "window": 2}, r"first must be in \[1, window=2\], got 3"),
         ({"decay": 0.0}, r"decay must be in \(0, 1\], got 0\.0"),
         ({"decay": 1.5}, r"decay must be in \(0, 1\], got 1\.5"),
     ],

@@ -6,7 +6,7 @@ import torch
 
 from metarec_fast import reference
 from metarec_fast.data.domain import Cases
-from metarec_fast.evaluation import LinearScorer, evaluate, holm, paired_bootstrap
+from metarec_fast.evaluation import LinearScorer, evaluate, holm, mean_log_loss, paired_bootstrap
 from tests.evaluation.problems import TableScorer, leave_one_out, random_rows, sequences
 
 
@@ -96,6 +96,37 @@ def test_bad_arguments():
     none = Cases(np.zeros(0, np.int64), sequences([], 60), np.zeros(0, np.int64))
     with pytest.raises(ValueError, match="at least one case, got none"):
         evaluate(TableScorer(scores), none, mask_history=False, protocol="")
+
+
+@pytest.mark.parametrize(("batch_size", "tile"), [(256, 4096), (1, 7), (5, 60), (36, 13), (37, 1)])
+@pytest.mark.parametrize("scale", [1, 40])  # of logits whose exponentials float32 does not hold
+def test_mean_log_loss_is_the_cross_entropy_in_any_tiles(batch_size, tile, scale):
+    cases, scores = problem()
+    expected = torch.nn.functional.cross_entropy(scale * scores, torch.from_numpy(cases.targets))
+    got = mean_log_loss(TableScorer(scale * scores), cases, batch_size=batch_size, tile=tile)
+    assert got == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_mean_log_loss_passes_each_case_its_own_history():
+    cases, _ = problem()
+    cases = Cases(cases.users[::-1].copy(), cases.histories, cases.targets)
+    torch.manual_seed(0)
+    table = torch.randn(60, 4)
+
+    def encode(histories, users):
+        return torch.stack([table[torch.from_numpy(histories[u]).long()].mean(0) * users[u] for u in range(len(users))])
+
+    expected = torch.nn.functional.cross_entropy(
+        encode(cases.histories, cases.users) @ table.T, torch.from_numpy(cases.targets)
+    )
+    got = mean_log_loss(LinearScorer(encode, table), cases, batch_size=10, tile=16)
+    assert got == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_mean_log_loss_needs_cases():
+    none = Cases(np.zeros(0, np.int64), sequences([], 60), np.zeros(0, np.int64))
+    with pytest.raises(ValueError, match="cases must have at least one case, got none"):
+        mean_log_loss(TableScorer(torch.zeros(0, 60)), none)
 
 
 def test_bootstrap_interval_agrees_with_theory():

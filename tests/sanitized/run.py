@@ -19,6 +19,7 @@ ROOT = HERE.parents[1]
 KERNELS = (
     "tests/ops/test_bounded_lookup.py",
     "tests/ops/test_epoch_order.py",
+    "tests/ops/test_gather_evidence.py",
     "tests/ops/test_linear_cross_entropy.py::test_loss_and_gradients_match_float64",
     "tests/ops/test_linear_scan.py::test_matches_reference",
     "tests/ops/test_missed_steps.py",

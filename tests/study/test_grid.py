@@ -145,9 +145,9 @@ def test_the_published_grid_has_every_arm_of_the_issue_once():
     assert len({json.dumps(dataclasses.asdict(first[name])) for name in trained}) == len(trained)
     assert first["metaadapt-literal"].meta == metaadapt_literal().meta
     plain = first["sasrec"]
-    assert (plain.model.encoder, plain.model.vq, plain.model.start, plain.model.transitions) == (
+    assert (plain.model.encoder, plain.model.vq, plain.model.start, plain.model.evidence) == (
         *("sasrec", "none", "random"),
-        False,
+        "none",
     )
     steps = {sum((c.train.warmup_steps, c.train.meta_steps, c.train.finetune_steps)) for c in first.values()}
     assert len(steps) == 1  # the same budget for every arm

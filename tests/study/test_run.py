@@ -60,8 +60,10 @@ def test_every_cell_is_told_and_written(finished):
         cost = facts["cost"]
         assert cost["seconds"] > 0 and cost["cpu_seconds"] > 0
         assert cost["peak_memory_mib"] > 50 if sys.platform == "linux" else cost["peak_memory_mib"] is None
-    assert [facts["cost"]["steps"] for _, facts, *_ in told[:5]] == [0, 0, 19, 19, 19]
-    assert told[3][1]["cost"]["steps_by_stage"] == {"warmup": 3, "meta": 10, "finetune": 6}
+    assert [facts["cost"]["steps"] for _, facts, *_ in told[:5]] == [0, 0, 29, 29, 29]
+    encoder = {"warmup": 3, "meta": 10, "finetune": 6}
+    evidence = {"evidence: sources": 4, "evidence: meta": 2, "evidence: target": 4}
+    assert told[3][1]["cost"]["steps_by_stage"] == encoder | evidence
 
 
 def test_a_cell_is_what_the_library_gives(finished):
@@ -162,7 +164,7 @@ def test_tuning_is_by_validation_and_all_of_it_is_cost():
     tried = {t["config"]["train"]["lr"]: t["valid_ndcg@10"] for t in facts["tried"]}
     assert len(tried) == 2
     assert facts["valid"] == max(tried.values()) == tried[facts["config"]["train"]["lr"]]
-    assert facts["cost"]["steps"] == 38
+    assert facts["cost"]["steps"] == 2 * 29
 
 
 def test_sources_of_every_kind():

@@ -1,0 +1,237 @@
+"""Training the evidence scorer: what each method does, who is asked, and that it is a function of the seed."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from metarec_fast.data import Sequences, leave_one_out, limit_users, synthetic
+from metarec_fast.data.evidence import EvidenceEpisode
+from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
+from metarec_fast.train import evidence as evidence_module
+from metarec_fast.train.evidence import ASKED, EvidenceTrainer, folds, mean_loss, parameters_of, source_episodes
+from metarec_fast.train.trainer import Interrupted
+from tests.data.test_transitions import packed
+from tests.tiny import DOMAINS, config
+from tests.train.test_trainer import Recorder, after, assert_same_state, one_thread  # noqa: F401
+
+TARGET = leave_one_out(DOMAINS.target)
+SOURCES = {d.name: leave_one_out(d) for d in DOMAINS.sources}
+
+
+def trainer(options=None, sources=SOURCES, target=TARGET, **kwargs) -> EvidenceTrainer:
+    return EvidenceTrainer(sources, target, options or config(), **kwargs)
+
+
+def stages_of(seen):
+    taken = {}
+    for stage, step, total, _ in seen.steps:
+        assert step == taken.get(stage, 0) + 1 <= total
+        taken[stage] = step
+    return taken
+
+
+def test_a_run_is_a_function_of_the_seed():
+    runs = [trainer(), trainer(), trainer(config(train={"seed": 1}))]
+    torch.rand(5)  # what else was drawn does not matter
+    states = [run.run().scorer.state_dict() for run in runs]
+    assert_same_state(states[1], states[0])
+    assert runs[0].found == runs[1].found
+    assert runs[0].found.losses != runs[2].found.losses
+    assert not torch.equal(states[0]["linear.weight"], states[2]["linear.weight"])
+
+
+@pytest.mark.parametrize(
+    ("method", "sources", "expected"),
+    [
+        ("metarec", SOURCES, {"evidence: sources": 4, "evidence: meta": 2, "evidence: target": 4}),
+        ("pretrain", SOURCES, {"evidence: sources": 6, "evidence: target": 4}),
+        ("joint", SOURCES, {"evidence: sources": 6}),
+        ("target_only", {}, {"evidence: target": 10}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_the_stages_of_a_method(method, sources, expected):
+    seen = Recorder()
+    run = trainer(config(train={"method": method}, evidence={"patience": 99}), sources, reporter=seen)
+    path = run.run()
+    assert stages_of(seen) == expected
+    assert isinstance(path, EvidencePath) and path.statistics is run.statistics and not path.scorer.training
+    assert all(0 < facts["losses"]["evidence"] < 20 for *_, facts in seen.steps)
+    found = run.found.to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["best"] == min(loss for *_, loss in found["validation_loss"])
+    assert found["best_at"] in {f"{stage} {step}" for stage, step, _ in found["validation_loss"]}
+    assert [entry["step"] for entry in found["transfer"]] == ([1, 2] if method == "metarec" else [])
+    for entry in found["transfer"]:
+        assert set(entry["similarity"]) == set(entry["weight"]) == set(SOURCES)
+        assert sum(entry["weight"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("method", "pools"), [("joint", 3), ("pretrain", 2)])
+def test_joint_steps_take_turns_with_the_target(method, pools, monkeypatch):
+    run, drawn = trainer(config(train={"method": method})), []
+    draw = EvidenceTrainer._draw
+
+    def watched(self, pool, stage, step, stream=0):
+        if stage == "warmup":
+            drawn.append([*run.episodes.values(), run.folds].index(pool))
+        return draw(self, pool, stage, step, stream)
+
+    monkeypatch.setattr(EvidenceTrainer, "_draw", watched)
+    run.run()
+    assert drawn == [step % pools for step in range(6)]
+
+
+def test_the_best_of_what_was_tried_is_left_in_place():
+    """A rate at which training falls apart: what is kept is what was there before."""
+    options = config(evidence={"finetune_lr": 1e3, "average_decay": 0.0, "finetune_steps": 6})
+    run = trainer(options)
+    path = run.run()
+    after_target = [loss for stage, step, loss in run.found.losses if stage == "finetune" and step]
+    assert min(after_target) > run.found.best and not run.found.best_at.startswith("finetune 2")
+    assert run.validation_loss() != run.found.best  # of the last step
+    run.averaged = parameters_of(path.scorer)
+    assert run.validation_loss() == run.found.best
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(monkeypatch):
+    losses = iter([5.0, math.nan, 4.0, math.nan])
+    run = trainer()
+    monkeypatch.setattr(run, "validation_loss", lambda: next(losses))
+    assert [run._keep_if_better("meta", step) for step in range(4)] == [True, False, True, False]
+    assert run.found.best == 4.0 and run.found.best_at == "meta 2"
+
+
+def test_training_on_the_target_stops_when_it_gets_no_better():
+    seen = Recorder()
+    still = {"finetune_lr": 0.0, "finetune_steps": 50, "patience": 3}
+    run = trainer(config(evidence=still), reporter=seen)
+    run.run()
+    # at steps 0, 2 and 4 the parameters are those that came from the sources
+    assert stages_of(seen)["evidence: target"] == 4
+    assert run.found.best_at == "meta 2" or run.found.best_at == "meta 0"
+
+
+@pytest.mark.parametrize(
+    ("calls", "where"), [(0, "sources at step 0 of 4"), (5, "meta at step 1"), (9, "target at step 3")]
+)
+def test_a_stop_is_heard_before_every_step(calls, where):
+    seen = Recorder()
+    with pytest.raises(Interrupted, match=f"stopped in evidence: {where}"):
+        trainer(reporter=seen, should_stop=after(calls)).run()
+    assert len(seen.steps) == calls
+
+
+def test_a_start_is_gone_on_from_and_left_as_it_was():
+    torch.manual_seed(7)
+    start = EvidenceScorer(hidden=8)
+    kept = parameters_of(start)
+    still = trainer(config(evidence={"finetune_steps": 0}), {}, start=start)
+    assert_same_state(still.run().scorer.state_dict(), kept)
+    assert still.found.losses == [("start", 0, still.found.best)] and 0 < still.found.best < 20
+    seen = Recorder()
+    run = trainer(config(evidence={"finetune_lr": 0.01}), {}, start=start, reporter=seen)
+    moved = run.run().scorer
+    assert stages_of(seen) == {"evidence: target": 4}  # not the steps of one that starts afresh
+    assert run.found.losses[0] == ("finetune", 0, still.found.best) and run.found.best <= still.found.best
+    assert moved is not start
+    assert_same_state(parameters_of(start), kept)
+
+
+def test_one_user_cannot_be_asked_by_the_others():
+    one = limit_users(TARGET, 0.01, seed=0)
+    with pytest.raises(ValueError, match="evidence needs two users with events at least, target has 1"):
+        trainer(target=one)
+
+
+# who is asked
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every episode that is made: who counts and who is asked."""
+    made = []
+
+    class Watched(EvidenceEpisode):
+        def __init__(self, train, *, statistics, asked):
+            super().__init__(train, statistics=statistics, asked=asked)
+            made.append((set(statistics.tolist()), set(asked.tolist())))
+
+    monkeypatch.setattr(evidence_module, "EvidenceEpisode", Watched)
+    return made
+
+
+def test_folds_ask_everyone_once_by_the_others(made):
+    train = packed([[1, 2, 3]] * 11 + [[]] + [[4, 5]] * 2, 6)
+    users = np.flatnonzero(train.lengths > 0)
+    folds(train, users, 5, seed=(0, 2))
+    assert len(made) == 5 and sorted(len(asked) for _, asked in made) == [2, 2, 3, 3, 3]
+    assert sorted(user for _, asked in made for user in asked) == users.tolist()
+    for counted, asked in made:
+        assert not counted & asked and counted | asked == set(users.tolist())
+
+
+def test_more_folds_than_users_and_users_of_one_event():
+    train = packed([[1, 2], [3], [4, 5]], 6)
+    made = folds(train, np.arange(3), 10, seed=(0,))
+    assert sorted(fold.asked.tolist() for fold in made) == [[0], [2]]
+
+
+def test_statistics_of_a_fold_count_nothing_of_those_whom_it_asks():
+    for fold in trainer().folds:
+        others = np.setdiff1d(np.arange(len(TARGET.train)), fold.asked)
+        expected = np.bincount(np.concatenate([TARGET.train[u] for u in others]), minlength=30)
+        assert fold.statistics.counts.tolist() == expected.tolist()
+
+
+def test_a_source_counts_as_many_users_as_asked_and_asks_others(made):
+    train = packed([[1, 2, 3]] * 100, 5)
+    source_episodes(train, 20, (0.5, 1.0, 2.0, 50.0), seed=(0, 1))
+    assert [len(counted) for counted, _ in made] == [10, 20, 40, 90]  # of the users, some are left to be asked
+    assert all(not counted & asked and len(counted | asked) == 100 for counted, asked in made)
+    made.clear()
+    many = packed([[1, 2]] * (ASKED + 900), 5)
+    source_episodes(many, 20, (1.0,), seed=(0, 1))
+    assert [(len(counted), len(asked)) for counted, asked in made] == [(20, ASKED)]
+
+
+def test_validation_asks_each_user_by_statistics_that_leave_them_out():
+    run = trainer()
+    users = [user for _, cases in run.questions for user in cases.users.tolist()]
+    assert sorted(users) == sorted(TARGET.valid.users.tolist())
+    for fold, (statistics, cases) in zip(run.folds, run.questions, strict=True):
+        assert statistics is fold.statistics and set(cases.users) <= set(fold.asked)
+    losses = [
+        float(run.scorer.loss(run.averaged, {}, statistics.cases(one(cases, i), cases.targets[i : i + 1])).detach())
+        for statistics, cases in run.questions
+        for i in range(len(cases))
+    ]
+    assert run.validation_loss() == pytest.approx(np.mean(losses), rel=1e-5)
+    statistics, cases = run.questions[0]
+    whole = mean_loss(run.scorer, run.averaged, statistics, cases)
+    assert mean_loss(run.scorer, run.averaged, statistics, cases, batch=3) == pytest.approx(whole, rel=1e-5)
+
+
+def one(cases, i) -> Sequences:
+    return packed([cases.histories[i].tolist()], cases.histories.num_items)
+
+
+# planted structure
+
+
+@pytest.mark.parametrize("method", ["metarec", "joint", "target_only"])
+def test_what_sources_teach_holds_on_the_target(method):
+    """Loss below that of the start by far more than steps apart differ, and below that of no knowledge at all."""
+    domains = synthetic(source_users=150, source_items=60, target_users=60, target_items=50)
+    options = config(
+        train={"method": method},
+        evidence={"hidden": 16, "warmup_steps": 80, "meta_steps": 10, "finetune_steps": 20, "batch_size": 32},
+    )
+    sources = {} if method == "target_only" else {d.name: leave_one_out(d) for d in domains.sources}
+    run = trainer(options, sources, leave_one_out(domains.target))
+    before = run.validation_loss()
+    run.run()
+    assert run.found.best < min(before, math.log(50)) - 0.3
