@@ -170,7 +170,7 @@ class Results:
     # files
 
     def write(self) -> list[Path]:
-        """``results.csv``, ``comparisons.csv``, ``tables.md``, and where arms are compared ``gains.svg``, ``<target>.svg``."""
+        """Tables: results.csv, comparisons.csv, tables.md; where arms are compared, plots: gains.svg, <target>.svg."""
         compared = [(c, found) for c in self.study.comparisons if (found := self.contrasts(c))]
         files = {
             "results.csv": _csv(COLUMNS, self.rows()),
