@@ -128,6 +128,22 @@ def published() -> Study:
     )
 
 
+def short() -> Study:
+    """What two cores finish within an hour or two: the arms of the headline, small budgets, nothing tuned."""
+    kept = ("best-floor", "sasrec", "lru", "lru-vq-structure", "target-only", "pretrain", "ours")
+    arms = (*floors(), *target_only(), *transfer_baselines(), ours(), *controls())
+    arms = tuple(arm for arm in arms if arm.name in (*kept, "shuffled-sources", "random-sources", "target-copy"))
+    return dataclasses.replace(
+        published(),
+        name="short",
+        fractions=(0.01, 0.05, 0.1),
+        arms=arms,
+        comparisons=comparisons(arms, control="target-only"),
+        options={"train": {"warmup_steps": 20, "meta_steps": 40, "finetune_steps": 200, "patience": 4}},
+        tune={},
+    )
+
+
 def smoke() -> Study:
     """Every kind of arm on small synthetic domains, in less than a minute."""
     train = {
@@ -158,9 +174,10 @@ def smoke() -> Study:
         options={
             "model": {"dim": 32, "codebook_heads": 4, "codebook_size": 32, "dropout": 0.2, "max_length": 20},
             "train": train,
+            "evidence": {"warmup_steps": 100, "meta_steps": 20, "finetune_steps": 60, "evaluate_every": 20},
         },
         synthetic={"source_users": 500, "source_items": 100, "target_users": 1000, "target_items": 80},
     )
 
 
-PRESETS = {"smoke": smoke, "published": published}
+PRESETS = {"smoke": smoke, "short": short, "published": published}

@@ -170,7 +170,7 @@ class Results:
     # files
 
     def write(self) -> list[Path]:
-        """``results.csv``, ``comparisons.csv``, ``tables.md``, ``gains.svg`` and one ``<target>.svg`` each."""
+        """``results.csv``, ``comparisons.csv``, ``tables.md``, and where arms are compared ``gains.svg``, ``<target>.svg``."""
         compared = [(c, found) for c in self.study.comparisons if (found := self.contrasts(c))]
         files = {
             "results.csv": _csv(COLUMNS, self.rows()),
@@ -184,7 +184,7 @@ class Results:
                 for x in many
             ]
             files["gains.svg"] = interval_chart(intervals, title="Gain in NDCG@10 with 95 % interval", percent=True)
-            for target in self.study.targets:
+            for target in {x.target: None for _, many in compared for x in many}:
                 files[f"{Path(target).name}.svg"] = self._curves(target, compared)
         self.out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

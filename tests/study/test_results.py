@@ -1,6 +1,7 @@
 """What is made of the cells: a tidy file, comparisons that are paired, pooled and adjusted, and words."""
 
 import csv
+import dataclasses
 import json
 from statistics import mean
 from xml.etree import ElementTree
@@ -87,6 +88,10 @@ def test_what_is_missing_is_left_open(out, tmp_path):
     results.write()
     assert "2 of 20 cells" in (tmp_path / "tables.md").read_text()
     assert "No cell is finished" in Results(study(), tmp_path / "none").markdown([])
+    # a target of which nothing is compared yet has no curve
+    two = dataclasses.replace(study(), targets=("target", "source0"), sources=("source1",))
+    run(two, tmp_path / "two", cells=two.only(targets=["target"], arms=["ours", "alone"], seeds=[0]).cells())
+    assert {p.name for p in Results(two, tmp_path / "two").write() if p.suffix == ".svg"} == {"gains.svg", "target.svg"}
     # cells of another configuration are none of this study's
     other = study(tune={"model.dropout": (0.1,)})
     assert {facts["arm"]["group"] for facts in Results(other, out).facts.values()} == {"floor"}
