@@ -9,6 +9,10 @@
 #include "sequence/linear_cross_entropy.h"
 #include "sequence/linear_scan.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace py = pybind11;
 
 namespace metarec {
@@ -63,6 +67,13 @@ Histories histories(const EvidenceGraph& graph, uintptr_t offsets, uintptr_t ite
     check_offsets(pointer<const int64_t>(offsets), B, events);
     check_items(pointer<const int32_t>(items), events, graph.V, "items");
     return {pointer<const int64_t>(offsets), pointer<const int32_t>(items), B};
+}
+
+int threads_for(int64_t cells) {
+#ifdef _OPENMP
+    if (cells > 1 << 20) return omp_get_max_threads();
+#endif
+    return 1;
 }
 
 Scratch allocate(const LinearLogits& x, LinearPass pass) {
@@ -133,9 +144,15 @@ void bind_sequence(py::module_& m) {
             [](const EvidenceGraph& graph, const Histories& histories, uintptr_t ages, int64_t groups, uintptr_t packed,
                uintptr_t candidates, uintptr_t features) {
                 const py::gil_scoped_release release;
+                const AgeGroups by_age{pointer<const int64_t>(ages), groups};
+                const auto* at = pointer<const int64_t>(packed);
+                list_candidates(graph, histories, by_age, at, pointer<int64_t>(candidates));
+                const int64_t cells = at[histories.B] * (groups * graph.relations + 1);
+                const int threads = threads_for(cells);
+                std::vector<int32_t> places(threads * graph.V, -1);
                 METAREC_DISPATCH(gather_evidence)
-                (graph, histories, {pointer<const int64_t>(ages), groups}, pointer<const int64_t>(packed),
-                 pointer<int64_t>(candidates), pointer<float>(features));
+                (graph, histories, by_age, at, pointer<const int64_t>(candidates), {places.data(), threads},
+                 pointer<float>(features));
             },
             py::arg("histories"), py::arg("ages"), py::arg("groups"), py::arg("packed"), py::arg("candidates"),
             py::arg("features"));

@@ -1,39 +1,33 @@
 #include "sequence/gather_evidence.h"
 
-#include <algorithm>
-#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace metarec::METAREC_ISA {
 
 void gather_evidence(const EvidenceGraph& graph, const Histories& histories, const AgeGroups& ages,
-                     const int64_t* packed, int64_t* candidates, float* features) {
+                     const int64_t* packed, const int64_t* candidates, Places places, float* features) {
     const int64_t R = graph.relations, width = ages.groups * R + 1;
-#pragma omp parallel if (packed[histories.B] * width > 1 << 20)
+#pragma omp parallel num_threads(places.threads)
     {
-        std::vector<int32_t> place(graph.V, -1);  // of a candidate among those of its case
+        int32_t* place = places.of_items;
+#ifdef _OPENMP
+        place += omp_get_thread_num() * graph.V;
+#endif
 #pragma omp for schedule(dynamic, 4)
         for (int64_t b = 0; b < histories.B; ++b) {
             const int64_t begin = histories.offsets[b], end = histories.offsets[b + 1];
-            const int64_t length = std::min(end - begin, ages.bounds[ages.groups]);
-            int64_t* mine = candidates + packed[b];
+            const int64_t count = packed[b + 1] - packed[b];
+            const int64_t* mine = candidates + packed[b];
             float* rows = features + packed[b] * width;
-            int64_t count = 0;
-            for (int64_t age = 0; age < length; ++age) {
-                const int64_t item = histories.items[end - 1 - age];
-                for (int64_t e = graph.offsets[item]; e < graph.offsets[item + 1]; ++e) {
-                    if (place[graph.items[e]] < 0) {
-                        place[graph.items[e]] = 0;
-                        mine[count++] = graph.items[e];
-                    }
-                }
-            }
-            std::sort(mine, mine + count);
             for (int64_t i = 0; i < count; ++i) place[mine[i]] = int32_t(i);
-            std::fill(rows, rows + count * width, 0.0f);
+            for (int64_t i = 0; i < count * width; ++i) rows[i] = 0.0f;
             for (int64_t g = 0; g < ages.groups; ++g) {
-                const int64_t oldest = std::min(ages.bounds[g + 1], length);
-                const float share = 1.0f / float(std::max<int64_t>(oldest - ages.bounds[g], 1));
-                for (int64_t age = ages.bounds[g]; age < oldest; ++age) {
+                const int64_t newest = ages.bounds[g];
+                const int64_t oldest = ages.bounds[g + 1] < end - begin ? ages.bounds[g + 1] : end - begin;
+                const float share = oldest > newest ? 1.0f / float(oldest - newest) : 0.0f;
+                for (int64_t age = newest; age < oldest; ++age) {
                     const int64_t item = histories.items[end - 1 - age];
                     for (int64_t e = graph.offsets[item]; e < graph.offsets[item + 1]; ++e) {
                         const float* __restrict from = graph.values + e * R;

@@ -31,8 +31,18 @@ struct AgeGroups {
 // packed [B+1]: where the candidates of each case begin.
 void plan_evidence(const EvidenceGraph& graph, const Histories& histories, const AgeGroups& ages, int64_t* packed);
 
+// candidates [N], rising in each case. Not of an instruction set: it sorts with the standard library.
+void list_candidates(const EvidenceGraph& graph, const Histories& histories, const AgeGroups& ages,
+                     const int64_t* packed, int64_t* candidates);
+
+// Scratch: of each item its place among the candidates of a case, [threads, V], all -1 before and after.
+struct Places {
+    int32_t* of_items;
+    int threads;
+};
+
 }  // namespace metarec
 
-// candidates [N] rising in each case, features [N, groups * relations + 1].
+// features [N, groups * relations + 1].
 METAREC_KERNEL(void gather_evidence(const EvidenceGraph& graph, const Histories& histories, const AgeGroups& ages,
-                                    const int64_t* packed, int64_t* candidates, float* features))
+                                    const int64_t* packed, const int64_t* candidates, Places places, float* features))

@@ -74,7 +74,7 @@ def test_large_logits_do_not_overflow(statistics, scorer):
     cases = statistics.cases(packed(HISTORIES, V), np.arange(len(HISTORIES)))
     expected = F.cross_entropy(spread(scorer, cases), cases.targets)
     assert spread(scorer, cases).abs().max() > 200
-    assert float(scorer.loss(dict(scorer.named_parameters()), {}, cases)) == pytest.approx(float(expected), rel=1e-5)
+    assert scorer.loss(dict(scorer.named_parameters()), {}, cases).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_all_items_are_candidates():
@@ -85,7 +85,7 @@ def test_all_items_are_candidates():
     assert cases.offsets.tolist() == [0, 6, 11]
     scorer = EvidenceScorer(hidden=4)
     expected = F.cross_entropy(spread(scorer, cases), cases.targets)
-    assert float(scorer.loss(dict(scorer.named_parameters()), {}, cases)) == pytest.approx(float(expected), rel=1e-5)
+    assert scorer.loss(dict(scorer.named_parameters()), {}, cases).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_loss_reads_the_parameters_that_it_is_given(statistics, scorer):

@@ -91,7 +91,8 @@ def test_the_best_of_what_was_tried_is_left_in_place():
     run = trainer(options)
     path = run.run()
     after_target = [loss for stage, step, loss in run.found.losses if stage == "finetune" and step]
-    assert min(after_target) > run.found.best and not run.found.best_at.startswith("finetune 2")
+    assert len(after_target) == 3 and not any(loss <= run.found.best for loss in after_target)
+    assert run.found.best_at.startswith("meta")
     assert run.validation_loss() != run.found.best  # of the last step
     run.averaged = parameters_of(path.scorer)
     assert run.validation_loss() == run.found.best
@@ -112,12 +113,10 @@ def test_training_on_the_target_stops_when_it_gets_no_better():
     run.run()
     # at steps 0, 2 and 4 the parameters are those that came from the sources
     assert stages_of(seen)["evidence: target"] == 4
-    assert run.found.best_at == "meta 2" or run.found.best_at == "meta 0"
+    assert run.found.best_at.startswith("meta")
 
 
-@pytest.mark.parametrize(
-    ("calls", "where"), [(0, "sources at step 0 of 4"), (5, "meta at step 1"), (9, "target at step 3")]
-)
+@pytest.mark.parametrize(("calls", "where"), [(0, "sources at step 0"), (5, "meta at step 1"), (9, "target at step 3")])
 def test_a_stop_is_heard_before_every_step(calls, where):
     seen = Recorder()
     with pytest.raises(Interrupted, match=f"stopped in evidence: {where}"):
