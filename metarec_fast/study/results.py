@@ -170,7 +170,7 @@ class Results:
     # files
 
     def write(self) -> list[Path]:
-        """``results.csv``, ``comparisons.csv``, ``tables.md``, and where arms are compared ``gains.svg``, ``<target>.svg``."""
+        """``results.csv``, ``comparisons.csv``, ``tables.md``; of compared arms ``gains.svg`` and ``<target>.svg``."""
         compared = [(c, found) for c in self.study.comparisons if (found := self.contrasts(c))]
         files = {
             "results.csv": _csv(COLUMNS, self.rows()),
