@@ -108,7 +108,7 @@ class MetaRec:
         run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
         splits = {d.name: split_domain(d, config) for d in sources}
         split = split_domain(target, config, fraction=config.data.target_fraction)
-        check_splits(splits, split)
+        check_splits(splits, split, config)
         fitted = cls._train(build(config, [*splits.values(), split]), splits, split, config, run, profiler=profiler)
         if splits and config.train.compare_target_only:
             fitted = fitted._or_target_only(run, list(splits))
@@ -148,7 +148,7 @@ class MetaRec:
             torch.set_num_threads(config.train.threads)
         run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
         split = split_domain(domain, config, fraction=config.data.target_fraction)
-        check_splits({}, split)
+        check_splits({}, split, config)
         model = build(config, [split])
         model.shared.load_state_dict(self.model.shared.state_dict())
         start = self.evidence.scorer if isinstance(self.evidence, EvidencePath) else None
@@ -434,7 +434,7 @@ def write_report(model: MetaRec, folder: Path) -> None:
         write_atomically(folder / "report.html", text.encode())
 
 
-def check_splits(sources: dict[str, Split], target: Split) -> None:
+def check_splits(sources: dict[str, Split], target: Split, config: Config) -> None:
     """Raises ValueError, by the name of the domain, for a split that cannot be trained on or chosen by."""
     for one in (*sources.values(), target):
         if not (one.train.lengths >= 2).any():
@@ -442,6 +442,12 @@ def check_splits(sources: dict[str, Split], target: Split) -> None:
     if not len(target.valid):
         raise ValueError(
             f"domain {target.domain.name!r} has no validation case, by which the model is chosen ({target.protocol})"
+        )
+    users = int((target.train.lengths > 0).sum())
+    if config.model.evidence == "learned" and users < 2:
+        raise ValueError(
+            f"model.evidence='learned' needs two users with training events, domain {target.domain.name!r} has {users}; "
+            "'transitions' and 'none' do not"
         )
 
 

@@ -278,7 +278,7 @@ def test_import_tells_what_it_left_out(tmp_path, capsys):
         (["evaluate", "{folder}"], "holds no saved model"),
         (["adapt", "{folder}", "--target=shop"], "holds no saved model"),
         (["audit-transfer", "--target=shop", "--source=books", "--leave-out", "--folder={folder}"], "two sources"),
-        (["study", "nothing"], "study must be smoke, published or a JSON file, got 'nothing'"),
+        (["study", "nothing"], "study must be smoke, short, published or a JSON file, got 'nothing'"),
         (["study", "smoke", "--arms", "wings"], "study 'smoke' has no arm 'wings'"),
         (["study", "published"], "domain 'amazon14_office' is neither a file nor in"),
         (["audit-transfer", "--target=shop", "--folder={folder}"], "an audit needs sources"),

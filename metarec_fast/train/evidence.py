@@ -193,7 +193,11 @@ def source_episodes(
     for i, size in enumerate(sizes):
         order = np.random.default_rng((*seed, i)).permutation(users)
         counted = min(max(1, round(size * target_users)), max(1, int(0.9 * len(order))))
-        episodes.append(EvidenceEpisode(train, statistics=order[:counted], asked=order[counted : counted + ASKED]))
+        statistics, asked = order[:counted], order[counted : counted + ASKED]
+        if not (train.lengths[asked] >= 2).any():  # a tiny source: one who can be asked is not counted
+            asked = order[train.lengths[order] >= 2][:1]
+            statistics = np.setdiff1d(statistics, asked)
+        episodes.append(EvidenceEpisode(train, statistics=statistics, asked=asked))
     return episodes
 
 
