@@ -446,8 +446,8 @@ def check_splits(sources: dict[str, Split], target: Split, config: Config) -> No
     users = int((target.train.lengths > 0).sum())
     if config.model.evidence == "learned" and users < 2:
         raise ValueError(
-            f"model.evidence='learned' needs two users with training events, domain {target.domain.name!r} has {users}; "
-            "'transitions' and 'none' do not"
+            f"model.evidence='learned' needs two users with training events, and domain {target.domain.name!r} has "
+            f"{users}; 'transitions' and 'none' need one"
         )
 
 

@@ -578,6 +578,7 @@ def short(lengths):
     [
         ([1, 1, 3], "domain 'shop' has no user with two training events"),
         ([2, 2, 2], "domain 'shop' has no validation case, by which the model is chosen"),
+        ([4], "model.evidence='learned' needs two users with training events, and domain 'shop' has 1"),
     ],
     ids=str,
 )

@@ -234,3 +234,12 @@ def test_what_sources_teach_holds_on_the_target(method):
     before = run.validation_loss()
     run.run()
     assert run.found.best < min(before, math.log(50)) - 0.3
+
+
+@pytest.mark.parametrize("lengths", [[3], [1, 4], [2, 1, 1, 1]], ids=str)
+def test_a_source_of_few_users_can_still_be_asked(lengths):
+    items = np.arange(sum(lengths), dtype=np.int32) % 5
+    train = Sequences(np.cumsum([0, *lengths]).astype(np.int64), items, 5)
+    for seed in range(8):
+        for episode in source_episodes(train, 3, (0.5, 2.0), seed=(seed,)):
+            assert len(episode.batch(4, seed=(0,)).targets) == 4
