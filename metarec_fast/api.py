@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor
 from metarec_fast.config import Config
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, load_domain, save_domain, time_cut
 from metarec_fast.data.evidence import EvidenceStatistics
-from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, mean_log_loss
+from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, mean_log_loss, paired_bootstrap
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
@@ -30,7 +31,8 @@ from metarec_fast.train.trainer import Reporter, Trainer
 
 FORMAT = 2  # of the saved folder
 EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
-ENCODER_WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5)  # beside learned evidence
+ENCODER_WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 3.0, 6.0)  # beside learned evidence
+MIXTURE_LEVEL = 0.01  # p of a better validation NDCG@10 that overrules the validation loss
 
 
 def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
@@ -238,20 +240,36 @@ class MetaRec:
         )
 
     def _learn_evidence(self, sources: dict[str, Split], run: _Run, *, start: EvidenceScorer | None) -> None:
-        """Train the evidence scorer, and mix the encoder in by the weight of the least validation loss."""
+        """Train the evidence scorer, and mix it with the encoder by validation.
+
+        The mixture of the least loss is taken, for it is the steadier figure where users are few. But an encoder that
+        is too sure of itself loses by it while it ranks well: a mixture, or the encoder alone, of clearly better ranks
+        overrules it.
+        """
         trainer = EvidenceTrainer(
             sources, self.split, self.config, start=start, reporter=run.reporter, should_stop=run.should_stop
         )
-        self.evidence, self.evidence_weight = trainer.run(), 1.0
-        tried = {}
-        for weight in ENCODER_WEIGHTS:
-            self.encoder_weight = weight
-            tried[weight] = mean_log_loss(self.scorer(), self.split.valid)
-        self.encoder_weight = min(tried, key=lambda weight: (tried[weight], weight))
+        self.evidence = trainer.run()
         self.history["evidence"] = trainer.found.to_dict()
-        self.history["encoder_weight"] = {
-            "chosen": self.encoder_weight,
-            "validation_loss": {str(weight): loss for weight, loss in tried.items()},
+        tried = {}
+        with warnings.catch_warnings():
+            # without the encoder, items of one popularity and no evidence tie; the expectation over ties is exact
+            warnings.filterwarnings("ignore", message=".* items tie with the target", category=RuntimeWarning)
+            for encoder, evidence in [*((weight, 1.0) for weight in ENCODER_WEIGHTS), (1.0, 0.0)]:
+                self.encoder_weight, self.evidence_weight = encoder, evidence
+                tried[encoder, evidence] = mean_log_loss(self.scorer(), self.split.valid), self.evaluate("valid")
+        steady = min(tried, key=lambda weights: tried[weights][0])
+        ranks = max(tried, key=lambda weights: tried[weights][1].ndcg[10])
+        better = paired_bootstrap(*(tried[w][1].per_user("ndcg@10") for w in (ranks, steady)), seed=0)
+        chosen = ranks if better.mean > 0 and better.p < MIXTURE_LEVEL else steady
+        self.encoder_weight, self.evidence_weight = chosen
+        self.history["mixture"] = {
+            "encoder": self.encoder_weight,
+            "evidence": self.evidence_weight,
+            "tried": [
+                {"encoder": e, "evidence": v, "validation_loss": loss, "validation_ndcg@10": metrics.ndcg[10]}
+                for (e, v), (loss, metrics) in tried.items()
+            ],
         }
 
     def _choose_evidence_weight(self) -> None:
@@ -271,7 +289,7 @@ class MetaRec:
         """Scores over the target's catalogue; ``evidence=False`` leaves what stands beside the encoder out."""
         self.model.eval()
         encoder = ModelScorer(self.model, self.domain.name)
-        if not evidence or self.evidence is None:
+        if not evidence or self.evidence is None or not self.evidence_weight:
             return encoder
         if isinstance(self.evidence, EvidencePath):
             return EvidenceMixture(encoder, self.evidence, encoder_weight=self.encoder_weight)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from metarec_fast import MetaRec
+from metarec_fast import MetaRec, api
 from metarec_fast.api import ENCODER_WEIGHTS, compare
 from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
 from metarec_fast.evaluation import Metrics, mean_log_loss
@@ -220,16 +220,29 @@ def test_the_history_of_the_user_is_masked_on_request(fitted):
     assert (masked.greater <= fitted.evaluate().greater).all()
 
 
-def test_the_weight_of_the_encoder_has_the_least_loss_on_validation(fitted):
-    found = fitted.history["encoder_weight"]
-    tried, valid = found["validation_loss"], fitted.split.valid
-    assert found["chosen"] == fitted.encoder_weight and set(tried) == set(map(str, ENCODER_WEIGHTS))
-    assert mean_log_loss(fitted.scorer(), valid) == min(tried.values()) == tried[str(fitted.encoder_weight)]
+def test_the_mixture_has_the_least_loss_on_validation_unless_another_ranks_clearly_better(fitted, monkeypatch):
+    found, valid = fitted.history["mixture"], fitted.split.valid
+    tried = {(t["encoder"], t["evidence"]): t for t in found["tried"]}
+    assert set(tried) == {*((weight, 1.0) for weight in ENCODER_WEIGHTS), (1.0, 0.0)}
+    chosen = tried[found["encoder"], found["evidence"]]
+    assert (found["encoder"], found["evidence"]) == (fitted.encoder_weight, fitted.evidence_weight)
+    assert mean_log_loss(fitted.scorer(), valid) == chosen["validation_loss"]
+    assert fitted.evaluate("valid").ndcg[10] == chosen["validation_ndcg@10"]
     alone = fitted.evidence.prepare(valid.histories)(0, TARGET.num_items)
     expected = torch.nn.functional.cross_entropy(alone, torch.from_numpy(valid.targets))
-    assert tried["0.0"] == pytest.approx(float(expected), rel=1e-5)
+    assert tried[0.0, 1.0]["validation_loss"] == pytest.approx(float(expected), rel=1e-5)
     # without evidence it is the encoder's own score, by which its steps were chosen
     assert fitted.evaluate("valid", evidence=False).ndcg[10] == fitted.history["best_validation_ndcg@10"]
+    assert tried[1.0, 0.0]["validation_ndcg@10"] == fitted.history["best_validation_ndcg@10"]
+    for level, figure in ((0.0, "validation_loss"), (2.0, "validation_ndcg@10")):  # nothing is clear, or everything
+        monkeypatch.setattr(api, "MIXTURE_LEVEL", level)
+        again = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}))
+        picked = again.history["mixture"]
+        figures = [t[figure] for t in picked["tried"]]
+        mine = next(
+            t for t in picked["tried"] if (t["encoder"], t["evidence"]) == (picked["encoder"], picked["evidence"])
+        )
+        assert mine[figure] == (min(figures) if level == 0 else max(figures))
 
 
 def test_the_weight_of_evidence_is_the_best_on_validation(with_transitions):
@@ -439,7 +452,7 @@ def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tm
     model = MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=tmp_path, resume=True, reporter=seen)
     torch.set_num_threads(before)
     assert sum("evidence" not in stage for _, stage in seen.steps) < 58 - kept + 2
-    for name in ("transfer_report", "evidence", "encoder_weight"):
+    for name in ("transfer_report", "evidence", "mixture"):
         assert model.history[name] == want.history[name]
     assert model.config == want.config
     for name, tensor in want.model.state_dict().items():
@@ -488,7 +501,7 @@ def test_adapt_needs_no_source_and_leaves_the_model_as_it_was(saved, tmp_path):
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor, kept[name]), name
     assert adapted.history["adapted_from"] == "target" and "transfer_report" not in adapted.history
-    assert adapted.history["encoder_weight"]["chosen"] == adapted.encoder_weight
+    assert adapted.history["mixture"]["encoder"] == adapted.encoder_weight
     assert model.evidence.scorer is not adapted.evidence.scorer and adapted.evidence.num_items == 35
     assert len(adapted.recommend(users=[next(iter(NEW.users))], k=3)[0]) == 3
     loaded = MetaRec.from_pretrained(tmp_path / "model")
