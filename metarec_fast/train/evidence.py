@@ -221,10 +221,7 @@ def mean_loss(
 ) -> float:
     total = 0.0
     for begin in range(0, len(cases), batch):
-        end = min(begin + batch, len(cases))
-        h = cases.histories
-        offsets = h.offsets[begin : end + 1]
-        part = Sequences(offsets - offsets[0], h.items[offsets[0] : offsets[-1]], h.num_items)
-        value = scorer.loss(parameters, {}, statistics.cases(part, cases.targets[begin:end]))
-        total += float(value) * (end - begin)
+        part = select_cases(cases, np.arange(begin, min(begin + batch, len(cases))))
+        value = scorer.loss(parameters, {}, statistics.cases(part.histories, part.targets))
+        total += float(value) * len(part)
     return total / max(len(cases), 1)
