@@ -36,6 +36,12 @@ class Sequences:
     def num_events(self) -> int:
         return len(self.items)
 
+    def pairs(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
+        """All pairs of items ``lag`` >= 1 events apart in one sequence: the earlier [N] and the later [N], in order."""
+        last = np.repeat(self.offsets[1:], self.lengths) - 1
+        earlier = np.flatnonzero(last - np.arange(len(self.items)) >= lag)
+        return self.items[earlier], self.items[earlier + lag]
+
 
 @dataclass(frozen=True)
 class ReadReport:

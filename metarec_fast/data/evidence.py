@@ -1,7 +1,8 @@
 """What a domain's own training events say of pairs of items, in quantities that mean the same in every domain.
 
 No item has a number of its own here: only how often, how soon and in which direction two items followed each other,
-and how popular an item is. A scorer that reads nothing else can be carried from one domain to another.
+how popular an item is and where it stands in the course of time. A scorer that reads nothing else can be carried from
+one domain to another.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from metarec_fast.data import _csr
 from metarec_fast.data.domain import Sequences
+from metarec_fast.data.item_order import item_order
 from metarec_fast.data.transitions import TransitionKernel
 from metarec_fast.ops.gather_evidence import EvidenceGraph, gather_evidence
 
@@ -24,7 +26,11 @@ LAGS = ((1, 1), (2, 3), (4, 10))
 NEIGHBOURS, REACH = 30, 60  # of an item: taken a step from, and kept after two steps
 RELATIONS = 6 + 2 * len(LAGS)
 FEATURES = (len(AGES) - 1) * RELATIONS + 1
-ITEM_FEATURES, CASE_FEATURES = 4, 4
+PLACES = 16  # to a deviation of the items' order
+CENTRES = np.linspace(-2, 2, 8)  # of the bumps that tell where in the order an item stands
+POPULARITY_FEATURES, CASE_FEATURES = 4, 8
+ITEM_FEATURES = POPULARITY_FEATURES + 1 + len(CENTRES)
+CANDIDATE_FEATURES = FEATURES + POPULARITY_FEATURES + CASE_FEATURES + 3
 
 
 def evidence_graph(train: Sequences) -> EvidenceGraph:
@@ -69,7 +75,8 @@ class EvidenceCases:
 
     offsets: int64 [B+1], candidates: int64 [N] rising in each case, evidence: float32 [N, FEATURES].
     case: float32 [B, CASE_FEATURES]. targets: int64 [B] if the answers are known.
-    levels: float32 [P, ITEM_FEATURES], the items' features: they depend on popularity alone, so that P is small.
+    levels: float32 [P, ITEM_FEATURES], the items' features: they depend on popularity and on the place in the items'
+    order, in steps, so that there are fewer than items.
     level_of: int64 [V], each item's level. multiplicity: float32 [P], items of each level.
     """
 
@@ -87,19 +94,35 @@ class EvidenceCases:
         """[N], the case of each candidate."""
         return torch.arange(len(self.case)).repeat_interleave(self.offsets.diff())
 
+    @cached_property
+    def of_candidates(self) -> Tensor:
+        """[N, CANDIDATE_FEATURES]: evidence, popularity, the case, and how far from the history the item stands."""
+        item, case = self.levels[self.level_of[self.candidates]], self.case[self.case_of]
+        order, seen = item[:, POPULARITY_FEATURES], item[:, 2]
+        centre, newest = ((order - case[:, i]) * seen for i in (4, 6))
+        away = torch.stack((centre, newest, centre.abs()), 1)
+        return torch.cat((self.evidence, item[:, :POPULARITY_FEATURES], case, away), 1)
+
 
 class EvidenceStatistics:
-    """A domain's graph and popularity, from training events alone."""
+    """A domain's graph, popularity and order of items, from training events alone."""
 
     def __init__(self, train: Sequences) -> None:
         self.graph = evidence_graph(train)
         self.counts = np.bincount(train.items, minlength=train.num_items)
-        levels, level_of, multiplicity = np.unique(self.counts, return_inverse=True, return_counts=True)
+        place = np.rint(np.clip(item_order(train), -4, 4) * PLACES).astype(np.int64)
+        self.order = place / PLACES
+        level, level_of, multiplicity = np.unique(
+            self.counts * (8 * PLACES + 1) + place + 4 * PLACES, return_inverse=True, return_counts=True
+        )
         self.level_of, self.multiplicity = torch.from_numpy(level_of), torch.from_numpy(multiplicity).float()
-        log, seen = np.log1p(levels), levels > 0
+        counts, order = np.divmod(level, 8 * PLACES + 1)
+        order = order / PLACES - 4
+        log, seen = np.log1p(counts), counts > 0
         known = log[level_of][self.counts > 0]
         z = (log - known.mean()) / (known.std() + 1e-6) * seen if len(known) else 0 * log
-        features = np.stack((z, 0.3 * z * z, seen, np.ones(len(levels))), 1)
+        bumps = np.exp(-0.5 * ((order[:, None] - CENTRES) / 0.6) ** 2) * seen[:, None]
+        features = np.column_stack((z, 0.3 * z * z, seen, np.ones(len(level)), order, bumps))
         self.levels = torch.from_numpy(features.astype(np.float32))
 
     @property
@@ -111,11 +134,22 @@ class EvidenceStatistics:
         items = histories.items.astype(np.int32)
         offsets, candidates, evidence = gather_evidence(self.graph, histories.offsets, items, ages=AGES)
         lengths, last = histories.lengths, histories.offsets[1:] - 1
-        counts = np.append(self.counts[items], 0)  # of an empty history's last event: index -1 or another's, masked
-        known = np.concatenate(([0], np.cumsum(counts[:-1] > 0)))
-        share = (known[histories.offsets[1:]] - known[histories.offsets[:-1]]) / np.maximum(lengths, 1)
-        newest = np.where(lengths > 0, counts[last], 0)
-        case = np.stack((np.log1p(lengths) / 2 - 0.8, newest > 0, np.log1p(newest) / 3, share), 1)
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        counts, order = (np.append(x[items], 0) for x in (self.counts, self.order))
+        # of an empty history's last event: index -1 or another's, masked
+        newest, newest_order = (np.where(lengths > 0, x[last], 0) for x in (counts, order))
+        known, order = counts[:-1] > 0, order[:-1]
+        weights = known * 0.7 ** (last[row] - np.arange(len(items)))
+
+        def recent(values: np.ndarray) -> np.ndarray:
+            return np.bincount(row, weights * values, len(lengths))
+
+        total = recent(known)
+        centre = recent(order) / np.maximum(total, 1e-6)
+        spread = np.sqrt(recent((order - centre[row]) ** 2) / np.maximum(total, 1e-6))
+        share = np.bincount(row, known, len(lengths)) / np.maximum(lengths, 1)
+        popularity = (np.log1p(lengths) / 2 - 0.8, newest > 0, np.log1p(newest) / 3, share)
+        case = np.column_stack((*popularity, centre, spread, newest_order, np.minimum(total, 1)))
         return EvidenceCases(
             offsets,
             candidates,

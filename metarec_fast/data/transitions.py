@@ -38,15 +38,14 @@ class TransitionKernel:
             raise ValueError(f"first must be in [1, window={window}], got {first}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay}")
-        V, items = train.num_items, train.items.astype(np.int64)
+        V = train.num_items
         if V * V * window >= 2**63:
             raise ValueError(f"num_items squared times window must stay below 2**63, got {V} items, window {window}")
-        events_left = np.repeat(train.offsets[1:], train.lengths) - np.arange(len(items)) - 1
         # The lag rides in the low digits of the key, so that one sort of plain integers does for values and weights.
         keys = []
         for lag in range(first, window + 1):
-            earlier = np.flatnonzero(events_left >= lag)
-            keys.append((items[earlier] * V + items[earlier + lag]) * window + (lag - 1))
+            earlier, later = train.pairs(lag)
+            keys.append((earlier.astype(np.int64) * V + later) * window + (lag - 1))
         key = np.sort(np.concatenate(keys))
         pair, lag = np.divmod(key, window)
         starts = np.flatnonzero(np.diff(pair, prepend=-1))
@@ -69,12 +68,12 @@ class TransitionKernel:
         """How strongly each item was preceded by each other."""
         order = np.argsort(self.columns, kind="stable")
         offsets = _csr.offsets(np.bincount(self.columns, minlength=self.num_items))
-        return TransitionKernel(offsets, self._rows_of_entries[order].astype(self.columns.dtype), self.weights[order])
+        return TransitionKernel(offsets, self.rows_of_entries[order].astype(self.columns.dtype), self.weights[order])
 
     def symmetric(self) -> TransitionKernel:
         """How strongly two items occurred together, in either order."""
         V, other = self.num_items, self.transposed()
-        key = np.concatenate([k._rows_of_entries * V + k.columns for k in (self, other)])
+        key = np.concatenate([k.rows_of_entries * V + k.columns for k in (self, other)])
         order = np.argsort(key, kind="stable")
         first = np.flatnonzero(np.diff(key[order], prepend=-1))
         weights = np.concatenate((self.weights, other.weights))[order]
@@ -88,7 +87,7 @@ class TransitionKernel:
         """The ``k`` largest weights of each row; of equal ones the first columns."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        rows = self._rows_of_entries
+        rows = self.rows_of_entries
         order = np.lexsort((self.columns, -self.weights, rows))
         place = np.arange(len(rows)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
         kept = np.sort(order[place < k])
@@ -100,7 +99,7 @@ class TransitionKernel:
 
         row=1 gives the share of each follower, row=column=0.5 a cosine that holds popular followers back.
         """
-        rows = self._rows_of_entries
+        rows = self.rows_of_entries
         row_sums, column_sums = (
             np.bincount(index, weights=self.weights, minlength=self.num_items) for index in (rows, self.columns)
         )
@@ -109,7 +108,7 @@ class TransitionKernel:
 
     def without_diagonal(self) -> TransitionKernel:
         """The same without what an item says of itself."""
-        rows = self._rows_of_entries
+        rows = self.rows_of_entries
         kept = rows != self.columns
         offsets = _csr.offsets(np.bincount(rows[kept], minlength=self.num_items))
         return TransitionKernel(offsets, self.columns[kept], self.weights[kept])
@@ -117,7 +116,7 @@ class TransitionKernel:
     def two_steps(self) -> TransitionKernel:
         """The product with itself: what the items that an item speaks for speak for."""
         V = self.num_items
-        entries = torch.from_numpy(np.stack((self._rows_of_entries, self.columns.astype(np.int64))))
+        entries = torch.from_numpy(np.stack((self.rows_of_entries, self.columns.astype(np.int64))))
         matrix = torch.sparse_coo_tensor(
             entries, torch.from_numpy(self.weights), (V, V), is_coalesced=True, check_invariants=True
         )
@@ -152,5 +151,6 @@ class TransitionKernel:
         return torch.from_numpy(offsets), torch.from_numpy(cells % V), torch.from_numpy(values.astype(np.float32))
 
     @cached_property
-    def _rows_of_entries(self) -> np.ndarray:
+    def rows_of_entries(self) -> np.ndarray:
+        """The row of each column and weight."""
         return np.repeat(np.arange(self.num_items), np.diff(self.offsets))

@@ -11,40 +11,44 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarec_fast.data.domain import Sequences
-from metarec_fast.data.evidence import CASE_FEATURES, FEATURES, ITEM_FEATURES, EvidenceCases, EvidenceStatistics
+from metarec_fast.data.evidence import (
+    CANDIDATE_FEATURES,
+    CASE_FEATURES,
+    ITEM_FEATURES,
+    EvidenceCases,
+    EvidenceStatistics,
+)
 from metarec_fast.models.linear_scores import LinearScores
 
 Parameters = dict[str, Tensor]
 
 
 class EvidenceScorer(nn.Module):
-    """logit(case, item) = base(case) . features of the item's popularity, plus term(evidence) if there is any.
+    """logit(case, item) = base(case) . features of the item's popularity and order, plus term(evidence) if any.
 
     So an item without evidence costs nothing of its own: a question costs its candidates, not the catalogue.
     """
 
     def __init__(self, *, hidden: int = 32) -> None:
         super().__init__()
-        width = FEATURES + ITEM_FEATURES + CASE_FEATURES
-        self.linear = nn.Linear(width, 1)
+        self.linear = nn.Linear(CANDIDATE_FEATURES, 1)
         self.network = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
+            nn.Linear(CANDIDATE_FEATURES, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
         )
-        self.base = nn.Sequential(nn.Linear(CASE_FEATURES, 16), nn.GELU(), nn.Linear(16, ITEM_FEATURES))
+        self.base = nn.Sequential(nn.Linear(CASE_FEATURES, hidden), nn.GELU(), nn.Linear(hidden, ITEM_FEATURES))
         nn.init.zeros_(self.base[2].weight)
         nn.init.zeros_(self.base[2].bias)
 
     def forward(self, cases: EvidenceCases) -> tuple[Tensor, Tensor]:
         """base [B, ITEM_FEATURES] and term [N]."""
-        of_item = cases.levels[cases.level_of[cases.candidates]]
-        x = torch.cat((cases.evidence, of_item, cases.case[cases.case_of]), 1)
+        x = cases.of_candidates
         return self.base(cases.case), (self.linear(x) + self.network(x)).squeeze(1)
 
     def loss(self, parameters: Parameters, private: Parameters, cases: EvidenceCases) -> Tensor:
         """Mean cross-entropy of the targets over the whole catalogue, which is never spread out.
 
-        Items without evidence have one logit for each level of popularity: the sum over the catalogue is one over
-        levels, less the candidates of each, plus one over candidates.
+        Items without evidence have one logit for each level of popularity and order: the sum over the catalogue is
+        one over levels, less the candidates of each, plus one over candidates.
         private: nothing, since a domain has no parameters here; the meta step passes it.
         """
         base, term = functional_call(self, parameters, (cases,))
