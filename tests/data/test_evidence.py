@@ -9,11 +9,15 @@ import torch
 
 from metarec_fast.data.evidence import (
     AGES,
+    CANDIDATE_FEATURES,
     CASE_FEATURES,
+    CENTRES,
     FEATURES,
     ITEM_FEATURES,
     LAGS,
     NEIGHBOURS,
+    PLACES,
+    POPULARITY_FEATURES,
     REACH,
     RELATIONS,
     EvidenceEpisode,
@@ -21,6 +25,7 @@ from metarec_fast.data.evidence import (
     evidence_graph,
     of_users,
 )
+from metarec_fast.data.item_order import item_order
 from tests.data.test_transitions import packed, random_rows
 
 V = 23
@@ -98,28 +103,50 @@ def test_a_graph_of_nothing():
     assert cases.offsets.tolist() == [0, 0, 0] and not cases.levels[:, :3].any()
 
 
-def test_cases_hold_features_of_popularity_and_of_the_history():
+def test_cases_hold_features_of_popularity_order_and_the_history():
     rows = [row for row in random_rows() if 7 not in row]  # 7 is never seen
-    statistics = EvidenceStatistics(packed(rows, V))
+    train = packed(rows, V)
+    statistics = EvidenceStatistics(train)
     histories = [[], [4], [3, 7], [7], *random_rows(seed=1, count=9), []]
     cases = statistics.cases(packed(histories, V), np.arange(len(histories)))
     seen = Counter(item for row in rows for item in row)
     popularity = np.array([seen[i] for i in range(V)])
     known = np.log1p(popularity[popularity > 0])
     z = np.where(popularity > 0, (np.log1p(popularity) - known.mean()) / known.std(), 0)
-    expected = np.stack((z, 0.3 * z**2, popularity > 0, np.ones(V)), 1)
+    order = np.rint(item_order(train).clip(-4, 4) * PLACES) / PLACES
+    bumps = np.exp(-((order[:, None] - CENTRES) ** 2) / 0.72) * (popularity > 0)[:, None]
+    expected = np.column_stack((z, 0.3 * z**2, popularity > 0, np.ones(V), order, bumps))
     np.testing.assert_allclose(cases.levels[cases.level_of].numpy(), expected, atol=1e-4)
-    assert cases.levels.shape == (len(set(popularity)), ITEM_FEATURES)
+    assert order[7] == 0 and len(set(order)) > 10
+    assert cases.levels.shape == (len(set(zip(popularity, order, strict=True))), ITEM_FEATURES)
     assert cases.multiplicity.tolist() == np.bincount(cases.level_of).tolist()
     assert cases.case.shape == (len(histories), CASE_FEATURES)
     for row, got in zip(histories, cases.case.tolist(), strict=True):
         newest = popularity[row[-1]] if row else 0
         share = np.mean(popularity[row] > 0) if row else 0
         wanted = [np.log1p(len(row)) / 2 - 0.8, float(newest > 0), np.log1p(newest) / 3, share]
+        weights = 0.7 ** np.arange(len(row))[::-1] * (popularity[row] > 0) if row else np.zeros(0)
+        known = weights.sum() > 0
+        centre = np.average(order[row], weights=weights) if known else 0
+        spread = np.sqrt(np.average((order[row] - centre) ** 2, weights=weights)) if known else 0
+        wanted += [centre, spread, order[row[-1]] if row else 0, min(weights.sum(), 1)]
         assert got == pytest.approx(wanted, abs=1e-6)
     assert cases.case_of.tolist() == np.repeat(np.arange(len(histories)), np.diff(cases.offsets)).tolist()
     assert cases.targets.tolist() == list(range(len(histories)))
     assert statistics.cases(packed([[1]], V)).targets is None
+
+
+def test_candidates_are_told_how_far_from_the_history_they_stand():
+    rows = [row for row in random_rows() if 7 not in row]
+    cases = EvidenceStatistics(packed(rows, V)).cases(packed(random_rows(seed=1, count=9), V))
+    x = cases.of_candidates
+    assert x.shape == (len(cases.candidates), CANDIDATE_FEATURES)
+    item, case = cases.levels[cases.level_of[cases.candidates]], cases.case[cases.case_of]
+    assert torch.equal(x[:, :FEATURES], cases.evidence)
+    assert torch.equal(x[:, FEATURES:-3], torch.cat((item[:, :POPULARITY_FEATURES], case), 1))
+    order, centre, newest = item[:, POPULARITY_FEATURES], case[:, 4], case[:, 6]
+    away = torch.stack((order - centre, order - newest, (order - centre).abs()), 1)
+    torch.testing.assert_close(x[:, -3:], away * (item[:, 2:3] > 0))
 
 
 def test_evidence_is_the_mean_over_each_group_of_ages():
