@@ -29,7 +29,7 @@ from metarec_fast.train.evidence import EvidenceTrainer
 from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.trainer import Reporter, Trainer
 
-FORMAT = 2  # of the saved folder
+FORMAT = 3  # of the saved folder
 EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
 ENCODER_WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 3.0, 6.0)  # beside learned evidence
 MIXTURE_LEVEL = 0.01  # p of a better validation NDCG@10 that overrules the validation loss

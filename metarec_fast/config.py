@@ -122,9 +122,13 @@ class TrainConfig:
 class EvidenceConfig:
     """How the evidence scorer is trained: the stages of ``train.method``, over questions instead of windows."""
 
-    hidden: int = 32
-    warmup_steps: int = 1000
-    """Of one source each, in turn."""
+    hidden: int = 64
+    similarity_starts: int = 5
+    """Fresh scorers in which the first descent directions of sources and target are compared, for the weights."""
+    similarity_batches: int = 8
+    """Of each domain and start."""
+    warmup_steps: int = 2000
+    """Of one source each, as often as its weight says."""
     meta_steps: int = 50
     finetune_steps: int = 150
     """At most; the target alone may use the steps of all stages."""

@@ -294,6 +294,7 @@ def outer_step(
     config: MetaConfig,
     averages: GradientAverages | None = None,
     rates: InnerRates | None = None,
+    weights: Tensor | None = None,
     lane: Lane = lambda s: nullcontext(),
 ) -> OuterStep:
     """One step of learning to transfer.
@@ -308,15 +309,16 @@ def outer_step(
     The target's table gets the weighted sum of its gradients, each source's table its own loss's gradient.
 
     rates: inner rates of each tensor and step, in place of ``inner_lr``; ``rates_grad`` is then found too.
+    weights: [S] of sum 1, in place of those that the similarities give.
     lane: the context in which source s is adapted and the target asked about it, for example a stream: what is done
         for one source waits for nothing that is done for another.
 
-    Raises ValueError without sources, if a source lacks a batch for each inner step, for rates of another shape, or
-    without rates where ``lr_of_inner_lr`` has them learn;
+    Raises ValueError without sources, if a source lacks a batch for each inner step, for rates or weights of another
+    shape, or without rates where ``lr_of_inner_lr`` has them learn;
     RuntimeError if ``target_pass`` is "vmap" and the loss cannot be vmapped, or at order 2 if it cannot be
     differentiated twice.
     """
-    _check(sources, shared, config, rates)
+    _check(sources, shared, config, rates, weights)
     like = {n: p.detach() for n, p in shared.items()}
     theta = flatten(like).requires_grad_()
     alpha = None if rates is None else rates.values.detach().requires_grad_()
@@ -358,7 +360,8 @@ def outer_step(
         if not vmapped:
             # the mean under the weights so far: softmax over more sources only scales what came before, so the
             # gradients of a large table need not be kept for each source
-            share = source_weights(torch.stack(similarities), config=config)[-1]
+            so_far = source_weights(torch.stack(similarities), config=config) if weights is None else weights[: s + 1]
+            share = so_far[-1] / so_far.sum()
             pairs = zip(target_grad or table_grads, table_grads, strict=True)
             target_grad = [mean.lerp_(g, share) for mean, g in pairs]
             del table_grads, value
@@ -368,7 +371,8 @@ def outer_step(
         rates_grads.append(rates_grad)
         source_losses.append(adaptation.first_loss)
         source_grads[source.name] = adaptation.private_grad
-    weights = source_weights(torch.stack(similarities), config=config)
+    if weights is None:
+        weights = source_weights(torch.stack(similarities), config=config)
     answers_SP, descents_SP = torch.stack(answers), torch.stack(descents)
     flat = config.target_loss_weight * (weights @ answers_SP)
     if config.source_loss_weight:
@@ -390,7 +394,13 @@ def outer_step(
     )
 
 
-def _check(sources: Sequence[Source], shared: Parameters, config: MetaConfig, rates: InnerRates | None) -> None:
+def _check(
+    sources: Sequence[Source],
+    shared: Parameters,
+    config: MetaConfig,
+    rates: InnerRates | None,
+    weights: Tensor | None,
+) -> None:
     if not sources:
         raise ValueError("outer_step needs at least one source, got none")
     needed = 1 if config.same_batch else config.inner_steps
@@ -410,3 +420,5 @@ def _check(sources: Sequence[Source], shared: Parameters, config: MetaConfig, ra
             f"rates must be [{config.inner_steps}, {len(shared)}], a rate for each inner step and shared tensor, "
             f"got {tuple(rates.values.shape)}"
         )
+    if weights is not None and tuple(weights.shape) != (len(sources),):
+        raise ValueError(f"weights must be [{len(sources)}], one for each source, got {tuple(weights.shape)}")

@@ -29,7 +29,7 @@ class EvidenceScorer(nn.Module):
     So an item without evidence costs nothing of its own: a question costs its candidates, not the catalogue.
     """
 
-    def __init__(self, *, hidden: int = 32) -> None:
+    def __init__(self, *, hidden: int = 64) -> None:
         super().__init__()
         self.linear = nn.Linear(CANDIDATE_FEATURES, 1)
         self.network = nn.Sequential(

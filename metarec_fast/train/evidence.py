@@ -7,37 +7,52 @@ that what is learned there is about evidence as thin as the target's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metarec_fast.config import Config
 from metarec_fast.data import select_cases
 from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
-from metarec_fast.meta.step import GradientAverages, Source, outer_step
+from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step, similarity, source_weights
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
 from metarec_fast.train.trainer import Interrupted, Reporter, Silent, decayed_and_free
 
 ASKED = 4000  # users of a source, at most
+VALIDATED = 4000  # cases of the target, at most: the step is chosen by a mean over them
+STREAMS = ("warmup", "meta", "finetune", "similarity")  # of questions
+READ_EVIDENCE = ("linear.weight", "network.0.weight", "network.2.weight", "network.4.weight")
 TITLES = {"warmup": "evidence: sources", "meta": "evidence: meta", "finetune": "evidence: target"}
 
 
 @dataclass
 class Found:
-    """What training found out: validation losses by stage and step, the best of them, and the sources' trace."""
+    """What training found out.
+
+    losses: on validation, by stage and step; the best of them, and where. sources: each one's weight and its first
+    similarity to the target, with the deviation over starts. trace: similarities and weights of the meta stage.
+    """
 
     losses: list[tuple[str, int, float]] = field(default_factory=list)
     best: float = math.inf
     best_at: str = "start"
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         losses = [list(entry) for entry in self.losses]  # as JSON has them
-        return {"validation_loss": losses, "best": self.best, "best_at": self.best_at, "transfer": self.trace}
+        return {
+            "validation_loss": losses,
+            "best": self.best,
+            "best_at": self.best_at,
+            "sources": self.sources,
+            "transfer": self.trace,
+        }
 
 
 class EvidenceTrainer:
@@ -70,8 +85,12 @@ class EvidenceTrainer:
         }
         self.folds = folds(target.train, users, config.evidence.folds, seed=(seed, len(sources)))
         # like those who come later, users answer for statistics that leave them out
+        cases = np.random.default_rng((seed, len(sources) + 1)).permutation(len(target.valid))[:VALIDATED]
         self.questions = [
-            (fold.statistics, select_cases(target.valid, np.flatnonzero(np.isin(target.valid.users, fold.asked))))
+            (
+                fold.statistics,
+                select_cases(target.valid, np.sort(cases[np.isin(target.valid.users[cases], fold.asked)])),
+            )
             for fold in self.folds
         ]
         torch.manual_seed(seed)
@@ -81,6 +100,7 @@ class EvidenceTrainer:
         self.fresh = start is None
         self.best = self.averaged = parameters_of(self.scorer)
         self.found = Found()
+        self.weights = torch.full((len(sources),), 1 / max(len(sources), 1))
 
     def run(self) -> EvidencePath:
         """Train to the end; the scorer of the least validation loss is left in place.
@@ -89,10 +109,12 @@ class EvidenceTrainer:
         """
         e, method = self.config.evidence, self.config.train.method
         if self.sources:
+            if method == "metarec":
+                self._weigh_sources()
             meta = e.meta_steps if method == "metarec" else 0
             total = e.warmup_steps + e.meta_steps
             self._stage("warmup", total - meta, lr=e.lr, falls=True, joint=method == "joint")
-            self._stage("meta", meta, lr=e.lr * meta / total, falls=True)
+            self._stage("meta", meta, lr=e.finetune_lr, falls=True)
         if method != "joint":
             fresh = self.fresh and not self.sources
             steps = e.warmup_steps + e.meta_steps if fresh else 0
@@ -102,6 +124,43 @@ class EvidenceTrainer:
         self.scorer.load_state_dict(self.best)
         return EvidencePath(self.scorer.eval(), self.statistics)
 
+    def _weigh_sources(self) -> None:
+        """Weights by how far the first descent directions of source and target agree, in scorers that know nothing yet.
+
+        Later the directions no longer tell: where the sources' losses are least in sum their gradients cancel, and
+        what is left says how far a domain's evidence may be trusted, which depends on its size. Only of the weights
+        that read evidence, since popularity and biases would have their way in a full cosine. Each start asks a fold of
+        the target's users, so that the spread over starts has the noise of few users in it; similarities that do not
+        differ by more than this noise are drawn to their mean.
+        """
+        e, m = self.config.evidence, self.config.meta
+        starts = []
+        for start in range(e.similarity_starts):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.train.seed + start)
+                scorer = EvidenceScorer(hidden=e.hidden)
+            parameters = dict(scorer.named_parameters())
+            read = {name: parameters[name] for name in READ_EVIDENCE}
+            directions = []
+            for i, pool in enumerate([*self.episodes.values(), [self.folds[start % len(self.folds)]]]):
+                total = torch.zeros_like(flatten(read))
+                for batch in range(e.similarity_batches):
+                    questions = self._draw(pool, "similarity", batch, start * (len(self.sources) + 1) + i)
+                    loss = scorer.loss(parameters, {}, questions)
+                    gradients = torch.autograd.grad(loss, list(read.values()))
+                    total += flatten(dict(zip(read, gradients, strict=True)))
+                directions.append(total)
+            *of_sources, of_target = directions
+            starts.append(torch.stack([similarity(d, of_target, like=read, config=m) for d in of_sources]))
+        drawn = torch.stack(starts)
+        self.weights = source_weights(shrunk(drawn), config=m)
+        for i, name in enumerate(self.episodes):
+            self.found.sources[name] = {
+                "weight": float(self.weights[i]),
+                "similarity": float(drawn[:, i].mean()),
+                "deviation": float(drawn[:, i].std(correction=0)),
+            }
+
     def _stage(self, stage: str, steps: int, *, lr: float, falls: bool = False, joint: bool = False) -> None:
         if not steps:
             return
@@ -110,6 +169,7 @@ class EvidenceTrainer:
         averages = GradientAverages(self.config.meta.similarity_decay)
         decay = e.average_decay if stage == "finetune" else 0.0
         self.averaged = parameters_of(self.scorer)
+        turn = turns(self.weights.tolist() if not joint else [1 / (len(self.episodes) + 1)] * (len(self.episodes) + 1))
         waited = 0
         for step in range(steps):
             if self.should_stop():
@@ -118,7 +178,11 @@ class EvidenceTrainer:
                 waited = 0 if self._keep_if_better(stage, step) else waited + 1
                 if stage == "finetune" and waited >= e.patience:
                     break
-            facts = self._meta(step, averages) if stage == "meta" else self._plain(stage, step, joint)
+            if stage == "meta":
+                facts = self._meta(step, averages)
+            else:
+                pools = [*self.episodes.values(), self.folds]
+                facts = self._plain(self.folds if stage == "finetune" else pools[next(turn)], stage, step)
             torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.train.clip)
             optimizer.step()
             for name, value in parameters_of(self.scorer).items():
@@ -128,12 +192,9 @@ class EvidenceTrainer:
             self.reporter.step(TITLES[stage], step + 1, steps, facts)
         self._keep_if_better(stage, steps)
 
-    def _plain(self, stage: str, step: int, joint: bool) -> dict[str, Any]:
+    def _plain(self, pool: list[EvidenceEpisode], stage: str, step: int) -> dict[str, Any]:
         """Gradients of one domain's loss."""
-        pools = [self.folds] if stage == "finetune" else list(self.episodes.values()) + [self.folds] * joint
-        loss = self.scorer.loss(
-            dict(self.scorer.named_parameters()), {}, self._draw(pools[step % len(pools)], stage, step)
-        )
+        loss = self.scorer.loss(dict(self.scorer.named_parameters()), {}, self._draw(pool, stage, step))
         self.scorer.zero_grad(set_to_none=True)
         loss.backward()
         return {"losses": {"evidence": float(loss.detach())}}
@@ -148,7 +209,14 @@ class EvidenceTrainer:
         shared = dict(self.scorer.named_parameters())
         target = self._draw(self.folds, "meta", step, len(sources))
         result = outer_step(
-            self.scorer.loss, shared, sources, {}, target, config=m, averages=averages if m.similarity_decay else None
+            self.scorer.loss,
+            shared,
+            sources,
+            {},
+            target,
+            config=m,
+            averages=averages if m.similarity_decay else None,
+            weights=self.weights,
         )
         for name, parameter in shared.items():
             parameter.grad = result.shared_grad[name]
@@ -161,7 +229,7 @@ class EvidenceTrainer:
         return facts
 
     def _draw(self, pool: list[EvidenceEpisode], stage: str, step: int, stream: int = 0) -> EvidenceCases:
-        seed = (self.config.train.seed, list(TITLES).index(stage), stream, step)
+        seed = (self.config.train.seed, STREAMS.index(stage), stream, step)
         episode = pool[int(np.random.default_rng(seed).integers(len(pool)))]
         return episode.batch(self.config.evidence.batch_size, seed=(*seed, 1))
 
@@ -199,6 +267,29 @@ def source_episodes(
             statistics = np.setdiff1d(statistics, asked)
         episodes.append(EvidenceEpisode(train, statistics=statistics, asked=asked))
     return episodes
+
+
+def shrunk(drawn: Tensor) -> Tensor:
+    """[S]: means of ``drawn`` [N, S] over draws, drawn to their common mean as far as they differ by noise.
+
+    By 1 - noise / variance of the means, at least 0 (James and Stein 1961), with the noise from the spread of draws.
+    """
+    means = drawn.mean(0)
+    if min(drawn.shape) < 2:
+        return means
+    noise = drawn.var(0).mean() / len(drawn)
+    kept = (1 - noise / means.var().clamp_min(1e-12)).clamp_min(0)
+    return means.mean() + kept * (means - means.mean())
+
+
+def turns(weights: Sequence[float]) -> Iterator[int]:
+    """Whose turn it is, without end: after any number of turns each has had its weight's share, to within about one."""
+    due = np.zeros(len(weights))
+    while True:
+        due += weights
+        turn = int(np.argmax(due.round(6)))  # of equals the first, whatever rounding has added
+        due[turn] -= 1
+        yield turn
 
 
 def folds(train: Sequences, users: np.ndarray, count: int, *, seed: tuple[int, ...]) -> list[EvidenceEpisode]:
