@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 from metarec_fast.config import Config
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, load_domain, save_domain, time_cut
 from metarec_fast.data.evidence import EvidenceStatistics
-from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, mean_log_loss, paired_bootstrap
+from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, evaluate_mixtures, paired_bootstrap
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
@@ -251,13 +250,16 @@ class MetaRec:
         )
         self.evidence = trainer.run()
         self.history["evidence"] = trainer.found.to_dict()
-        tried = {}
-        with warnings.catch_warnings():
-            # without the encoder, items of one popularity and no evidence tie; the expectation over ties is exact
-            warnings.filterwarnings("ignore", message=".* items tie with the target", category=RuntimeWarning)
-            for encoder, evidence in [*((weight, 1.0) for weight in ENCODER_WEIGHTS), (1.0, 0.0)]:
-                self.encoder_weight, self.evidence_weight = encoder, evidence
-                tried[encoder, evidence] = mean_log_loss(self.scorer(), self.split.valid), self.evaluate("valid")
+        self.encoder_weight = self.evidence_weight = 1.0  # so that the scorer asks both
+        weights = [*((weight, 1.0) for weight in ENCODER_WEIGHTS), (1.0, 0.0)]
+        figures = evaluate_mixtures(
+            self.scorer(),
+            self.split.valid,
+            weights,
+            mask_history=self.config.data.mask_history,
+            protocol=f"{self.split.protocol}; valid",
+        )
+        tried = dict(zip(weights, figures, strict=True))
         steady = min(tried, key=lambda weights: tried[weights][0])
         ranks = max(tried, key=lambda weights: tried[weights][1].ndcg[10])
         better = paired_bootstrap(*(tried[w][1].per_user("ndcg@10") for w in (ranks, steady)), seed=0)

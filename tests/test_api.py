@@ -226,7 +226,8 @@ def test_the_mixture_has_the_least_loss_on_validation_unless_another_ranks_clear
     assert set(tried) == {*((weight, 1.0) for weight in ENCODER_WEIGHTS), (1.0, 0.0)}
     chosen = tried[found["encoder"], found["evidence"]]
     assert (found["encoder"], found["evidence"]) == (fitted.encoder_weight, fitted.evidence_weight)
-    assert mean_log_loss(fitted.scorer(), valid) == chosen["validation_loss"]
+    # the sums of the loss are in another order where all mixtures are computed at once
+    assert mean_log_loss(fitted.scorer(), valid) == pytest.approx(chosen["validation_loss"], rel=1e-6)
     assert fitted.evaluate("valid").ndcg[10] == chosen["validation_ndcg@10"]
     alone = fitted.evidence.prepare(valid.histories)(0, TARGET.num_items)
     expected = torch.nn.functional.cross_entropy(alone, torch.from_numpy(valid.targets))

@@ -1,15 +1,23 @@
 """Ranks by counting, tie-aware metrics, floors, and the protocols by name."""
 
-from metarec_fast.evaluation.evaluate import Difference, evaluate, holm, mean_log_loss, paired_bootstrap
+from metarec_fast.evaluation.evaluate import (
+    Difference,
+    evaluate,
+    evaluate_mixtures,
+    holm,
+    mean_log_loss,
+    paired_bootstrap,
+)
 from metarec_fast.evaluation.floors import Popularity, Transitions, best_floor, floors, item_neighbours
 from metarec_fast.evaluation.metrics import Metrics, expected_metric
 from metarec_fast.evaluation.ranks import NonFiniteScoresError, target_ranks
-from metarec_fast.evaluation.scorer import LinearScorer, Scorer, ScoreTile
+from metarec_fast.evaluation.scorer import LinearScorer, MixtureScorer, Scorer, ScoreTile
 
 __all__ = [
     "Difference",
     "LinearScorer",
     "Metrics",
+    "MixtureScorer",
     "NonFiniteScoresError",
     "Popularity",
     "ScoreTile",
@@ -17,6 +25,7 @@ __all__ = [
     "Transitions",
     "best_floor",
     "evaluate",
+    "evaluate_mixtures",
     "expected_metric",
     "floors",
     "holm",

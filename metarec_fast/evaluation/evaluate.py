@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from metarec_fast.data import _csr
 from metarec_fast.data.domain import Cases, Sequences
 from metarec_fast.evaluation.metrics import Metrics
 from metarec_fast.evaluation.ranks import TILE, NonFiniteScoresError, target_ranks
-from metarec_fast.evaluation.scorer import Scorer
+from metarec_fast.evaluation.scorer import MixtureScorer, Scorer, ScoreTile
+from metarec_fast.models.linear_scores import MixedScores
+
+_LOGITS = 1 << 20  # of a part at a time: few enough for caches, and several cases a pass over a large table
 
 
 def evaluate(
@@ -29,30 +34,11 @@ def evaluate(
     Warns if ties decide the figures: more than one a case, and NDCG@10 a tenth higher at their best order than at their
     worst. Raises ValueError for no cases, another catalogue, or scores that are not finite.
     """
-    if len(cases) == 0:
-        raise ValueError("cases must have at least one case, got none")
-    if scorer.num_items != cases.histories.num_items:
-        raise ValueError(f"scorer must rank the {cases.histories.num_items} items of cases, got {scorer.num_items}")
     greater, equal = np.empty((2, len(cases)), np.int64)
-    # Neighbouring targets lie in one tile, which then gives their scores and is counted without a second look.
-    order = np.argsort(cases.targets, kind="stable")
-    for begin in range(0, len(cases), batch_size):
-        pick = order[begin : begin + batch_size]
-        histories, users = _take(cases.histories, pick), cases.users[pick]
-        seen = (torch.from_numpy(histories.offsets), torch.from_numpy(histories.items)) if mask_history else None
-        try:
-            with torch.no_grad():
-                score_tile = scorer.prepare(histories, users)
-            counts = target_ranks(
-                score_tile,
-                num_items=scorer.num_items,
-                targets=torch.from_numpy(cases.targets[pick]),
-                seen=seen,
-                tile=tile,
-            )
-        except NonFiniteScoresError as error:
-            raise ValueError(f"user {users[error.case]}: {error}") from error
-        greater[pick], equal[pick] = (count.cpu().numpy() for count in counts)
+    for batch in _batches(scorer.num_items, cases, batch_size, mask_history=mask_history):
+        with torch.no_grad():
+            score_tile = scorer.prepare(batch.histories, batch.users)
+        greater[batch.pick], equal[batch.pick] = _ranks(score_tile, batch, tile=tile)
     metrics = Metrics(protocol, mask_history, scorer.num_items, cases.users, greater, equal)
     low, high = metrics.bounds("ndcg@10")
     if metrics.mean_equal > 1 and high > 1.1 * low:
@@ -63,6 +49,47 @@ def evaluate(
             stacklevel=2,
         )
     return metrics
+
+
+@torch.no_grad()
+def evaluate_mixtures(
+    scorer: MixtureScorer,
+    cases: Cases,
+    weights: Sequence[tuple[float, float]],
+    *,
+    mask_history: bool,
+    protocol: str,
+    batch_size: int = 1024,
+) -> list[tuple[float, Metrics]]:
+    """`mean_log_loss` and `evaluate` of every mixture, with what both parts say of a case computed once for them all.
+
+    weights: (encoder, evidence) of each mixture. Same figures as one by one, the losses but for rounding; no warning of
+    ties. Raises ValueError as `evaluate`.
+    """
+    losses = np.zeros(len(weights))
+    counts = np.empty((len(weights), 2, len(cases)), np.int64)  # greater and equal
+    for batch in _batches(scorer.num_items, cases, batch_size, mask_history=mask_history):
+        parts = scorer.parts(batch.histories)
+        for count, mixture in zip(counts, weights, strict=True):
+            count[:, batch.pick] = _ranks(parts.weighted(*mixture), batch)
+        losses += _log_losses(parts, batch.targets, weights)
+    return [
+        (float(loss / len(cases)), Metrics(protocol, mask_history, scorer.num_items, cases.users, *count))
+        for loss, count in zip(losses, counts, strict=True)
+    ]
+
+
+def _log_losses(parts: MixedScores, targets: Tensor, weights: Sequence[tuple[float, float]]) -> np.ndarray:
+    """[weights]: cross-entropy of the targets, summed over cases."""
+    losses, V = np.zeros(len(weights)), len(parts.table)
+    rows = max(1, _LOGITS // V)
+    for begin in range(0, len(targets), rows):
+        end = begin + rows
+        encoder, evidence = (scores.rows(begin, end)(0, V) for scores in (parts.encoder, parts.evidence))
+        answers = targets[begin:end].to(encoder.device)
+        for k, (a, b) in enumerate(weights):
+            losses[k] += float(F.cross_entropy(a * encoder + b * evidence, answers, reduction="sum"))
+    return losses
 
 
 @torch.no_grad()
@@ -87,6 +114,43 @@ def mean_log_loss(scorer: Scorer, cases: Cases, *, batch_size: int = 256, tile: 
             answers[here] = scores[here, targets[here] - first]
         total += float((sums - answers).double().sum())
     return total / len(cases)
+
+
+class _Batch(NamedTuple):
+    """The cases of these numbers, ``pick``; what is seen is no candidate."""
+
+    pick: np.ndarray
+    histories: Sequences
+    users: np.ndarray
+    targets: Tensor
+    seen: tuple[Tensor, Tensor] | None
+
+
+def _batches(num_items: int, cases: Cases, batch_size: int, *, mask_history: bool) -> Iterator[_Batch]:
+    """All cases, ``batch_size`` at a time, for a scorer of ``num_items``."""
+    if len(cases) == 0:
+        raise ValueError("cases must have at least one case, got none")
+    if num_items != cases.histories.num_items:
+        raise ValueError(f"scorer must rank the {cases.histories.num_items} items of cases, got {num_items}")
+    # Neighbouring targets lie in one tile, which then gives their scores and is counted without a second look.
+    order = np.argsort(cases.targets, kind="stable")
+    for begin in range(0, len(cases), batch_size):
+        pick = order[begin : begin + batch_size]
+        histories = _take(cases.histories, pick)
+        seen = (torch.from_numpy(histories.offsets), torch.from_numpy(histories.items)) if mask_history else None
+        yield _Batch(pick, histories, cases.users[pick], torch.from_numpy(cases.targets[pick]), seen)
+
+
+def _ranks(score_tile: ScoreTile, batch: _Batch, *, tile: int = TILE) -> tuple[np.ndarray, np.ndarray]:
+    """`target_ranks` of a batch; scores that are not finite are laid to a user."""
+    try:
+        counts = target_ranks(
+            score_tile, num_items=batch.histories.num_items, targets=batch.targets, seen=batch.seen, tile=tile
+        )
+    except NonFiniteScoresError as error:
+        raise ValueError(f"user {batch.users[error.case]}: {error}") from error
+    greater, equal = (count.cpu().numpy() for count in counts)
+    return greater, equal
 
 
 def _take(sequences: Sequences, rows: np.ndarray) -> Sequences:

@@ -101,19 +101,12 @@ def _linear_target_ranks(
     greater, equal, nonfinite = ops.target_ranks(states, table, targets, bias=bias, seen=seen, added=scores.added)
     if nonfinite.any():
         case = int(nonfinite.nonzero()[0])
-        row = _scores_of_case(scores, case)
+        one = scores.rows(case, case + 1)
+        row = reference.linear_scores(one.states, one.table, bias=one.bias, added=one.added)[0]
         # at the edge of overflow the last rounding decides: if all are finite here, the largest is at fault
         item = int(row.abs().nan_to_num(nan=torch.inf).argmax())
         raise NonFiniteScoresError(int(nonfinite.sum()), int((nonfinite > 0).sum()), case, item, float(row[item]))
     return greater, equal
-
-
-def _scores_of_case(scores: LinearScores, case: int) -> Tensor:
-    added = scores.added
-    if added is not None:
-        begin, end = added[0][case : case + 2].tolist()
-        added = (added[0][case : case + 2] - begin, added[1][begin:end], added[2][begin:end])
-    return reference.linear_scores(scores.states[case : case + 1], scores.table, bias=scores.bias, added=added)[0]
 
 
 def _left_out(targets: Tensor, seen: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

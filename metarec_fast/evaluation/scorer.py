@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast.data.domain import Sequences
-from metarec_fast.models.linear_scores import LinearScores
+from metarec_fast.models.linear_scores import LinearScores, MixedScores
 
 ScoreTile = Callable[[int, int], Tensor]
 """``score_tile(begin, end) -> [B, end - begin]``: float32 or float64 scores of items begin to end, higher is better.
@@ -28,6 +28,17 @@ class Scorer(Protocol):
 
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> ScoreTile:
         """The scores of these cases. histories: B item sequences, some perhaps empty. users: [B] int64, if known."""
+        ...
+
+
+class MixtureScorer(Protocol):
+    """An encoder and evidence beside it, that can be mixed in many ways at the price of preparing once."""
+
+    @property
+    def num_items(self) -> int: ...
+
+    def parts(self, histories: Sequences) -> MixedScores:
+        """What both say of these cases. histories: B item sequences, some perhaps empty."""
         ...
 
 

@@ -31,3 +31,43 @@ class LinearScores:
             here = (items >= begin) & (items < end)
             scores[cases[here], items[here] - begin] += terms[here]
         return scores
+
+    def rows(self, begin: int, end: int) -> LinearScores:
+        """The scores of cases begin to end alone."""
+        added = self.added
+        if added is not None:
+            offsets = added[0][begin : end + 1]
+            mine = slice(int(offsets[0]), int(offsets[-1]))
+            added = (offsets - offsets[0], added[1][mine], added[2][mine])
+        return LinearScores(self.states[begin:end], self.table, self.bias, added)
+
+    def scaled(self, weight: float) -> LinearScores:
+        """``weight`` times these scores, of the same table."""
+        bias, added = self.bias, self.added
+        return LinearScores(
+            weight * self.states,
+            self.table,
+            None if bias is None else weight * bias,
+            None if added is None else (*added[:2], weight * added[2]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MixedScores:
+    """An encoder's and evidence's scores of the same cases, which cost once, to be added with many weights.
+
+    encoder: without added terms. evidence: without bias. table: [V, both widths], the tables of both side by side.
+    """
+
+    encoder: LinearScores
+    evidence: LinearScores
+    table: Tensor
+
+    def weighted(self, encoder: float, evidence: float) -> LinearScores:
+        """``encoder`` times the encoder's scores plus ``evidence`` times the evidence's; at 0 one is left out."""
+        if not encoder:
+            return self.evidence.scaled(evidence)
+        if not evidence:
+            return self.encoder.scaled(encoder)
+        a, b = self.encoder.scaled(encoder), self.evidence.scaled(evidence)
+        return LinearScores(torch.cat((a.states, b.states), 1), self.table, a.bias, b.added)

@@ -9,7 +9,7 @@ from torch import Tensor
 from metarec_fast.data.domain import Sequences
 from metarec_fast.data.transitions import TransitionKernel
 from metarec_fast.models.evidence import EvidencePath
-from metarec_fast.models.linear_scores import LinearScores
+from metarec_fast.models.linear_scores import LinearScores, MixedScores
 from metarec_fast.models.recommender import Recommender
 
 
@@ -91,16 +91,16 @@ class EvidenceMixture:
         weight = encoder.table.weight.detach()
         self._table = torch.cat((weight, evidence.items.to(weight)), 1)
 
-    @torch.no_grad()
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
-        told = self.evidence.prepare(histories)
         if not self.encoder_weight:
-            return told
-        states = self.encoder.states(histories)
-        offsets, items, terms = (x.to(states.device) for x in told.added)
-        return LinearScores(
-            torch.cat((self.encoder_weight * states, told.states.to(states)), 1),
-            self._table,
-            self.encoder_weight * self.encoder.table.bias.detach(),
-            (offsets, items, terms.to(states)),
-        )
+            return self.evidence.prepare(histories)
+        return self.parts(histories).weighted(self.encoder_weight, 1.0)
+
+    @torch.no_grad()
+    def parts(self, histories: Sequences) -> MixedScores:
+        """What both say, before it is weighted."""
+        encoder, evidence = self.encoder.prepare(histories), self.evidence.prepare(histories)
+        states, terms = (x.to(encoder.states) for x in (evidence.states, evidence.added[2]))
+        offsets, items = (x.to(states.device) for x in evidence.added[:2])
+        table = self._table[:, encoder.table.shape[1] :]
+        return MixedScores(encoder, LinearScores(states, table, None, (offsets, items, terms)), self._table)
