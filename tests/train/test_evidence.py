@@ -2,16 +2,26 @@
 
 import json
 import math
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from metarec_fast.data import Sequences, leave_one_out, limit_users, synthetic
+from metarec_fast.data import Sequences, leave_one_out, limit_users, random_items, relabelled_copy, synthetic
 from metarec_fast.data.evidence import EvidenceEpisode
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.train import evidence as evidence_module
-from metarec_fast.train.evidence import ASKED, EvidenceTrainer, folds, mean_loss, parameters_of, source_episodes
+from metarec_fast.train.evidence import (
+    ASKED,
+    EvidenceTrainer,
+    folds,
+    mean_loss,
+    parameters_of,
+    shrunk,
+    source_episodes,
+    turns,
+)
 from metarec_fast.train.trainer import Interrupted
 from tests.data.test_transitions import packed
 from tests.tiny import DOMAINS, config
@@ -85,14 +95,75 @@ def test_joint_steps_take_turns_with_the_target(method, pools, monkeypatch):
     assert drawn == [step % pools for step in range(6)]
 
 
+def test_turns_are_in_proportion():
+    uniform = list(islice(turns([1 / 3] * 3), 9))
+    assert uniform == [0, 1, 2] * 3
+    weights = np.array([0.55, 0.3, 0.11, 0.04])
+    taken = np.array(list(islice(turns(weights), 500)))
+    so_far = np.cumsum(taken[:, None] == np.arange(4), 0)
+    assert abs(so_far - weights * np.arange(1, 501)[:, None]).max() <= 1.5
+
+
+def test_similarities_that_differ_by_noise_alone_are_drawn_together():
+    torch.manual_seed(0)
+    true = torch.tensor([0.9, 0.5, 0.1])
+    torch.testing.assert_close(shrunk(true.expand(5, 3)), true)
+    assert all(shrunk(torch.randn(5, 30)).std() < 0.5 * 5**-0.5 for _ in range(20))  # nothing but noise
+    drawn = true + 0.5 * torch.randn(5, 3)
+    found = shrunk(drawn)
+    noise, spread = drawn.var(0).mean() / 5, drawn.mean(0).var()
+    expected = drawn.mean() + (1 - noise / spread).clamp_min(0) * (drawn.mean(0) - drawn.mean())
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(shrunk(true[None]), true) and torch.equal(shrunk(true[:, None]), true.mean()[None])
+
+
+def test_a_copy_of_the_target_weighs_more_than_random_sources():
+    related = DOMAINS.sources[0]
+    sources = {
+        "copy": relabelled_copy(DOMAINS.target, seed=0),
+        "related": related,
+        "random": random_items(related, seed=0),
+    }
+    options = config(evidence={"similarity_starts": 5, "similarity_batches": 4, "batch_size": 64})
+    run = trainer(options, {name: leave_one_out(domain) for name, domain in sources.items()})
+    run.run()
+    weights = {name: facts["weight"] for name, facts in run.found.sources.items()}
+    assert sum(weights.values()) == pytest.approx(1) and weights["copy"] > weights["related"] > 2 * weights["random"]
+    assert run.found.trace[-1]["weight"] == pytest.approx(weights)
+    assert all(facts["deviation"] > 0 for facts in run.found.sources.values())
+
+
+def test_only_metarec_weighs_sources():
+    run = trainer(config(train={"method": "pretrain"}))
+    run.run()
+    assert run.weights.tolist() == [0.5, 0.5] and run.found.sources == {}
+
+
+def test_warm_up_takes_sources_as_often_as_they_weigh(monkeypatch):
+    run, drawn = trainer(config(evidence={"warmup_steps": 38})), []
+    draw = EvidenceTrainer._draw
+
+    def watched(self, pool, stage, step, stream=0):
+        if stage == "warmup":
+            drawn.append(list(run.episodes.values()).index(pool))
+        return draw(self, pool, stage, step, stream)
+
+    monkeypatch.setattr(EvidenceTrainer, "_draw", watched)
+    monkeypatch.setattr(
+        EvidenceTrainer, "_weigh_sources", lambda self: setattr(self, "weights", torch.tensor([0.9, 0.1]))
+    )
+    run.run()
+    assert len(drawn) == 38 and drawn.count(1) == 4
+
+
 def test_the_best_of_what_was_tried_is_left_in_place():
     """A rate at which training falls apart: what is kept is what was there before."""
-    options = config(evidence={"finetune_lr": 1e3, "average_decay": 0.0, "finetune_steps": 6})
-    run = trainer(options)
+    options = {"finetune_lr": 1e3, "average_decay": 0.0, "finetune_steps": 6}
+    run = trainer(config(train={"method": "pretrain"}, evidence=options))
     path = run.run()
     after_target = [loss for stage, step, loss in run.found.losses if stage == "finetune" and step]
     assert len(after_target) == 3 and not any(loss <= run.found.best for loss in after_target)
-    assert run.found.best_at.startswith("meta")
+    assert run.found.best_at.startswith("warmup")
     assert run.validation_loss() != run.found.best  # of the last step
     run.averaged = parameters_of(path.scorer)
     assert run.validation_loss() == run.found.best
@@ -109,11 +180,11 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(monkeypatch):
 def test_training_on_the_target_stops_when_it_gets_no_better():
     seen = Recorder()
     still = {"finetune_lr": 0.0, "finetune_steps": 50, "patience": 3}
-    run = trainer(config(evidence=still), reporter=seen)
+    run = trainer(config(train={"method": "pretrain"}, evidence=still), reporter=seen)
     run.run()
     # at steps 0, 2 and 4 the parameters are those that came from the sources
     assert stages_of(seen)["evidence: target"] == 4
-    assert run.found.best_at.startswith("meta")
+    assert run.found.best_at.startswith("warmup")
 
 
 @pytest.mark.parametrize(("calls", "where"), [(0, "sources at step 0"), (5, "meta at step 1"), (9, "target at step 3")])
