@@ -20,7 +20,7 @@ from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
 from metarec_fast.meta.step import GradientAverages, Source, outer_step
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
-from metarec_fast.train.trainer import Interrupted, Reporter, Silent, decayed_and_free
+from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_step, decayed_and_free
 
 ASKED = 4000  # users of a source, at most
 TITLES = {"warmup": "evidence: sources", "meta": "evidence: meta", "finetune": "evidence: target"}
@@ -33,11 +33,18 @@ class Found:
     losses: list[tuple[str, int, float]] = field(default_factory=list)
     best: float = math.inf
     best_at: str = "start"
+    skipped: int = 0  # steps left out for non-finite numbers
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         losses = [list(entry) for entry in self.losses]  # as JSON has them
-        return {"validation_loss": losses, "best": self.best, "best_at": self.best_at, "transfer": self.trace}
+        return {
+            "validation_loss": losses,
+            "best": self.best,
+            "best_at": self.best_at,
+            "skipped_steps": self.skipped,
+            "transfer": self.trace,
+        }
 
 
 class EvidenceTrainer:
@@ -79,7 +86,9 @@ class EvidenceTrainer:
         if start is not None:
             self.scorer.load_state_dict(start.state_dict())
         self.fresh = start is None
-        self.best = self.averaged = parameters_of(self.scorer)
+        self.averaged = views_of(self.scorer)  # what counts: parameters as they are, or where one is kept, an average
+        self.best = copy_of(self.averaged)
+        self.averages = GradientAverages(config.meta.similarity_decay)
         self.found = Found()
 
     def run(self) -> EvidencePath:
@@ -107,9 +116,8 @@ class EvidenceTrainer:
             return
         e = self.config.evidence
         optimizer = torch.optim.AdamW(decayed_and_free(list(self.scorer.parameters()), e.weight_decay), lr=lr)
-        averages = GradientAverages(self.config.meta.similarity_decay)
         decay = e.average_decay if stage == "finetune" else 0.0
-        self.averaged = parameters_of(self.scorer)
+        self.averaged = copy_of(views_of(self.scorer)) if decay else views_of(self.scorer)
         waited = 0
         for step in range(steps):
             if self.should_stop():
@@ -118,15 +126,28 @@ class EvidenceTrainer:
                 waited = 0 if self._keep_if_better(stage, step) else waited + 1
                 if stage == "finetune" and waited >= e.patience:
                     break
-            facts = self._meta(step, averages) if stage == "meta" else self._plain(stage, step, joint)
-            torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.train.clip)
-            optimizer.step()
-            for name, value in parameters_of(self.scorer).items():
-                self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
+            facts = self._step(stage, step, joint, optimizer)
+            if decay and "skipped" not in facts:
+                for name, value in views_of(self.scorer).items():
+                    self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
             if falls:
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * (1 - step / (steps + 20))
             self.reporter.step(TITLES[stage], step + 1, steps, facts)
-        self._keep_if_better(stage, steps)
+        else:
+            self._keep_if_better(stage, steps)
+
+    def _step(self, stage: str, step: int, joint: bool, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
+        averages = self.averages.copy()
+        facts = self._meta(step) if stage == "meta" else self._plain(stage, step, joint)
+        clip = self.config.train.clip
+        if not clip_and_step(self.scorer.parameters(), [optimizer], facts["losses"].values(), clip=clip):
+            self.averages = averages  # one bad step would stay in them for ever
+            self.found.skipped += 1
+            facts["skipped"] = True
+        elif stage == "meta":
+            self.found.trace.append({"step": step + 1, "similarity": facts["similarities"], "weight": facts["weights"]})
+        return facts
 
     def _plain(self, stage: str, step: int, joint: bool) -> dict[str, Any]:
         """Gradients of one domain's loss."""
@@ -138,7 +159,8 @@ class EvidenceTrainer:
         loss.backward()
         return {"losses": {"evidence": float(loss.detach())}}
 
-    def _meta(self, step: int, averages: GradientAverages) -> dict[str, Any]:
+    def _meta(self, step: int) -> dict[str, Any]:
+        """Gradients of one meta step."""
         m = self.config.meta
         count = 1 if m.same_batch else m.inner_steps
         sources = [
@@ -147,18 +169,14 @@ class EvidenceTrainer:
         ]
         shared = dict(self.scorer.named_parameters())
         target = self._draw(self.folds, "meta", step, len(sources))
-        result = outer_step(
-            self.scorer.loss, shared, sources, {}, target, config=m, averages=averages if m.similarity_decay else None
-        )
+        result = outer_step(self.scorer.loss, shared, sources, {}, target, config=m, averages=self.averages)
         for name, parameter in shared.items():
             parameter.grad = result.shared_grad[name]
-        facts = {
+        return {
             "losses": {"evidence": float(result.target_losses.mean())},
             "similarities": dict(zip(self.episodes, result.similarities.tolist(), strict=True)),
             "weights": dict(zip(self.episodes, result.weights.tolist(), strict=True)),
         }
-        self.found.trace.append({"step": step + 1, "similarity": facts["similarities"], "weight": facts["weights"]})
-        return facts
 
     def _draw(self, pool: list[EvidenceEpisode], stage: str, step: int, stream: int = 0) -> EvidenceCases:
         seed = (self.config.train.seed, list(TITLES).index(stage), stream, step)
@@ -177,10 +195,10 @@ class EvidenceTrainer:
     def _keep_if_better(self, stage: str, step: int) -> bool:
         loss = self.validation_loss()
         self.found.losses.append((stage, step, loss))
-        if not loss < self.found.best:  # nor if it is not a number
+        if not (math.isfinite(loss) and loss < self.found.best):
             return False
         self.found.best, self.found.best_at = loss, f"{stage} {step}"
-        self.best = dict(self.averaged)
+        self.best = copy_of(self.averaged)
         return True
 
 
@@ -211,9 +229,13 @@ def folds(train: Sequences, users: np.ndarray, count: int, *, seed: tuple[int, .
     ]
 
 
-def parameters_of(scorer: EvidenceScorer) -> Parameters:
-    """A copy."""
-    return {name: value.detach().clone() for name, value in scorer.named_parameters()}
+def views_of(scorer: EvidenceScorer) -> Parameters:
+    """Its parameters as they are, also after later steps."""
+    return {name: value.detach() for name, value in scorer.named_parameters()}
+
+
+def copy_of(parameters: Parameters) -> Parameters:
+    return {name: value.clone() for name, value in parameters.items()}
 
 
 def mean_loss(
