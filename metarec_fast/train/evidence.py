@@ -21,7 +21,7 @@ from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
 from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step, similarity, source_weights
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
-from metarec_fast.train.trainer import Interrupted, Reporter, Silent, decayed_and_free
+from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_step, decayed_and_free
 
 ASKED = 4000  # users of a source, at most
 VALIDATED = 4000  # cases of the target, at most: the step is chosen by a mean over them
@@ -42,6 +42,7 @@ class Found:
     best: float = math.inf
     best_at: str = "start"
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: int = 0  # steps left out for non-finite numbers
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +52,7 @@ class Found:
             "best": self.best,
             "best_at": self.best_at,
             "sources": self.sources,
+            "skipped_steps": self.skipped,
             "transfer": self.trace,
         }
 
@@ -98,7 +100,9 @@ class EvidenceTrainer:
         if start is not None:
             self.scorer.load_state_dict(start.state_dict())
         self.fresh = start is None
-        self.best = self.averaged = parameters_of(self.scorer)
+        self.averaged = views_of(self.scorer)  # what counts: parameters as they are, or where one is kept, an average
+        self.best = copy_of(self.averaged)
+        self.averages = GradientAverages(config.meta.similarity_decay)
         self.found = Found()
         self.weights = torch.full((len(sources),), 1 / max(len(sources), 1))
 
@@ -166,10 +170,9 @@ class EvidenceTrainer:
             return
         e = self.config.evidence
         optimizer = torch.optim.AdamW(decayed_and_free(list(self.scorer.parameters()), e.weight_decay), lr=lr)
-        averages = GradientAverages(self.config.meta.similarity_decay)
         decay = e.average_decay if stage == "finetune" else 0.0
-        self.averaged = parameters_of(self.scorer)
-        turn = turns(self.weights.tolist() if not joint else [1 / (len(self.episodes) + 1)] * (len(self.episodes) + 1))
+        self.averaged = copy_of(views_of(self.scorer)) if decay else views_of(self.scorer)
+        turn = turns([1 / (len(self.episodes) + 1)] * (len(self.episodes) + 1) if joint else self.weights.tolist())
         waited = 0
         for step in range(steps):
             if self.should_stop():
@@ -178,19 +181,32 @@ class EvidenceTrainer:
                 waited = 0 if self._keep_if_better(stage, step) else waited + 1
                 if stage == "finetune" and waited >= e.patience:
                     break
-            if stage == "meta":
-                facts = self._meta(step, averages)
-            else:
-                pools = [*self.episodes.values(), self.folds]
-                facts = self._plain(self.folds if stage == "finetune" else pools[next(turn)], stage, step)
-            torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.train.clip)
-            optimizer.step()
-            for name, value in parameters_of(self.scorer).items():
-                self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
+            facts = self._step(stage, step, turn, optimizer)
+            if decay and "skipped" not in facts:
+                for name, value in views_of(self.scorer).items():
+                    self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
             if falls:
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * (1 - step / (steps + 20))
             self.reporter.step(TITLES[stage], step + 1, steps, facts)
-        self._keep_if_better(stage, steps)
+        else:
+            self._keep_if_better(stage, steps)
+
+    def _step(self, stage: str, step: int, turn: Iterator[int], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
+        averages = self.averages.copy()
+        if stage == "meta":
+            facts = self._meta(step)
+        else:
+            pools = [*self.episodes.values(), self.folds]
+            facts = self._plain(self.folds if stage == "finetune" else pools[next(turn)], stage, step)
+        clip = self.config.train.clip
+        if not clip_and_step(self.scorer.parameters(), [optimizer], facts["losses"].values(), clip=clip):
+            self.averages = averages  # one bad step would stay in them for ever
+            self.found.skipped += 1
+            facts["skipped"] = True
+        elif stage == "meta":
+            self.found.trace.append({"step": step + 1, "similarity": facts["similarities"], "weight": facts["weights"]})
+        return facts
 
     def _plain(self, pool: list[EvidenceEpisode], stage: str, step: int) -> dict[str, Any]:
         """Gradients of one domain's loss."""
@@ -199,7 +215,8 @@ class EvidenceTrainer:
         loss.backward()
         return {"losses": {"evidence": float(loss.detach())}}
 
-    def _meta(self, step: int, averages: GradientAverages) -> dict[str, Any]:
+    def _meta(self, step: int) -> dict[str, Any]:
+        """Gradients of one meta step."""
         m = self.config.meta
         count = 1 if m.same_batch else m.inner_steps
         sources = [
@@ -215,18 +232,16 @@ class EvidenceTrainer:
             {},
             target,
             config=m,
-            averages=averages if m.similarity_decay else None,
+            averages=self.averages,
             weights=self.weights,
         )
         for name, parameter in shared.items():
             parameter.grad = result.shared_grad[name]
-        facts = {
+        return {
             "losses": {"evidence": float(result.target_losses.mean())},
             "similarities": dict(zip(self.episodes, result.similarities.tolist(), strict=True)),
             "weights": dict(zip(self.episodes, result.weights.tolist(), strict=True)),
         }
-        self.found.trace.append({"step": step + 1, "similarity": facts["similarities"], "weight": facts["weights"]})
-        return facts
 
     def _draw(self, pool: list[EvidenceEpisode], stage: str, step: int, stream: int = 0) -> EvidenceCases:
         seed = (self.config.train.seed, STREAMS.index(stage), stream, step)
@@ -245,10 +260,10 @@ class EvidenceTrainer:
     def _keep_if_better(self, stage: str, step: int) -> bool:
         loss = self.validation_loss()
         self.found.losses.append((stage, step, loss))
-        if not loss < self.found.best:  # nor if it is not a number
+        if not (math.isfinite(loss) and loss < self.found.best):
             return False
         self.found.best, self.found.best_at = loss, f"{stage} {step}"
-        self.best = dict(self.averaged)
+        self.best = copy_of(self.averaged)
         return True
 
 
@@ -302,9 +317,13 @@ def folds(train: Sequences, users: np.ndarray, count: int, *, seed: tuple[int, .
     ]
 
 
-def parameters_of(scorer: EvidenceScorer) -> Parameters:
-    """A copy."""
-    return {name: value.detach().clone() for name, value in scorer.named_parameters()}
+def views_of(scorer: EvidenceScorer) -> Parameters:
+    """Its parameters as they are, also after later steps."""
+    return {name: value.detach() for name, value in scorer.named_parameters()}
+
+
+def copy_of(parameters: Parameters) -> Parameters:
+    return {name: value.clone() for name, value in parameters.items()}
 
 
 def mean_loss(

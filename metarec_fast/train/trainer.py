@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +95,22 @@ def decayed_and_free(parameters: list[Tensor], weight_decay: float) -> list[dict
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+
+
+def clip_and_step(
+    parameters: Iterable[Tensor],
+    optimizers: Iterable[torch.optim.Optimizer],
+    losses: Iterable[float],
+    *,
+    clip: float,
+) -> bool:
+    """Clip the gradients of ``parameters`` to norm ``clip`` and step; no step, and False, if anything is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    if not all(map(math.isfinite, [float(norm), *losses])):
+        return False
+    for optimizer in optimizers:
+        optimizer.step()
+    return True
 
 
 @dataclass
@@ -309,13 +325,8 @@ class Trainer:
         return [o for o in (self.optimizer, self.table_optimizer) if o is not None]
 
     def _update(self, losses: dict[str, float]) -> bool:
-        """Clip and step, if everything is finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.shared.parameters(), self.config.train.clip)
-        if not all(map(math.isfinite, [float(norm), *losses.values()])):
-            return False
-        for optimizer in self._optimizers():
-            optimizer.step()
-        return True
+        clip = self.config.train.clip
+        return clip_and_step(self.model.shared.parameters(), self._optimizers(), losses.values(), clip=clip)
 
     def _flush_tables(self) -> None:
         if self.table_optimizer is not None:

@@ -1,5 +1,6 @@
 """Training the evidence scorer: what each method does, who is asked, and that it is a function of the seed."""
 
+import dataclasses
 import json
 import math
 from itertools import islice
@@ -15,12 +16,13 @@ from metarec_fast.train import evidence as evidence_module
 from metarec_fast.train.evidence import (
     ASKED,
     EvidenceTrainer,
+    copy_of,
     folds,
     mean_loss,
-    parameters_of,
     shrunk,
     source_episodes,
     turns,
+    views_of,
 )
 from metarec_fast.train.trainer import Interrupted
 from tests.data.test_transitions import packed
@@ -158,22 +160,84 @@ def test_warm_up_takes_sources_as_often_as_they_weigh(monkeypatch):
 
 def test_the_best_of_what_was_tried_is_left_in_place():
     """A rate at which training falls apart: what is kept is what was there before."""
-    options = {"finetune_lr": 1e3, "average_decay": 0.0, "finetune_steps": 6}
-    run = trainer(config(train={"method": "pretrain"}, evidence=options))
+    options = config(
+        train={"method": "pretrain"}, evidence={"finetune_lr": 0.3, "average_decay": 0.0, "finetune_steps": 6}
+    )
+    run = trainer(options)
     path = run.run()
     after_target = [loss for stage, step, loss in run.found.losses if stage == "finetune" and step]
-    assert len(after_target) == 3 and not any(loss <= run.found.best for loss in after_target)
-    assert run.found.best_at.startswith("warmup")
-    assert run.validation_loss() != run.found.best  # of the last step
-    run.averaged = parameters_of(path.scorer)
+    assert len(after_target) == 3 and all(run.found.best < loss < math.inf for loss in after_target)
+    assert run.found.best_at.startswith("warmup") and path.scorer is run.scorer
+    run.averaged = views_of(path.scorer)
     assert run.validation_loss() == run.found.best
 
 
-def test_a_loss_that_is_not_a_number_is_never_the_best(monkeypatch):
-    losses = iter([5.0, math.nan, 4.0, math.nan])
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_what_counts_are_the_parameters_themselves_but_on_the_target_their_average(decay, monkeypatch):
+    """Every validation sees what an average kept at every step of every stage would be, to the bit."""
+    average, seen = {}, []
+
+    class Watched(Recorder):
+        def step(self, stage, step, total, facts):
+            now = copy_of(views_of(run.scorer))
+            on = decay if stage == "evidence: target" else 0.0
+            average.update({name: torch.lerp(now[name], average[name], on) for name in now})
+
+    run = trainer(config(evidence={"average_decay": decay, "patience": 99}), reporter=Watched())
+    average.update(copy_of(views_of(run.scorer)))
+    keep = run._keep_if_better
+
+    def watched(stage, step):
+        if step == 0:
+            average.update(copy_of(views_of(run.scorer)))
+        assert_same_state(run.averaged, average)
+        seen.append((stage, step))
+        return keep(stage, step)
+
+    monkeypatch.setattr(run, "_keep_if_better", watched)
+    path = run.run()
+    assert seen == [("warmup", 4), ("meta", 0), ("meta", 2), ("finetune", 0), ("finetune", 2), ("finetune", 4)]
+    assert seen[-1] == tuple(run.found.losses[-1][:2]) and run.found.best_at == "finetune 4"
+    assert_same_state(path.scorer.state_dict(), average)  # kept, and not the parameters of a later step
+
+
+@pytest.mark.parametrize(("stage", "at"), [("warmup", 2), ("meta", 1), ("finetune", 1)])
+def test_a_step_that_is_not_finite_is_left_out(stage, at, monkeypatch):
+    """One batch of evidence that is not a number: parameters and averages stay, and training goes on from there."""
+    states, draw = [], EvidenceTrainer._draw
+
+    def poisoned(self, pool, where, step, stream=0):
+        cases = draw(self, pool, where, step, stream)
+        if (where, step) == (stage, at):
+            cases = dataclasses.replace(cases, evidence=cases.evidence * math.nan)
+        return cases
+
+    class Watched(Recorder):
+        def step(self, *facts):
+            super().step(*facts)
+            kept = (views_of(run.scorer), run.averaged, run.averages.steps, run.averages.answers)
+            states.append([copy_of(part) for part in kept])
+
+    monkeypatch.setattr(EvidenceTrainer, "_draw", poisoned)
+    seen = Watched()
+    run = trainer(config(evidence={"meta_steps": 3, "patience": 99}), reporter=seen)
+    path = run.run()
+    skipped = [i for i, (*_, facts) in enumerate(seen.steps) if "skipped" in facts]
+    assert len(seen.steps) == 11 and [seen.steps[i][1] for i in skipped] == [at + 1]
+    assert run.found.skipped == run.found.to_dict()["skipped_steps"] == 1
+    (i,) = skipped
+    for got, want in zip(states[i], states[i - 1], strict=True):
+        assert_same_state(got, want)
+    assert not torch.equal(states[i + 1][0]["linear.weight"], states[i][0]["linear.weight"])
+    assert all(torch.isfinite(value).all() for value in path.scorer.state_dict().values())
+    assert json.loads(json.dumps(run.found.to_dict(), allow_nan=False)) == run.found.to_dict()
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(monkeypatch):
+    losses = iter([5.0, math.nan, 4.0, math.nan, -math.inf])
     run = trainer()
     monkeypatch.setattr(run, "validation_loss", lambda: next(losses))
-    assert [run._keep_if_better("meta", step) for step in range(4)] == [True, False, True, False]
+    assert [run._keep_if_better("meta", step) for step in range(5)] == [True, False, True, False, False]
     assert run.found.best == 4.0 and run.found.best_at == "meta 2"
 
 
@@ -185,6 +249,7 @@ def test_training_on_the_target_stops_when_it_gets_no_better():
     # at steps 0, 2 and 4 the parameters are those that came from the sources
     assert stages_of(seen)["evidence: target"] == 4
     assert run.found.best_at.startswith("warmup")
+    assert [step for stage, step, _ in run.found.losses if stage == "finetune"] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(("calls", "where"), [(0, "sources at step 0"), (5, "meta at step 1"), (9, "target at step 3")])
@@ -198,7 +263,7 @@ def test_a_stop_is_heard_before_every_step(calls, where):
 def test_a_start_is_gone_on_from_and_left_as_it_was():
     torch.manual_seed(7)
     start = EvidenceScorer(hidden=8)
-    kept = parameters_of(start)
+    kept = copy_of(views_of(start))
     still = trainer(config(evidence={"finetune_steps": 0}), {}, start=start)
     assert_same_state(still.run().scorer.state_dict(), kept)
     assert still.found.losses == [("start", 0, still.found.best)] and 0 < still.found.best < 20
@@ -208,7 +273,7 @@ def test_a_start_is_gone_on_from_and_left_as_it_was():
     assert stages_of(seen) == {"evidence: target": 4}  # not the steps of one that starts afresh
     assert run.found.losses[0] == ("finetune", 0, still.found.best) and run.found.best <= still.found.best
     assert moved is not start
-    assert_same_state(parameters_of(start), kept)
+    assert_same_state(views_of(start), kept)
 
 
 def test_one_user_cannot_be_asked_by_the_others():
