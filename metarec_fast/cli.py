@@ -158,7 +158,7 @@ class StudyRun:
     """Run a grid of arms, targets, fractions and seeds, or what is left of it; tables, intervals and plots."""
 
     study: Annotated[str, tyro.conf.Positional]
-    """smoke, published, or a JSON file that describes a study."""
+    """smoke, short, published, or a JSON file that describes a study."""
     folder: Path = Path(os.environ.get("METAREC_FAST_DATA", "."))
     """Where named domains lie; METAREC_FAST_DATA sets the default."""
     out: Path | None = None

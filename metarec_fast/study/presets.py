@@ -38,6 +38,18 @@ def target_only() -> tuple[Arm, ...]:
     return (*encoders, Arm(name="target-only", group="structure", options={"train": TARGET_ONLY}))
 
 
+def recipes() -> tuple[Arm, ...]:
+    """Pretraining on the sources and fine-tuning on the target, of an encoder alone."""
+    return tuple(
+        Arm(
+            name=f"{encoder}-pretrain",
+            group="recipe",
+            options={"model": {"encoder": encoder, "vq": "none", **PLAIN}, "train": {"method": "pretrain"}},
+        )
+        for encoder in ("sasrec", "lru")
+    )
+
+
 def transfer_baselines() -> tuple[Arm, ...]:
     """Known ways to use sources, with the architecture of ours."""
     fomaml = {"weighting": "uniform", "source_loss_weight": 0.0}
@@ -97,7 +109,7 @@ def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...
     def names(group: str) -> tuple[str, ...]:
         return tuple(arm.name for arm in arms if arm.group == group)
 
-    made = [Comparison(arm="ours", against=(name,)) for name in names("plain")]
+    made = [Comparison(arm="ours", against=(name,)) for name in (*names("plain"), *names("recipe"))]
     for group, title in (
         ("structure", "ours against the best target-only model with structure"),
         ("transfer", "ours against the best transfer baseline"),
@@ -114,7 +126,7 @@ def published() -> Study:
     """The grid on the Amazon domains: three development targets, five sources, four fractions, three seeds."""
     train = {"warmup_steps": 100, "meta_steps": 300, "finetune_steps": 800}
     steps = {name: train[name] for name in ("warmup_steps", "meta_steps")}
-    arms = (*floors(), *target_only(), *transfer_baselines(), ours(), *ablations(**steps), *controls())
+    arms = (*floors(), *target_only(), *recipes(), *transfer_baselines(), ours(), *ablations(**steps), *controls())
     return Study(
         name="published",
         targets=("amazon14_office", "amazon14_tools", "amazon14_beauty"),
@@ -130,9 +142,9 @@ def published() -> Study:
 
 def short() -> Study:
     """What two cores finish within an hour or two: the arms of the headline, small budgets, nothing tuned."""
-    kept = ("best-floor", "sasrec", "lru", "lru-vq-structure", "target-only", "pretrain", "ours")
-    arms = (*floors(), *target_only(), *transfer_baselines(), ours(), *controls())
-    arms = tuple(arm for arm in arms if arm.name in (*kept, "shuffled-sources", "random-sources", "target-copy"))
+    kept = ("best-floor", "sasrec", "lru", "lru-vq-structure", "target-only", "lru-pretrain", "pretrain", "ours")
+    arms = (*floors(), *target_only(), *recipes(), *transfer_baselines(), ours(), *controls())
+    arms = tuple(arm for arm in arms if arm.name in kept or arm.group == "control")
     return dataclasses.replace(
         published(),
         name="short",
