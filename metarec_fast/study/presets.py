@@ -148,7 +148,6 @@ def short() -> Study:
     return dataclasses.replace(
         published(),
         name="short",
-        fractions=(0.01, 0.05, 0.1),
         arms=arms,
         comparisons=comparisons(arms, control="target-only"),
         options={"train": {"warmup_steps": 20, "meta_steps": 40, "finetune_steps": 200, "patience": 4}},
