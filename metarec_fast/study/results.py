@@ -245,7 +245,7 @@ class Results:
             parts += [f"### {label(comparison)}", contrast_table(contrasts), summary(contrasts)]
         weights = self._weights()
         if weights:
-            parts += ["## Weights of sources, mean over the later half of the meta stage", weights]
+            parts += ["## Weights of sources", weights]
         return "\n\n".join(parts) + "\n"
 
     def _grid(self, key: Callable[[dict[str, Any]], Any], form: Callable[[float], str], spread: bool = False) -> str:
@@ -273,9 +273,17 @@ class Results:
         return "\n".join(lines)
 
     def source_means(self, arm: str, target: str, fraction: float, key: str) -> dict[str, float]:
-        """Mean "weight" or "similarity" of each source over the seeds; empty for an arm that has none."""
-        traces = self.values(arm, target, fraction, lambda f: f.get("transfer", {}).get(key, {}))
-        return {name: mean(trace[name] for trace in traces) for name in (traces[0] if traces else ())}
+        """Mean "weight" or "similarity" of each source over the seeds; empty for an arm that has none.
+
+        Of the evidence scorer, or where there is none of the encoder, over the later half of its meta stage.
+        """
+        found = self.values(arm, target, fraction, lambda f: _of_sources(f, key))
+        return {name: mean(values[name] for values in found) for name in (found[0] if found else ())}
+
+
+def _of_sources(facts: dict[str, Any], key: str) -> dict[str, float]:
+    evidence = facts.get("history", {}).get("evidence", {}).get("sources", {})
+    return {name: values[key] for name, values in evidence.items()} or facts.get("transfer", {}).get(key, {})
 
 
 def label(comparison: Comparison) -> str:

@@ -119,6 +119,20 @@ def test_markdown_has_every_arm_metric_cost_and_verdict(out):
     assert "different code versions" not in text
 
 
+def test_weights_of_sources_are_those_of_the_evidence_or_else_of_the_encoder(out, monkeypatch):
+    results = Results(study(), out)
+    facts = results.facts["ours", "target", 0.5, 0]
+    of_encoder = facts["transfer"]["weight"]
+    evidence = {"source0": {"weight": 0.75, "similarity": 0.5}, "source1": {"weight": 0.25, "similarity": -0.5}}
+    for history, expected in (
+        ({}, of_encoder),
+        ({"evidence": {"sources": evidence}}, {"source0": 0.75, "source1": 0.25}),
+    ):
+        monkeypatch.setattr(results, "facts", {("ours", "target", 0.5, 0): facts | {"history": history}})
+        assert results.source_means("ours", "target", 0.5, "weight") == expected
+    assert results.source_means("ours", "target", 0.5, "similarity") == {"source0": 0.5, "source1": -0.5}
+
+
 def made(gain, p, fraction=0.1, baseline="b"):
     return Contrast("t", fraction, "a", baseline, 3, 0.1 * (1 + gain), 0.1, Difference(0.1 * gain, 0, 0, p), p)
 
