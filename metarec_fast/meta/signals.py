@@ -5,13 +5,19 @@ Neither is in MetaRec's abstract nor in MetaAdapt: both are ours, and found from
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metarec_fast.config import MetaConfig
 from metarec_fast.meta.step import GradientAverages, OuterStep, Parameters, similarity, source_weights
+
+TRACE_EVERY = 10  # meta steps
+
+Facts = dict[str, Any]
 
 
 @dataclass
@@ -67,3 +73,44 @@ def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConf
         weights = source_weights(result.similarities[others], config=config)
         shared.append(weights @ parts[others] if others else own[s])
     return torch.cosine_similarity(torch.stack(shared), target, dim=1).tolist()
+
+
+def signals(result: OuterStep, noise: NoiseFloor, *, before: GradientAverages, config: MetaConfig) -> Facts:
+    """All that a meta step tells of its sources; ``before``: the averages without this step."""
+    names, like = list(result.source_grads), result.shared_grad
+    draws = {
+        name: noise.draw(name, step, answer, before=before, like=like, config=config)
+        for name, step, answer in zip(names, result.steps, result.answers, strict=True)
+    }
+    return {
+        "similarities": dict(zip(names, result.similarities.tolist(), strict=True)),
+        "weights": dict(zip(names, result.weights.tolist(), strict=True)),
+        "noise": draws,
+        "descents": leaving_out(result, before=before, config=config),
+    }
+
+
+def keep_trace(step: int, facts: Facts, *, trace: list[Facts], untraced: list[Facts]) -> None:
+    """Keep what ``signals`` told: similarities and weights every TRACE_EVERY steps, noise and descents of all steps.
+
+    step: how many meta steps there were. trace: gets an entry now and then. untraced: what waits for the next one.
+    """
+    if None not in facts["noise"].values():
+        untraced.append({"noise": list(facts["noise"].values()), "descents": facts["descents"]})
+    if step % TRACE_EVERY or not untraced:
+        return
+    draws = [draw for one in untraced for draw in one["noise"]]
+    descents = zip(*(one["descents"] for one in untraced), strict=True)
+    descent, *without = (sum(column) / len(untraced) for column in descents)
+    trace.append(
+        {
+            "step": step,
+            "similarity": facts["similarities"],
+            "weight": facts["weights"],
+            "noise": math.sqrt(sum(draw**2 for draw in draws) / len(draws)),
+            "draws": len(draws),
+            "descent": descent,
+            "descent_without": dict(zip(facts["weights"], without, strict=True)),
+        }
+    )
+    untraced.clear()
