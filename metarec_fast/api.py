@@ -232,11 +232,18 @@ class MetaRec:
             alone.evaluate("valid"),
             method=self.config.train.method,
             sources=sources,
+            mixtures={"transferred": self._mixture(), "target_only": alone._mixture()},
             trace=self.history["transfer"],
+            evidence=self.history.get("evidence"),
             codes=codes,
             codebook_size=self.config.model.codebook_size,
             replaces=replaces,
         )
+
+    def _mixture(self) -> dict[str, Any]:
+        """What scores are made of."""
+        weights = {"encoder": self.encoder_weight, "evidence": self.evidence_weight}
+        return {"beside": self.config.model.evidence, **weights}
 
     def _learn_evidence(self, sources: dict[str, Split], run: _Run, *, start: EvidenceScorer | None) -> None:
         """Train the evidence scorer, and mix it with the encoder by validation.

@@ -374,6 +374,26 @@ def test_fit_with_sources_reports_what_they_gave(straight):
     assert MetaRec.from_pretrained(folder / "model").history == model.history
 
 
+def test_the_report_shows_the_evidence_scorer_beside_the_encoder(tmp_path):
+    options = config(train={"meta_steps": 10}, evidence={"meta_steps": 20})
+    model = MetaRec.fit(SOURCES, TARGET, config=options, run_dir=tmp_path)
+    report, found = model.history["transfer_report"], model.history["mixture"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    evidence = report["evidence"]
+    assert [entry["step"] for entry in evidence["over_time"]] == [10, 20] and evidence["noise_floor"]["draws"] == 2 * 18
+    assert set(evidence["sources"]) == set(report["sources"]) == {"source0", "source1"}
+    assert evidence["over_time"][0]["similarity"] != report["over_time"][0]["similarity"]
+    assert {stage for stage, *_ in evidence["validation_loss"]} == {"warmup", "meta", "finetune"}
+    assert evidence["best"] == min(loss for *_, loss in evidence["validation_loss"])
+    # what is returned is made of what the history of the same model says
+    expected = {"beside": "learned", "encoder": found["encoder"], "evidence": found["evidence"]}
+    assert report["mixture"][report["returned"]] == expected
+    text = (tmp_path / "report.html").read_text()
+    assert report["returned_parts"] in text
+    for part in ("Encoder: similarity", "Evidence scorer: similarity", "Evidence scorer: validation loss"):
+        assert part in text
+
+
 def test_the_target_only_run_beside_has_the_same_budget():
     seen = Recorder()
     MetaRec.fit(SOURCES, TARGET, config=config(train={"patience": 99}), reporter=seen)

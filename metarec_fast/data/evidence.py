@@ -130,7 +130,14 @@ class EvidenceStatistics:
         return self.graph.num_items
 
     def cases(self, histories: Sequences, targets: np.ndarray | None = None) -> EvidenceCases:
-        """All that can be said after each of these histories, oldest event first; they may be empty."""
+        """All that can be said after each of these histories, oldest event first; they may be empty.
+
+        Raises ValueError for histories of another catalogue.
+        """
+        if histories.num_items != self.num_items:
+            raise ValueError(
+                f"histories must be of the statistics' {self.num_items} items, got ones of {histories.num_items}"
+            )
         items = histories.items.astype(np.int32)
         offsets, candidates, evidence = gather_evidence(self.graph, histories.offsets, items, ages=AGES)
         lengths, last = histories.lengths, histories.offsets[1:] - 1

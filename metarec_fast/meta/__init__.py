@@ -1,7 +1,7 @@
 """Learning to transfer: inner adaptation, similarity, source weights, the outer step."""
 
 from metarec_fast.meta.captured import CapturedStep, FixedStep
-from metarec_fast.meta.signals import NoiseFloor, leaving_out
+from metarec_fast.meta.signals import NoiseFloor, keep_trace, leaving_out, signals
 from metarec_fast.meta.step import (
     GradientAverages,
     InnerRates,
@@ -21,7 +21,9 @@ __all__ = [
     "OuterStep",
     "Source",
     "inner_adapt",
+    "keep_trace",
     "leaving_out",
     "outer_step",
+    "signals",
     "source_weights",
 ]

@@ -5,13 +5,19 @@ Neither is in MetaRec's abstract nor in MetaAdapt: both are ours, and found from
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metarec_fast.config import MetaConfig
-from metarec_fast.meta.step import GradientAverages, OuterStep, Parameters, similarity, source_weights
+from metarec_fast.meta.step import GradientAverages, OuterStep, Parameters, similarity
+
+TRACE_EVERY = 10  # meta steps
+
+Facts = dict[str, Any]
 
 
 @dataclass
@@ -52,8 +58,8 @@ def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConf
 
     The cosine between the shared gradient and the target's: to first order, the descent by a step of given length. The
     target's gradient is the average over the steps before: in the present batch's own, its noise would agree with
-    itself. Without a source the weights are those of the other sources' similarities; without the only one the step is
-    the target's own gradient. None at the first step.
+    itself. Without a source the others keep their weights, which then sum to 1; without the only one the step is the
+    target's own gradient. None at the first step.
     """
     names = list(result.source_grads)
     if any(name not in before.answers for name in names):
@@ -64,6 +70,47 @@ def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConf
     shared = [result.weights @ parts]
     for s in range(len(names)):
         others = [i for i in range(len(names)) if i != s]
-        weights = source_weights(result.similarities[others], config=config)
+        weights = result.weights[others] / result.weights[others].sum()
         shared.append(weights @ parts[others] if others else own[s])
     return torch.cosine_similarity(torch.stack(shared), target, dim=1).tolist()
+
+
+def signals(result: OuterStep, noise: NoiseFloor, *, before: GradientAverages, config: MetaConfig) -> Facts:
+    """All that a meta step tells of its sources; ``before``: the averages without this step."""
+    names, like = list(result.source_grads), result.shared_grad
+    draws = {
+        name: noise.draw(name, step, answer, before=before, like=like, config=config)
+        for name, step, answer in zip(names, result.steps, result.answers, strict=True)
+    }
+    return {
+        "similarities": dict(zip(names, result.similarities.tolist(), strict=True)),
+        "weights": dict(zip(names, result.weights.tolist(), strict=True)),
+        "noise": draws,
+        "descents": leaving_out(result, before=before, config=config),
+    }
+
+
+def keep_trace(step: int, facts: Facts, *, trace: list[Facts], untraced: list[Facts]) -> None:
+    """Keep what ``signals`` told: similarities and weights every TRACE_EVERY steps, noise and descents of all steps.
+
+    step: how many meta steps there were. trace: gets an entry now and then. untraced: what waits for the next one.
+    """
+    if None not in facts["noise"].values():
+        untraced.append({"noise": list(facts["noise"].values()), "descents": facts["descents"]})
+    if step % TRACE_EVERY or not untraced:
+        return
+    draws = [draw for one in untraced for draw in one["noise"]]
+    descents = zip(*(one["descents"] for one in untraced), strict=True)
+    descent, *without = (sum(column) / len(untraced) for column in descents)
+    trace.append(
+        {
+            "step": step,
+            "similarity": facts["similarities"],
+            "weight": facts["weights"],
+            "noise": math.sqrt(sum(draw**2 for draw in draws) / len(draws)),
+            "draws": len(draws),
+            "descent": descent,
+            "descent_without": dict(zip(facts["weights"], without, strict=True)),
+        }
+    )
+    untraced.clear()

@@ -361,7 +361,7 @@ def outer_step(
             # the mean under the weights so far: softmax over more sources only scales what came before, so the
             # gradients of a large table need not be kept for each source
             so_far = source_weights(torch.stack(similarities), config=config) if weights is None else weights[: s + 1]
-            share = so_far[-1] / so_far.sum()
+            share = so_far[-1] / so_far.sum().clamp_min(torch.finfo(so_far.dtype).tiny)  # the first may weigh nothing
             pairs = zip(target_grad or table_grads, table_grads, strict=True)
             target_grad = [mean.lerp_(g, share) for mean, g in pairs]
             del table_grads, value

@@ -58,9 +58,10 @@ class EvidenceScorer(nn.Module):
         taken = torch.bincount(case * P + level, minlength=B * P).view(B, P)
         left = (cases.multiplicity - taken).clamp_min(0)
         logit = by_level[case, level] + term
-        # any upper bound serves: the largest of each case, found without its gradient
-        top = by_level.detach().amax(1).scatter_reduce(0, case, logit.detach(), "amax")
-        total = (left * (by_level - top[:, None]).exp()).sum(1)
+        # the largest logit of each case that some item has, found without its gradient
+        rest = by_level.detach().masked_fill(left == 0, -torch.inf)
+        top = rest.amax(1).scatter_reduce(0, case, logit.detach(), "amax")
+        total = (left * (by_level - top[:, None]).masked_fill(left == 0, 0).exp()).sum(1)
         total = total.index_add(0, case, (logit - top[case]).exp())
         answer = by_level.gather(1, cases.level_of[cases.targets][:, None]).squeeze(1)
         hit = cases.candidates == cases.targets[case]

@@ -17,6 +17,7 @@ from metarec_fast.ops._arrays import Array, address, as_array, check_offsets
 from metarec_fast.ops._register import empty
 
 INT32 = (np.dtype(np.int32),)
+MOST_ITEMS = 2**31  # whose ids int32 holds: one cast from a larger catalogue's would be another item's
 
 
 class EvidenceGraph:
@@ -24,11 +25,14 @@ class EvidenceGraph:
 
     offsets: int64 [V+1], items: int32 [E], values: float32 [E, R]: row v lists the items that v speaks for, rising.
     Not copied, so they must not change.
-    Raises TypeError or ValueError for other dtypes and shapes, items out of range or offsets that fall.
+    Raises TypeError or ValueError for other dtypes and shapes, more than 2**31 items, items out of range or falling
+    offsets.
     """
 
     def __init__(self, offsets: Array, items: Array, values: np.ndarray) -> None:
         self.offsets, self.items = check_offsets(offsets), as_array(items, "graph items", dtypes=INT32)
+        if self.num_items > MOST_ITEMS:
+            raise ValueError(f"graph offsets must be of at most {MOST_ITEMS} items, got {self.num_items}")
         if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.ndim != 2:
             got = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
             raise TypeError(f"graph values must be a float32 array [E, R], got {got}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -22,7 +23,9 @@ def transfer_report(
     *,
     method: str,
     sources: Sequence[str],
+    mixtures: Mapping[str, Mapping[str, Any]],
     trace: Sequence[Mapping[str, Any]] = (),
+    evidence: Mapping[str, Any] | None = None,
     codes: Mapping[str, np.ndarray] | None = None,
     codebook_size: int = 0,
     replaces: bool = True,
@@ -30,7 +33,10 @@ def transfer_report(
     """What transfer gave over the target-only model of the same budget, and what each source had to do with it.
 
     transferred, alone: of the two models on the same validation cases. method: how the first was trained.
-    trace: of the meta stage (``Trainer.progress.trace``), empty without one.
+    mixtures: what "transferred" and "target_only" are made of: "beside", what ``model.evidence`` put beside the
+        encoder, and the weights "encoder" and "evidence" that validation chose.
+    trace: of the encoder's meta stage (``Trainer.progress.trace``), empty without one.
+    evidence: what training the evidence scorer found out (``train.evidence.Found.to_dict``), None without one.
     codes: of each domain's items, [H, V] each; the target is the last.
     replaces: whether the target-only model takes the place of one that is not better; otherwise only the words say so.
     """
@@ -53,17 +59,18 @@ def transfer_report(
         "p": difference.p,
         **relative,
     }
-    floor = noise_floor(trace)
+    returned = "target_only" if replaces and not better else "transferred"
     return {
         "method": method,
         "better": "transferred" if better else "target_only",
-        "returned": "target_only" if replaces and not better else "transferred",
+        "returned": returned,
         "verdict": verdict(validation, replaces=replaces),
+        "mixture": {name: dict(mixture) for name, mixture in mixtures.items()},
+        "returned_parts": parts_in_words(mixtures[returned]),
         "validation": validation,
-        "noise_floor": floor,
-        "sources": {name: _source(name, trace, floor) for name in sources},
+        **_meta_stage(trace, sources),
+        "evidence": None if evidence is None else _evidence(evidence, sources),
         "code_overlap": None if codes is None else code_overlap(codes, codebook_size=codebook_size),
-        "over_time": list(trace),
     }
 
 
@@ -86,6 +93,41 @@ def _change(validation: Mapping[str, Any]) -> str:
         return f"NDCG@10 {mean:+.4f} ({low:+.4f} to {high:+.4f}, p {validation['p']:.4f})"
     low, gain, high = (validation[key] for key in ("gain_low", "gain", "gain_high"))
     return f"{gain:+.1%} NDCG@10 ({low:+.1%} to {high:+.1%}, p {validation['p']:.4f})"
+
+
+def parts_in_words(mixture: Mapping[str, Any]) -> str:
+    """One sentence on what the returned model is made of: encoder, evidence, or both."""
+    if mixture["beside"] == "none":
+        return "What is returned is the encoder alone: it has no evidence beside it."
+    evidence = {"learned": "evidence scorer", "transitions": "transition counts"}[mixture["beside"]]
+    if not mixture["encoder"]:
+        return f"The encoder got weight 0: what is returned is the {evidence} alone."
+    if not mixture["evidence"]:
+        return f"The {evidence} got weight 0: what is returned is the encoder alone."
+    weights = f"weight {mixture['encoder']:g} for the encoder, {mixture['evidence']:g} for the {evidence}"
+    return f"What is returned is encoder and {evidence} together: {weights}."
+
+
+def _meta_stage(trace: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> dict[str, Any]:
+    floor = noise_floor(trace)
+    return {
+        "noise_floor": floor,
+        "sources": {name: _source(name, trace, floor) for name in sources},
+        "over_time": list(trace),
+    }
+
+
+def _evidence(found: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+    """The evidence scorer's first similarities, its meta stage, and its validation losses; None for one not finite."""
+    losses = [[stage, step, loss if math.isfinite(loss) else None] for stage, step, loss in found["validation_loss"]]
+    return {
+        "first": found["sources"],
+        **_meta_stage(found["transfer"], sources),
+        "validation_loss": losses,
+        "best": found["best"] if math.isfinite(found["best"]) else None,
+        "best_at": found["best_at"],
+        "skipped_steps": found["skipped_steps"],
+    }
 
 
 def noise_floor(trace: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -140,15 +182,17 @@ def code_overlap(codes: Mapping[str, np.ndarray], *, codebook_size: int) -> dict
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The key figures under the verdict, for a terminal."""
-    told = []
-    floor = report["noise_floor"]
-    for name, source in report["sources"].items():
-        if source is not None:
-            above = f"{source['above_noise_floor']} of {source['late_entries']} late values above the noise floor"
-            told.append(
-                f"  {name}: weight {source['weight']:.2f}, similarity {source['similarity']:+.3f} "
-                f"({above} of {floor['similarity']:.3f}){_costs(source)}"
-            )
+    told = [f"  {report['returned_parts']}", *_source_lines("encoder", report)]
+    evidence = report["evidence"]
+    if evidence is not None:
+        told += [
+            f"  evidence, {name}: weight {source['weight']:.2f}, similarity of first descent directions "
+            f"{source['similarity']:+.3f} ± {source['deviation']:.3f}"
+            for name, source in evidence["first"].items()
+        ]
+        if evidence["best"] is not None:
+            least = ", ".join(f"{stage} {loss:.3f}" for stage, loss in _least_by_stage(evidence).items())
+            told.append(f"  evidence: least validation loss by stage {least} (best at {evidence['best_at']})")
     if report["code_overlap"] is not None and len(report["code_overlap"]["domains"]) > 1:
         *others, target = report["code_overlap"]["domains"]
         shared = report["code_overlap"]["overlap"][-1]
@@ -157,21 +201,54 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     return told
 
 
+def _source_lines(part: str, stage: Mapping[str, Any]) -> list[str]:
+    """Of each source in the meta stage of a part of the model; none without one."""
+    told = []
+    for name, source in stage["sources"].items():
+        if source is not None:
+            above = f"{source['above_noise_floor']} of {source['late_entries']} late values above the noise floor"
+            told.append(
+                f"  {part}, {name}: weight {source['weight']:.2f}, similarity {source['similarity']:+.3f} "
+                f"({above} of {stage['noise_floor']['similarity']:.3f}){_costs(source)}"
+            )
+    return told
+
+
+def _least_by_stage(evidence: Mapping[str, Any]) -> dict[str, float]:
+    least: dict[str, float] = {}
+    for stage, _, loss in evidence["validation_loss"]:
+        if loss is not None:
+            least[stage] = min(loss, least.get(stage, math.inf))
+    return least
+
+
 def _costs(source: Mapping[str, Any]) -> str:
     costs = source["leaving_out_costs"]
     return "" if costs is None else f", leaving it out would cost {costs:+.1%} of the descent (estimate)"
 
 
 NOTES = {
+    "First similarity": "of the descent directions of a source and of the target in evidence scorers that know nothing "
+    "yet: mean and deviation over some, each asked by another part of the target's users. The weights follow from it, "
+    "after similarities that differ by no more than this noise are drawn together. Later similarities say how far a "
+    "domain's evidence may be trusted, and no longer which source is related.",
     "Noise floor": "twice the spread of the similarity of gradients that have nothing to do with each other, drawn "
     "from this run's own: the deviations of a source's and of the target's from their averages, at different steps. "
     "Independent gradients lie inside it 19 times in 20. A similarity above it is more than chance, not yet of use: "
     "gradients agree too in what any source has, popular items and the pull of codes, even one of random items.",
     "Cost of leaving a source out": "an estimate, to first order: how much less a meta step of the same length would "
     "descend the target's loss with the weights of the other sources alone, in the later half of the meta stage. "
-    "Negative: the step would descend more. Any source evens out the noise of batches, and this counts too; of warm-up "
-    "and of what item tables learn it knows nothing. "
+    "Negative: the step would descend more. Where steps hardly descend at all, as after a warm-up that came to rest, "
+    "it is a share of next to nothing and says little. Any source evens out the noise of batches, and this counts too; "
+    "of warm-up and of what item tables learn it knows nothing. "
     "metarec-fast audit-transfer --leave-out trains without each source.",
+    "Encoder and evidence scorer": "two models, trained apart and mixed by validation: the encoder reads an item table "
+    "of its own domain, the scorer what the domain's statistics say. Each has a meta stage, and figures of a part that "
+    "got weight 0 are of nothing that is returned. After a joint warm-up the gradients of source and target pull "
+    "against each other whatever they have in common: a negative similarity alone is no verdict on a source.",
+    "Validation loss of the evidence scorer": "mean cross-entropy of the target's validation answers over the whole "
+    "catalogue, users asked by statistics that leave them out; by the steps of all stages so far. The scorer of the "
+    "least is kept. Warm-up is asked at its end alone; on the target the parameters are an average over steps.",
     "Overlap of codes": "the sum over codes of the smaller of two domains' shares of items, mean over the heads of the "
     "codebook. 1: the same use of codes. Catalogues smaller than the codebook overlap less for that alone.",
     "Interval": "paired bootstrap over validation users, 10,000 resamples. Validation also chose both models' steps.",
@@ -181,7 +258,8 @@ NOTES = {
 def html(report: Mapping[str, Any], *, title: str) -> str:
     """The report as one file: no script, nothing loaded from elsewhere."""
     validation = report["validation"]
-    parts = [f"<p><strong>{escape(report['verdict'])}</strong></p>", _figures(validation)]
+    words = f"<p><strong>{escape(report['verdict'])}</strong></p><p>{escape(report['returned_parts'])}</p>"
+    parts = [words, _figures(validation)]
     if validation["gain"] is not None:
         gain = Interval(
             "transferred against target only",
@@ -189,16 +267,11 @@ def html(report: Mapping[str, Any], *, title: str) -> str:
             strong=validation["p"] < LEVEL,
         )
         parts.append(interval_chart([gain], title="Gain in NDCG@10 on validation, 95 % interval", percent=True))
-    if report["noise_floor"] is not None:
-        parts.append(_sources(report))
-        floor = report["noise_floor"]["similarity"]
-        bands = {"similarity": Band(f"noise floor, ±{floor:.3f}", -floor, floor), "weight": None}
-        for key, band in bands.items():
-            drawn = {
-                name: [Point(str(entry["step"]), entry[key][name]) for entry in report["over_time"]]
-                for name in report["sources"]
-            }
-            parts.append(line_chart(drawn, title=f"{key.capitalize()} of sources by meta step", band=band))
+    parts += _drawn_sources("Encoder", report)
+    if report["evidence"] is not None:
+        parts += _first(report["evidence"]["first"])
+        parts += _drawn_sources("Evidence scorer", report["evidence"])
+        parts += _drawn_losses(report["evidence"])
     codes = report["code_overlap"]
     if codes is not None and len(codes["domains"]) > 1:
         parts.append(heat_map(codes["domains"], codes["overlap"], title="Overlap of the use of codes"))
@@ -223,10 +296,56 @@ def _figures(validation: Mapping[str, Any]) -> str:
     return f"{table}<p>{escape(validation['protocol'])}</p>"
 
 
-def _sources(report: Mapping[str, Any]) -> str:
+def _drawn_sources(part: str, stage: Mapping[str, Any]) -> list[str]:
+    """The sources of a part's meta stage, as a table and over time; nothing without one."""
+    if stage["noise_floor"] is None:
+        return []
+    floor = stage["noise_floor"]["similarity"]
+    drawn = [f"<h2>{part}: sources in the meta stage</h2>", _sources(stage)]
+    bands = {"similarity": Band(f"noise floor, ±{floor:.3f}", -floor, floor), "weight": None}
+    for key, band in bands.items():
+        over_time = {
+            name: [Point(str(entry["step"]), entry[key][name]) for entry in stage["over_time"]]
+            for name in stage["sources"]
+        }
+        drawn.append(line_chart(over_time, title=f"{part}: {key} of sources by meta step", band=band))
+    return drawn
+
+
+def _first(sources: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What the evidence scorer's sources weigh, and why; nothing for a method that does not weigh them."""
+    if not sources:
+        return []
+    rows = [
+        (name, f"{of['weight']:.3f}", f"{of['similarity']:+.3f} ± {of['deviation']:.3f}")
+        for name, of in sources.items()
+    ]
+    return ["<h2>Evidence scorer: sources</h2>", _table(("source", "weight", "first similarity"), rows)]
+
+
+def _drawn_losses(evidence: Mapping[str, Any]) -> list[str]:
+    """Validation losses by stage over the steps of all stages, and where the best was; nothing if none was finite."""
+    if evidence["best"] is None:
+        return []
+    curves: dict[str, list[Point]] = {}
+    begin = end = 0
+    best = f"best: {evidence['best_at']}, loss {evidence['best']:.4f}"
+    for stage, step, loss in evidence["validation_loss"]:
+        if stage not in curves:
+            curves[stage], begin = [], end
+        end = begin + step
+        if loss is not None:
+            curves[stage].append(Point(str(end), loss))
+        if f"{stage} {step}" == evidence["best_at"]:
+            found = curves[stage][-1]
+    drawn = {stage: points for stage, points in curves.items() if points} | {best: [found]}
+    return [line_chart(drawn, title="Evidence scorer: validation loss by step and stage")]
+
+
+def _sources(stage: Mapping[str, Any]) -> str:
     head = ("source", "weight", "similarity", "above the noise floor", "cost of leaving it out (estimate)")
     rows = []
-    for name, source in report["sources"].items():
+    for name, source in stage["sources"].items():
         costs = source["leaving_out_costs"]
         above = f"{source['above_noise_floor']} of {source['late_entries']}"
         figures = (f"{source['weight']:.3f}", f"{source['similarity']:+.4f}", above)

@@ -19,6 +19,7 @@ from metarec_fast.config import Config
 from metarec_fast.data import select_cases
 from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
+from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step, similarity, source_weights
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
 from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_step, decayed_and_free
@@ -43,7 +44,8 @@ class Found:
     best_at: str = "start"
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: int = 0  # steps left out for non-finite numbers
-    trace: list[dict[str, Any]] = field(default_factory=list)
+    trace: list[dict[str, Any]] = field(default_factory=list)  # as ``meta.keep_trace`` keeps it
+    untraced: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         losses = [list(entry) for entry in self.losses]  # as JSON has them
@@ -102,7 +104,7 @@ class EvidenceTrainer:
         self.fresh = start is None
         self.averaged = views_of(self.scorer)  # what counts: parameters as they are, or where one is kept, an average
         self.best = copy_of(self.averaged)
-        self.averages = GradientAverages(config.meta.similarity_decay)
+        self.averages, self.noise = GradientAverages(config.meta.similarity_decay), NoiseFloor()
         self.found = Found()
         self.weights = torch.full((len(sources),), 1 / max(len(sources), 1))
 
@@ -193,7 +195,7 @@ class EvidenceTrainer:
 
     def _step(self, stage: str, step: int, turn: Iterator[int], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
-        averages = self.averages.copy()
+        averages, noise = self.averages.copy(), self.noise.copy()
         if stage == "meta":
             facts = self._meta(step)
         else:
@@ -201,11 +203,11 @@ class EvidenceTrainer:
             facts = self._plain(self.folds if stage == "finetune" else pools[next(turn)], stage, step)
         clip = self.config.train.clip
         if not clip_and_step(self.scorer.parameters(), [optimizer], facts["losses"].values(), clip=clip):
-            self.averages = averages  # one bad step would stay in them for ever
+            self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
             self.found.skipped += 1
             facts["skipped"] = True
         elif stage == "meta":
-            self.found.trace.append({"step": step + 1, "similarity": facts["similarities"], "weight": facts["weights"]})
+            keep_trace(step + 1, facts, trace=self.found.trace, untraced=self.found.untraced)
         return facts
 
     def _plain(self, pool: list[EvidenceEpisode], stage: str, step: int) -> dict[str, Any]:
@@ -225,6 +227,7 @@ class EvidenceTrainer:
         ]
         shared = dict(self.scorer.named_parameters())
         target = self._draw(self.folds, "meta", step, len(sources))
+        before = self.averages.copy()
         result = outer_step(
             self.scorer.loss,
             shared,
@@ -239,8 +242,7 @@ class EvidenceTrainer:
             parameter.grad = result.shared_grad[name]
         return {
             "losses": {"evidence": float(result.target_losses.mean())},
-            "similarities": dict(zip(self.episodes, result.similarities.tolist(), strict=True)),
-            "weights": dict(zip(self.episodes, result.weights.tolist(), strict=True)),
+            **signals(result, self.noise, before=before, config=m),
         }
 
     def _draw(self, pool: list[EvidenceEpisode], stage: str, step: int, stream: int = 0) -> EvidenceCases:

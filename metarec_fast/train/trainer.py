@@ -24,7 +24,7 @@ from metarec_fast.data.prefetch import Prefetch
 from metarec_fast.data.sampler import Sampler, draw
 from metarec_fast.evaluation import evaluate
 from metarec_fast.meta.captured import CapturedStep
-from metarec_fast.meta.signals import NoiseFloor, leaving_out
+from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Source, outer_step
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
@@ -37,7 +37,6 @@ from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 # 1,000 to 3,000 rows of 57,000 (64 wide, float32) so costs 1.4 to 2.7 times less than dense AdamW, of 12,000 up to
 # 1.4 times more.
 LARGE_TABLE = 50_000
-TRACE_EVERY = 10  # meta steps
 SHOWN = 16  # batches by which a captured step's size is chosen
 
 
@@ -285,17 +284,9 @@ class Trainer:
         for domain, grads in (result.source_grads | {name: result.target_grad}).items():
             rows[domain].take_gradients(grads)
         losses = dict(zip(self.sources, result.source_losses, strict=True))
-        like = self.model.shared_parameters()
-        noise = {
-            s: self.noise.draw(s, step, answer, before=before, like=like, config=m)
-            for s, step, answer in zip(self.sources, result.steps, result.answers, strict=True)
-        }
         return {
             "losses": {**losses, name: result.target_losses.mean()},
-            "similarities": dict(zip(self.sources, result.similarities.tolist(), strict=True)),
-            "weights": dict(zip(self.sources, result.weights.tolist(), strict=True)),
-            "noise": noise,
-            "descents": leaving_out(result, before=before, config=m),
+            **signals(result, self.noise, before=before, config=m),
             "rates_grad": result.rates_grad,
         }
 
@@ -390,7 +381,7 @@ class Trainer:
                     facts = self.profiler.step(self, stage.name, p.step)
                 p.step += 1
                 if "weights" in facts and "skipped" not in facts:
-                    self._trace(facts)
+                    keep_trace(p.step, facts, trace=p.trace, untraced=p.untraced)
                 self.reporter.step(stage.name, p.step, stage.steps, facts)
                 if self.folder is not None and p.step % (4 * every) == 0:
                     self.save()
@@ -400,28 +391,6 @@ class Trainer:
             p.stage, p.step = p.stage + 1, 0
             if p.stage < len(self.stages):
                 self._start_optimizers()
-
-    def _trace(self, facts: dict[str, Any]) -> None:
-        """Keep what a meta step found: similarities and weights now and then, noise and descents of all steps."""
-        p = self.progress
-        if None not in facts["noise"].values():
-            p.untraced.append({"noise": list(facts["noise"].values()), "descents": facts["descents"]})
-        if p.step % TRACE_EVERY == 0 and p.untraced:
-            draws = [draw for one in p.untraced for draw in one["noise"]]
-            descents = zip(*(one["descents"] for one in p.untraced), strict=True)
-            descent, *without = (sum(column) / len(p.untraced) for column in descents)
-            p.trace.append(
-                {
-                    "step": p.step,
-                    "similarity": facts["similarities"],
-                    "weight": facts["weights"],
-                    "noise": math.sqrt(sum(draw**2 for draw in draws) / len(draws)),
-                    "draws": len(draws),
-                    "descent": descent,
-                    "descent_without": dict(zip(self.sources, without, strict=True)),
-                }
-            )
-            p.untraced = []
 
     # checkpoints
 

@@ -149,6 +149,12 @@ def test_candidates_are_told_how_far_from_the_history_they_stand():
     torch.testing.assert_close(x[:, -3:], away * (item[:, 2:3] > 0))
 
 
+def test_histories_of_another_catalogue_are_refused():
+    statistics = EvidenceStatistics(packed(random_rows(), V))
+    with pytest.raises(ValueError, match=rf"histories must be of the statistics' {V} items, got ones of 9"):
+        statistics.cases(packed([[1]], 9))
+
+
 def test_evidence_is_the_mean_over_each_group_of_ages():
     rows = random_rows()
     said = relations(rows, V)

@@ -121,6 +121,23 @@ def test_uniform_weights():
     assert weights.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("how", ["loop", "vmap"])
+def test_given_weights_take_the_place_of_similarities(how):
+    shared, named, target, batch = world(3, 1)
+    config = replace(CONFIG, target_pass=how)
+    found = outer_step(loss, shared, named, target, batch, config=config)
+    same = outer_step(loss, shared, named, target, batch, config=config, weights=found.weights)
+    torch.testing.assert_close(vars(same), vars(found), rtol=1e-10, atol=1e-12)
+    alone = outer_step(loss, shared, named[1:2], target, batch, config=config)
+    chosen = outer_step(
+        loss, shared, named, target, batch, config=config, weights=torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    )
+    torch.testing.assert_close(chosen.shared_grad, alone.shared_grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(chosen.target_grad, alone.target_grad, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"weights must be \[3\], one for each source, got \(2,\)"):
+        outer_step(loss, shared, named, target, batch, config=config, weights=torch.ones(2))
+
+
 def test_bad_arguments():
     shared, named, target, batch = world(1, 1)
     with pytest.raises(ValueError, match="needs at least one source, got none"):

@@ -88,6 +88,25 @@ def test_all_items_are_candidates():
     assert scorer.loss(dict(scorer.named_parameters()), {}, cases).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_level_whose_items_are_all_candidates_says_nothing():
+    """Its logit may tower over all that some item has: the loss is still the spread-out catalogue's."""
+    ring = [[(u + e) % 6 for e in range(12)] for u in range(6)]
+    statistics = EvidenceStatistics(packed(ring, 7))  # item 6 is never seen
+    cases = statistics.cases(packed([[0, 1, 2], [1, 2, 0]], 7), np.array([3, 4]))
+    assert cases.offsets.tolist() == [0, 6, 12]
+    scorer = EvidenceScorer(hidden=4)
+    with torch.no_grad():
+        scorer.base[2].bias[:3] = torch.tensor([0.0, 0.0, 400.0])  # for items that were seen
+        scorer.linear.bias -= 400
+    expected = F.cross_entropy(spread(scorer, cases), cases.targets)
+    parameters = dict(scorer.named_parameters())
+    got = scorer.loss(parameters, {}, cases)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-4) and 0 < got.item() < 10
+    wanted = torch.autograd.grad(expected, parameters.values())
+    for name, ours, theirs in zip(parameters, torch.autograd.grad(got, parameters.values()), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4, msg=name)
+
+
 def test_the_loss_reads_the_parameters_that_it_is_given(statistics, scorer):
     cases = statistics.cases(packed(HISTORIES, V), np.arange(len(HISTORIES)))
     other = EvidenceScorer(hidden=8)

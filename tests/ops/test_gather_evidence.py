@@ -151,6 +151,15 @@ def test_a_bad_graph(change, error, message):
         EvidenceGraph(**{"offsets": GRAPH[0], "items": GRAPH[1], "values": GRAPH[2], **change})
 
 
+def test_more_items_than_ids_of_int32_are_refused_not_wrapped(tmp_path):
+    """Offsets in a file of holes: they are refused before they are read."""
+    with open(tmp_path / "offsets", "wb") as file:
+        file.truncate(8 * (2**31 + 2))
+    offsets = np.memmap(tmp_path / "offsets", np.int64, mode="r")
+    with pytest.raises(ValueError, match="graph offsets must be of at most 2147483648 items, got 2147483649"):
+        EvidenceGraph(offsets, np.array([2**31]).astype(np.int32), np.ones((1, 2), np.float32))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -11,6 +11,8 @@ import pytest
 from metarec_fast.evaluation import Metrics, paired_bootstrap
 from metarec_fast.report.transfer import code_overlap, html, lines, noise_floor, transfer_report, verdict
 
+SVG = "{http://www.w3.org/2000/svg}"
+
 
 def metrics(ranks) -> Metrics:
     ranks = np.asarray(ranks)
@@ -33,11 +35,37 @@ def entry(step, a, b):
 
 
 TRACE = [entry(10, 0.9, 0.9), entry(20, -0.5, 0.0), entry(30, 0.05, -0.05), entry(40, 0.03, 0.01)]
+LOSSES = [
+    ["warmup", 600, 6.6],
+    ["meta", 0, 6.6],
+    ["meta", 25, 6.4],
+    ["meta", 50, 6.5],
+    ["finetune", 0, 6.5],
+    ["finetune", 25, float("nan")],
+    ["finetune", 50, 6.45],
+]
+# of the evidence scorer: other values than the encoder's
+FOUND = {
+    "validation_loss": LOSSES,
+    "best": 6.4,
+    "best_at": "meta 25",
+    "skipped_steps": 1,
+    "sources": {
+        "a": {"weight": 0.7, "similarity": 0.85, "deviation": 0.02},
+        "b <c>": {"weight": 0.3, "similarity": -0.125, "deviation": 0.25},
+    },
+    "transfer": [{**one, "noise": 0.1} for one in (entry(10, 0.3, 0.1), entry(20, -0.5, 0.25))],
+}
+MIXTURES = {
+    "transferred": {"beside": "learned", "encoder": 0.0, "evidence": 1.0},
+    "target_only": {"beside": "learned", "encoder": 0.5, "evidence": 1.0},
+}
 CODES = {"a": np.array([[0, 0, 1, 1]]), "b <c>": np.array([[2, 3]]), "target": np.array([[0, 1, 2, 2]])}
 
 
 def report(transferred=GOOD, alone=POOR, **changes):
-    given = {"method": "metarec", "sources": ["a", "b <c>"], "trace": TRACE, "codes": CODES, "codebook_size": 4}
+    of_encoder = {"trace": TRACE, "codes": CODES, "codebook_size": 4}
+    given = {"method": "metarec", "sources": ["a", "b <c>"], "mixtures": MIXTURES, "evidence": FOUND, **of_encoder}
     return transfer_report(transferred, alone, **{**given, **changes})
 
 
@@ -56,6 +84,58 @@ def test_the_report_is_whole_and_plain_json():
     assert (b["similarity"], b["above_noise_floor"]) == (pytest.approx(-0.02), 0)
     assert a["leaving_out_costs"] == pytest.approx(0.2) and b["leaving_out_costs"] == pytest.approx(-0.1)
     assert found["over_time"] == TRACE and found["method"] == "metarec"
+    evidence = found["evidence"]
+    assert evidence["noise_floor"] == {"similarity": pytest.approx(0.2), "draws": 40}
+    assert {name: source["similarity"] for name, source in evidence["sources"].items()} == {"a": -0.5, "b <c>": 0.25}
+    assert [source["above_noise_floor"] for source in evidence["sources"].values()] == [0, 1]
+    assert evidence["over_time"] == FOUND["transfer"] and evidence["skipped_steps"] == 1
+    assert (evidence["best"], evidence["best_at"]) == (6.4, "meta 25")
+    losses = evidence["validation_loss"]
+    assert losses[5] == ["finetune", 25, None] and [*losses[:5], losses[6]] == [*LOSSES[:5], LOSSES[6]]
+    assert found["mixture"] == MIXTURES
+    assert evidence["first"] == FOUND["sources"]
+
+
+def test_first_similarities_are_told_where_sources_were_weighed():
+    found = report()
+    (line,) = [line for line in lines(found) if line.startswith("  evidence, b <c>")]
+    assert line == "  evidence, b <c>: weight 0.30, similarity of first descent directions -0.125 ± 0.250"
+    assert "<td>b &lt;c&gt;</td><td>0.300</td><td>-0.125 ± 0.250</td>" in html(found, title="t")
+    unweighed = report(evidence={**FOUND, "sources": {}})
+    assert "first similarity" not in html(unweighed, title="t") and len(lines(unweighed)) == len(lines(found)) - 2
+
+
+@pytest.mark.parametrize(
+    ("beside", "encoder", "evidence", "words"),
+    [
+        ("learned", 0.0, 1.0, "The encoder got weight 0: what is returned is the evidence scorer alone."),
+        ("learned", 1.0, 0.0, "The evidence scorer got weight 0: what is returned is the encoder alone."),
+        (
+            "learned",
+            0.25,
+            1.0,
+            "What is returned is encoder and evidence scorer together: "
+            "weight 0.25 for the encoder, 1 for the evidence scorer.",
+        ),
+        ("transitions", 1.0, 0.0, "The transition counts got weight 0: what is returned is the encoder alone."),
+        (
+            "transitions",
+            1.0,
+            1.5,
+            "What is returned is encoder and transition counts together: "
+            "weight 1 for the encoder, 1.5 for the transition counts.",
+        ),
+        ("none", 1.0, 0.0, "What is returned is the encoder alone: it has no evidence beside it."),
+    ],
+)
+def test_words_name_the_parts_of_the_returned_model(beside, encoder, evidence, words):
+    made = {"beside": beside, "encoder": encoder, "evidence": evidence}
+    other = {"beside": "learned", "encoder": 6.0, "evidence": 1.0}
+    assert report(GOOD, POOR, mixtures={"transferred": made, "target_only": other})["returned_parts"] == words
+    assert report(POOR, GOOD, mixtures={"transferred": other, "target_only": made})["returned_parts"] == words
+    kept = report(POOR, GOOD, mixtures={"transferred": made, "target_only": other}, replaces=False)
+    assert kept["returned_parts"] == words
+    assert lines(kept)[0].strip() == words and f"<p>{words}</p>" in html(kept, title="t")
 
 
 @pytest.mark.parametrize(
@@ -96,11 +176,20 @@ def test_the_better_on_validation_is_returned_and_words_say_how_sure_it_is(trans
 
 
 def test_without_a_meta_stage_or_codes_nothing_is_made_up():
-    found = report(trace=[], codes=None)
-    assert found["noise_floor"] is None and found["code_overlap"] is None
+    found = report(trace=[], codes=None, evidence=None)
+    assert found["noise_floor"] is None and found["code_overlap"] is None and found["evidence"] is None
     assert found["sources"] == {"a": None, "b <c>": None}
-    assert lines(found) == [] and "<table>" in html(found, title="t")
+    assert lines(found) == [f"  {found['returned_parts']}"] and "<table>" in html(found, title="t")
     assert noise_floor([]) is None
+    # pretraining: the scorer was learned, without a meta stage
+    found = report(trace=[], codes=None, evidence={**FOUND, "transfer": [], "sources": {}})
+    assert found["evidence"]["sources"] == {"a": None, "b <c>": None} and found["evidence"]["noise_floor"] is None
+    assert titles_of(html(found, title="t"))[1:] == ["Evidence scorer: validation loss by step and stage"]
+    # and nothing that could be drawn
+    bad = {"validation_loss": [["start", 0, float("nan")]], "best": float("inf"), "best_at": "start"}
+    found = report(trace=[], codes=None, evidence={**FOUND, **bad, "transfer": [], "sources": {}})
+    assert found["evidence"]["best"] is None and len(lines(found)) == 1
+    assert len(titles_of(html(found, title="t"))) == 1
 
 
 def test_overlap_of_identical_domains_is_one_and_of_disjoint_ones_zero():
@@ -115,9 +204,19 @@ def test_overlap_of_identical_domains_is_one_and_of_disjoint_ones_zero():
 
 def test_lines_hold_the_key_figures():
     told = "\n".join(lines(report()))
-    assert "a: weight 0.75, similarity +0.040 (1 of 2 late values above the noise floor of 0.040)" in told
+    assert "encoder, a: weight 0.75, similarity +0.040 (1 of 2 late values above the noise floor of 0.040)" in told
+    assert "evidence, b <c>: weight 0.30, similarity of first descent directions -0.125 ± 0.250" in told
+    assert "evidence: least validation loss by stage warmup 6.600, meta 6.400, finetune 6.450 (best at meta 25)" in told
     assert "leaving it out would cost +20.0% of the descent (estimate)" in told
     assert "overlap of codes with target: a 0.50, b <c> 0.50" in told
+
+
+def charts_of(text):
+    return [ElementTree.fromstring(f"<svg{part.split('</svg>')[0]}</svg>") for part in text.split("<svg")[1:]]
+
+
+def titles_of(text):
+    return [next(chart.iter(SVG + "text")).text for chart in charts_of(text)]
 
 
 class Tags(HTMLParser):
@@ -149,12 +248,24 @@ def test_the_file_is_whole_and_says_what_the_report_says():
     assert tags.open == [] and "script" not in tags.seen
     said = "".join(tags.text)
     assert report()["verdict"] in said and "Transfer to <target>" in said and "b <c>" in said
-    assert "noise floor, ±0.040" in said and "+20.0%" in said
-    charts = [f"<svg{part.split('</svg>')[0]}</svg>" for part in text.split("<svg")[1:]]
-    titles = [next(ElementTree.fromstring(c).iter("{http://www.w3.org/2000/svg}text")).text for c in charts]
-    assert titles == [
+    assert "noise floor, ±0.040" in said and "noise floor, ±0.200" in said and "+20.0%" in said
+    assert titles_of(text) == [
         "Gain in NDCG@10 on validation, 95 % interval",
-        "Similarity of sources by meta step",
-        "Weight of sources by meta step",
+        "Encoder: similarity of sources by meta step",
+        "Encoder: weight of sources by meta step",
+        "Evidence scorer: similarity of sources by meta step",
+        "Evidence scorer: weight of sources by meta step",
+        "Evidence scorer: validation loss by step and stage",
         "Overlap of the use of codes",
     ]
+
+
+def test_the_curve_of_validation_losses_runs_over_all_stages_and_marks_the_best():
+    chart = charts_of(html(report(), title="t"))[5]
+    texts = [text.text for text in chart.iter(SVG + "text")]
+    # steps of all stages: the meta stage begins where warm-up ended
+    assert [text for text in texts if text.isdigit()] == ["600", "625", "650", "700"]
+    assert texts[-4:] == ["warmup", "meta", "finetune", "best: meta 25, loss 6.4000"]
+    curves = [line.get("points").split() for line in chart.iter(SVG + "polyline")]
+    assert [len(points) for points in curves] == [1, 3, 2, 1]  # a loss that is not finite has no place
+    assert curves[3] == [curves[1][1]] and curves[0][0] == curves[1][0] and curves[1][2] == curves[2][0]

@@ -76,10 +76,24 @@ def test_the_stages_of_a_method(method, sources, expected):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["best"] == min(loss for *_, loss in found["validation_loss"])
     assert found["best_at"] in {f"{stage} {step}" for stage, step, _ in found["validation_loss"]}
-    assert [entry["step"] for entry in found["transfer"]] == ([1, 2] if method == "metarec" else [])
-    for entry in found["transfer"]:
-        assert set(entry["similarity"]) == set(entry["weight"]) == set(SOURCES)
+    assert found["skipped_steps"] == 0 and found["transfer"] == []  # too few meta steps to be traced
+
+
+def test_sources_are_traced_with_the_noise_of_their_gradients():
+    seen = Recorder()
+    run = trainer(config(evidence={"meta_steps": 23}), reporter=seen)
+    run.run()
+    trace, steps = run.found.trace, [facts for stage, *_, facts in seen.steps if stage == "evidence: meta"]
+    assert [(entry["step"], entry["draws"]) for entry in trace] == [(10, 16), (20, 20)]  # two steps begin
+    assert len(run.found.untraced) == 3
+    for entry, part in zip(trace, (steps[2:10], steps[10:20]), strict=True):
+        assert entry["similarity"] == part[-1]["similarities"] and entry["weight"] == part[-1]["weights"]
+        assert set(entry["weight"]) == set(entry["descent_without"]) == set(SOURCES)
         assert sum(entry["weight"].values()) == pytest.approx(1)
+        draws = [draw for facts in part for draw in facts["noise"].values()]
+        assert entry["noise"] == pytest.approx(np.sqrt(np.mean(np.square(draws)))) and 0 < entry["noise"] < 1
+        assert entry["descent"] == pytest.approx(np.mean([facts["descents"][0] for facts in part]))
+    assert json.loads(json.dumps(run.found.to_dict(), allow_nan=False)) == run.found.to_dict()
 
 
 @pytest.mark.parametrize(("method", "pools"), [("joint", 3), ("pretrain", 2)])
@@ -126,7 +140,7 @@ def test_a_copy_of_the_target_weighs_more_than_random_sources():
         "related": related,
         "random": random_items(related, seed=0),
     }
-    options = config(evidence={"similarity_starts": 5, "similarity_batches": 4, "batch_size": 64})
+    options = config(evidence={"similarity_starts": 5, "similarity_batches": 4, "batch_size": 64, "meta_steps": 10})
     run = trainer(options, {name: leave_one_out(domain) for name, domain in sources.items()})
     run.run()
     weights = {name: facts["weight"] for name, facts in run.found.sources.items()}
@@ -201,7 +215,7 @@ def test_what_counts_are_the_parameters_themselves_but_on_the_target_their_avera
     assert_same_state(path.scorer.state_dict(), average)  # kept, and not the parameters of a later step
 
 
-@pytest.mark.parametrize(("stage", "at"), [("warmup", 2), ("meta", 1), ("finetune", 1)])
+@pytest.mark.parametrize(("stage", "at"), [("warmup", 2), ("meta", 2), ("finetune", 1)])
 def test_a_step_that_is_not_finite_is_left_out(stage, at, monkeypatch):
     """One batch of evidence that is not a number: parameters and averages stay, and training goes on from there."""
     states, draw = [], EvidenceTrainer._draw
@@ -215,16 +229,17 @@ def test_a_step_that_is_not_finite_is_left_out(stage, at, monkeypatch):
     class Watched(Recorder):
         def step(self, *facts):
             super().step(*facts)
-            kept = (views_of(run.scorer), run.averaged, run.averages.steps, run.averages.answers)
+            kept = (views_of(run.scorer), run.averaged, run.averages.steps, run.averages.answers, run.noise.answers)
             states.append([copy_of(part) for part in kept])
 
     monkeypatch.setattr(EvidenceTrainer, "_draw", poisoned)
     seen = Watched()
-    run = trainer(config(evidence={"meta_steps": 3, "patience": 99}), reporter=seen)
+    run = trainer(config(evidence={"meta_steps": 4, "patience": 99}), reporter=seen)
     path = run.run()
     skipped = [i for i, (*_, facts) in enumerate(seen.steps) if "skipped" in facts]
-    assert len(seen.steps) == 11 and [seen.steps[i][1] for i in skipped] == [at + 1]
+    assert len(seen.steps) == 12 and [seen.steps[i][1] for i in skipped] == [at + 1]
     assert run.found.skipped == run.found.to_dict()["skipped_steps"] == 1
+    assert len(run.found.untraced) == (1 if stage == "meta" else 2)  # two steps begin
     (i,) = skipped
     for got, want in zip(states[i], states[i - 1], strict=True):
         assert_same_state(got, want)
