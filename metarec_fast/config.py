@@ -143,7 +143,8 @@ class EvidenceConfig:
     """Groups of the target's users, each asked by the statistics of the others."""
     evaluate_every: int = 25
     patience: int = 6
-    """Evaluations without a better validation loss before training on the target stops."""
+    """Evaluations without a better validation loss before training on the target stops; fewer in proportion where the
+    target is trained on alone, at ``lr``."""
     average_decay: float = 0.95
     """On the target, the parameters that count are an exponential average over steps; 0 takes them as they are."""
 

@@ -175,13 +175,14 @@ class EvidenceTrainer:
         decay = e.average_decay if stage == "finetune" else 0.0
         self.averaged = copy_of(views_of(self.scorer)) if decay else views_of(self.scorer)
         turn = turns([1 / (len(self.episodes) + 1)] * (len(self.episodes) + 1) if joint else self.weights.tolist())
+        patience = max(1, round(e.patience * e.finetune_lr / lr)) if lr else e.patience  # larger steps need fewer
         waited = 0
         for step in range(steps):
             if self.should_stop():
                 raise Interrupted(f"stopped in {TITLES[stage]} at step {step} of {steps}")
             if stage != "warmup" and step % e.evaluate_every == 0:
                 waited = 0 if self._keep_if_better(stage, step) else waited + 1
-                if stage == "finetune" and waited >= e.patience:
+                if stage == "finetune" and waited >= patience:
                     break
             facts = self._step(stage, step, turn, optimizer)
             if decay and "skipped" not in facts:
