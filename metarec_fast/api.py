@@ -31,7 +31,7 @@ from metarec_fast.train.trainer import Reporter, Trainer
 FORMAT = 3  # of the saved folder
 EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
 ENCODER_WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 3.0, 6.0)  # beside learned evidence
-MIXTURE_LEVEL = 0.01  # p of a better validation NDCG@10 that overrules the validation loss
+MIXTURE_LEVEL = 0.01  # p, times the mixtures tried, of a better validation NDCG@10 that overrules the loss
 
 
 def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
@@ -270,7 +270,7 @@ class MetaRec:
         steady = min(tried, key=lambda weights: tried[weights][0])
         ranks = max(tried, key=lambda weights: tried[weights][1].ndcg[10])
         better = paired_bootstrap(*(tried[w][1].per_user("ndcg@10") for w in (ranks, steady)), seed=0)
-        chosen = ranks if better.mean > 0 and better.p < MIXTURE_LEVEL else steady
+        chosen = ranks if better.mean > 0 and better.p * len(tried) < MIXTURE_LEVEL else steady
         self.encoder_weight, self.evidence_weight = chosen
         self.history["mixture"] = {
             "encoder": self.encoder_weight,
