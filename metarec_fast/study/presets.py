@@ -141,7 +141,7 @@ def published() -> Study:
 
 
 def short() -> Study:
-    """What two cores finish within an hour or two: the arms of the headline, small budgets, nothing tuned."""
+    """What two cores finish in about ten hours: the arms of the headline, small budgets, nothing tuned."""
     kept = ("best-floor", "sasrec", "lru", "lru-vq-structure", "target-only", "lru-pretrain", "pretrain", "ours")
     arms = (*floors(), *target_only(), *recipes(), *transfer_baselines(), ours(), *controls())
     arms = tuple(arm for arm in arms if arm.name in kept or arm.group == "control")
