@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metarec_fast.config import Config
+from metarec_fast.config import Config, MetaConfig
 from metarec_fast.data import select_cases
 from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
@@ -27,8 +27,13 @@ from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_s
 ASKED = 4000  # users of a source, at most
 VALIDATED = 4000  # cases of the target, at most: the step is chosen by a mean over them
 STREAMS = ("warmup", "meta", "finetune", "similarity")  # of questions
-READ_EVIDENCE = ("linear.weight", "network.0.weight", "network.2.weight", "network.4.weight")
-TITLES = {"warmup": "evidence: sources", "meta": "evidence: meta", "finetune": "evidence: target"}
+CANDIDATE_WEIGHTS = ("linear.weight", "network.0.weight", "network.2.weight", "network.4.weight")
+TITLES = {
+    "similarity": "evidence: weights",
+    "warmup": "evidence: sources",
+    "meta": "evidence: meta",
+    "finetune": "evidence: target",
+}
 
 
 @dataclass
@@ -134,19 +139,21 @@ class EvidenceTrainer:
         """Weights by how far the first descent directions of source and target agree, in scorers that know nothing yet.
 
         Later the directions no longer tell: where the sources' losses are least in sum their gradients cancel, and
-        what is left says how far a domain's evidence may be trusted, which depends on its size. Only of the weights
-        that read evidence, since popularity and biases would have their way in a full cosine. Each start asks a fold of
-        the target's users, so that the spread over starts has the noise of few users in it; similarities that do not
-        differ by more than this noise are drawn to their mean.
+        what is left says how far a domain's evidence may be trusted, which depends on its size. Only of the network
+        over candidates, since the base, which reads popularity alone, would have its way in a full cosine. Each start
+        asks a fold of the target's users, so that the spread over starts has the noise of few users in it.
         """
         e, m = self.config.evidence, self.config.meta
         starts = []
         for start in range(e.similarity_starts):
+            if self.should_stop():
+                raise Interrupted(f"stopped in {TITLES['similarity']} at start {start} of {e.similarity_starts}")
+            seed = np.random.SeedSequence((self.config.train.seed, STREAMS.index("similarity"), start))
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.config.train.seed + start)
+                torch.default_generator.manual_seed(int(seed.generate_state(1)[0]))
                 scorer = EvidenceScorer(hidden=e.hidden)
             parameters = dict(scorer.named_parameters())
-            read = {name: parameters[name] for name in READ_EVIDENCE}
+            read = {name: parameters[name] for name in CANDIDATE_WEIGHTS}
             directions = []
             for i, pool in enumerate([*self.episodes.values(), [self.folds[start % len(self.folds)]]]):
                 total = torch.zeros_like(flatten(read))
@@ -157,9 +164,13 @@ class EvidenceTrainer:
                     total += flatten(dict(zip(read, gradients, strict=True)))
                 directions.append(total)
             *of_sources, of_target = directions
-            starts.append(torch.stack([similarity(d, of_target, like=read, config=m) for d in of_sources]))
+            found = torch.stack([similarity(d, of_target, like=read, config=m) for d in of_sources])
+            if found.isfinite().all():
+                starts.append(found)
+        if not starts:
+            return  # as heavy as each other
         drawn = torch.stack(starts)
-        self.weights = source_weights(shrunk(drawn), config=m)
+        self.weights = weights_of(drawn, config=m)
         for i, name in enumerate(self.episodes):
             self.found.sources[name] = {
                 "weight": float(self.weights[i]),
@@ -235,7 +246,7 @@ class EvidenceTrainer:
             sources,
             {},
             target,
-            config=m,
+            config=replace(m, lr_of_inner_lr=0.0),  # inner rates that learn are the encoder's
             averages=self.averages,
             weights=self.weights,
         )
@@ -287,17 +298,19 @@ def source_episodes(
     return episodes
 
 
-def shrunk(drawn: Tensor) -> Tensor:
-    """[S]: means of ``drawn`` [N, S] over draws, drawn to their common mean as far as they differ by noise.
+def weights_of(drawn: Tensor, *, config: MetaConfig) -> Tensor:
+    """[S] weights of sum 1 from similarities [N, S], drawn N times: softmax of means, as soft as these are uncertain.
 
-    By 1 - noise / variance of the means, at least 0 (James and Stein 1961), with the noise from the spread of draws.
+    The temperature is the root of the sum of squares of ``config.temperature`` and of two standard errors of a mean.
+    What moves all sources of a draw together is no error, for it moves no weight.
     """
-    means = drawn.mean(0)
-    if min(drawn.shape) < 2:
-        return means
-    noise = drawn.var(0).mean() / len(drawn)
-    kept = (1 - noise / means.var().clamp_min(1e-12)).clamp_min(0)
-    return means.mean() + kept * (means - means.mean())
+    N, S = drawn.shape
+    if min(N, S) < 2:
+        return source_weights(drawn.mean(0), config=config)
+    rest = drawn - drawn.mean(1, keepdim=True) - drawn.mean(0) + drawn.mean()
+    error = (rest.square().sum() / ((N - 1) * (S - 1) * N)).sqrt()
+    temperature = math.hypot(config.temperature, 2 * float(error))
+    return source_weights(drawn.mean(0), config=replace(config, temperature=temperature))
 
 
 def turns(weights: Sequence[float]) -> Iterator[int]:

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
-from itertools import islice
+from dataclasses import replace
+from itertools import chain, islice, repeat
 
 import numpy as np
 import pytest
 import torch
 
+from metarec_fast.config import MetaConfig
 from metarec_fast.data import Sequences, leave_one_out, limit_users, random_items, relabelled_copy, synthetic
 from metarec_fast.data.evidence import EvidenceEpisode
+from metarec_fast.meta import source_weights
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.train import evidence as evidence_module
 from metarec_fast.train.evidence import (
@@ -19,10 +22,10 @@ from metarec_fast.train.evidence import (
     copy_of,
     folds,
     mean_loss,
-    shrunk,
     source_episodes,
     turns,
     views_of,
+    weights_of,
 )
 from metarec_fast.train.trainer import Interrupted
 from tests.data.test_transitions import packed
@@ -120,17 +123,40 @@ def test_turns_are_in_proportion():
     assert abs(so_far - weights * np.arange(1, 501)[:, None]).max() <= 1.5
 
 
-def test_similarities_that_differ_by_noise_alone_are_drawn_together():
+def test_weights_are_as_soft_as_similarities_are_uncertain():
+    true, sharp = torch.tensor([0.9, 0.8, 0.7, 0.2]), MetaConfig(temperature=0.1)
+    exact = source_weights(true, config=sharp)
+    torch.testing.assert_close(weights_of(true.expand(5, 4), config=sharp), exact)
+    # what moves all sources of a draw together is no noise
+    moved = true + torch.tensor([[-0.6], [0.6], [0.1], [-0.1], [0.0]])
+    torch.testing.assert_close(weights_of(moved, config=sharp), exact)
     torch.manual_seed(0)
-    true = torch.tensor([0.9, 0.5, 0.1])
-    torch.testing.assert_close(shrunk(true.expand(5, 3)), true)
-    assert all(shrunk(torch.randn(5, 30)).std() < 0.5 * 5**-0.5 for _ in range(20))  # nothing but noise
-    drawn = true + 0.5 * torch.randn(5, 3)
-    found = shrunk(drawn)
-    noise, spread = drawn.var(0).mean() / 5, drawn.mean(0).var()
-    expected = drawn.mean() + (1 - noise / spread).clamp_min(0) * (drawn.mean(0) - drawn.mean())
-    torch.testing.assert_close(found, expected)
-    assert torch.equal(shrunk(true[None]), true) and torch.equal(shrunk(true[:, None]), true.mean()[None])
+    for _ in range(20):  # equal sources beside one that is far off: none of them gets all by chance
+        drawn = torch.tensor([0.5, 0.5, 0.5, 0.5, -0.5]) + 0.35 * torch.randn(5, 5)
+        weights = weights_of(drawn, config=sharp)
+        assert weights.sum() == pytest.approx(1) and weights[:4].max() < 0.6
+    rest = drawn - drawn.mean(1, keepdim=True) - drawn.mean(0) + drawn.mean()
+    error = (rest.square().sum() / (4 * 4 * 5)).sqrt()
+    expected = torch.softmax(drawn.mean(0) / (0.1**2 + 4 * error**2).sqrt(), 0)
+    torch.testing.assert_close(weights, expected)
+    assert torch.equal(weights_of(true[None], config=sharp), exact)
+    assert weights_of(true[:, None], config=sharp).tolist() == [1.0]
+    assert weights_of(drawn, config=replace(sharp, weighting="uniform")).tolist() == pytest.approx([0.2] * 5)
+
+
+def test_starts_that_are_not_finite_are_left_out(monkeypatch):
+    loss = EvidenceScorer.loss
+    for lost, weighed in ((4, True), (10**6, False)):  # of the first start, of all
+        factors = chain(repeat(math.nan, lost), repeat(1.0))
+        monkeypatch.setattr(EvidenceScorer, "loss", lambda *given, f=factors: loss(*given) * next(f))
+        run = trainer()
+        run._weigh_sources()
+        assert run.weights.sum() == pytest.approx(1) and bool(run.found.sources) == weighed
+        assert (run.weights.tolist() == [0.5, 0.5]) != weighed
+
+
+def test_inner_rates_that_learn_are_the_encoders():
+    trainer(config(meta={"lr_of_inner_lr": 0.01})).run()
 
 
 def test_a_copy_of_the_target_weighs_more_than_random_sources():
@@ -267,12 +293,15 @@ def test_training_on_the_target_stops_when_it_gets_no_better():
     assert [step for stage, step, _ in run.found.losses if stage == "finetune"] == [0, 2, 4]
 
 
-@pytest.mark.parametrize(("calls", "where"), [(0, "sources at step 0"), (5, "meta at step 1"), (9, "target at step 3")])
+@pytest.mark.parametrize(
+    ("calls", "where"),
+    [(2, "weights at start 2"), (5, "sources at step 0"), (10, "meta at step 1"), (14, "target at step 3")],
+)
 def test_a_stop_is_heard_before_every_step(calls, where):
     seen = Recorder()
     with pytest.raises(Interrupted, match=f"stopped in evidence: {where}"):
         trainer(reporter=seen, should_stop=after(calls)).run()
-    assert len(seen.steps) == calls
+    assert len(seen.steps) == max(calls - 5, 0)  # the starts of the weights are no steps
 
 
 def test_a_start_is_gone_on_from_and_left_as_it_was():
