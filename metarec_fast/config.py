@@ -59,7 +59,8 @@ class MetaConfig:
     same_batch: bool = False
     """All inner steps on one batch instead of a fresh one each."""
     temperature: float = 0.1
-    """Of the softmax over similarities."""
+    """Of the softmax over similarities. This, weighting, similarity_scope and similarity_sign are the encoder's and the
+    evidence scorer's alike."""
     weighting: Literal["softmax", "uniform"] = "softmax"
     similarity_scope: Literal["flat", "tensor_mean"] = "flat"
     """Cosine over all shared parameters at once, or the mean of the cosines of each tensor."""
@@ -74,6 +75,10 @@ class MetaConfig:
     large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
     target_loss_weight: float = 1.0
     """How much the target's gradient after adaptation counts; 0, with uniform weighting, leaves Reptile's step."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"meta.temperature must be above 0, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,15 @@ class EvidenceConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists where options are tuples
+        least = dict.fromkeys(("hidden", "similarity_starts", "similarity_batches", "batch_size", "evaluate_every"), 1)
+        least |= dict.fromkeys(("warmup_steps", "meta_steps", "finetune_steps", "patience", "lr", "finetune_lr"), 0)
+        for name, value in (least | {"weight_decay": 0, "folds": 2}).items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"evidence.{name} must be at least {value}, got {getattr(self, name)}")
+        if not self.sizes or not all(size > 0 for size in self.sizes):
+            raise ValueError(f"evidence.sizes must be one positive number or more, got {self.sizes}")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"evidence.average_decay must be in [0, 1), got {self.average_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)

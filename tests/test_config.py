@@ -26,7 +26,9 @@ def test_presets_differ_from_one_another():
 def another(value):
     if isinstance(value, bool):
         return not value
-    return value + {int: 1, float: 1.0, str: "x", tuple: (3.0,)}[type(value)]
+    if isinstance(value, float):
+        return value / 2 or 1.0  # a share stays one
+    return value + {int: 1, str: "x", tuple: (3.0,)}[type(value)]
 
 
 def test_every_option_round_trips():
@@ -81,3 +83,25 @@ def test_metaadapt_literal_has_the_published_constants():
 def test_options_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.dim = 3
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "message"),
+    [
+        ("evidence", "similarity_starts", 0, "evidence.similarity_starts must be at least 1, got 0"),
+        ("evidence", "similarity_batches", -3, "evidence.similarity_batches must be at least 1, got -3"),
+        ("evidence", "folds", 1, "evidence.folds must be at least 2, got 1"),
+        ("evidence", "evaluate_every", 0, "evidence.evaluate_every must be at least 1, got 0"),
+        ("evidence", "batch_size", 0, "evidence.batch_size must be at least 1, got 0"),
+        ("evidence", "hidden", 0, "evidence.hidden must be at least 1, got 0"),
+        ("evidence", "warmup_steps", -1, "evidence.warmup_steps must be at least 0, got -1"),
+        ("evidence", "lr", float("nan"), "evidence.lr must be at least 0, got nan"),
+        ("evidence", "sizes", (), r"evidence.sizes must be one positive number or more, got \(\)"),
+        ("evidence", "sizes", (1.0, -1.0), r"evidence.sizes must be .* got \(1.0, -1.0\)"),
+        ("evidence", "average_decay", 2.0, r"evidence.average_decay must be in \[0, 1\), got 2.0"),
+        ("meta", "temperature", 0.0, "meta.temperature must be above 0, got 0.0"),
+    ],
+)
+def test_values_that_cannot_be_are_named(section, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        Config().replace(**{section: {option: value}})

@@ -19,8 +19,11 @@ def item_order(train: Sequences, *, window: int = 10, decay: float = 0.8, ridge:
     Yao and Ye 2011). Time and memory are of the order of window x events.
 
     Returns float64 [V], mean 0 and deviation 1 over events, 0 for items without any. No times are read, so that it
-    means the same in domains with and without them.
+    means the same in domains with and without them. Raises ValueError for a window below 1, a decay outside (0, 1] or
+    a ridge that is not above 0.
     """
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, got {ridge}")
     V = train.num_items
     flow = np.zeros(V)
     for lag in range(1, window + 1):

@@ -70,7 +70,10 @@ def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConf
     shared = [result.weights @ parts]
     for s in range(len(names)):
         others = [i for i in range(len(names)) if i != s]
-        weights = result.weights[others] / result.weights[others].sum()
+        weights = result.weights[others]
+        if not weights.sum():  # one source has it all
+            weights = torch.ones_like(weights)
+        weights = weights / weights.sum()
         shared.append(weights @ parts[others] if others else own[s])
     return torch.cosine_similarity(torch.stack(shared), target, dim=1).tolist()
 

@@ -86,6 +86,8 @@ class EvidenceMixture:
             raise ValueError(
                 f"encoder and evidence must rank as many items, got {encoder.num_items} and {evidence.num_items}"
             )
+        if encoder.evidence is not None:
+            raise ValueError("encoder must have no transition evidence beside the scorer's, got one that has")
         self.encoder, self.evidence, self.encoder_weight = encoder, evidence, encoder_weight
         self.num_items = encoder.num_items
         weight = encoder.table.weight.detach()

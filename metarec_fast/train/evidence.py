@@ -102,6 +102,8 @@ class EvidenceTrainer:
             )
             for fold in self.folds
         ]
+        if not any(len(cases) for _, cases in self.questions):  # of short histories alone: their own events count too
+            self.questions = [(self.statistics, select_cases(target.valid, np.sort(cases)))]
         torch.manual_seed(seed)
         self.scorer = EvidenceScorer(hidden=config.evidence.hidden)
         if start is not None:

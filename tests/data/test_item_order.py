@@ -63,3 +63,16 @@ def test_mean_and_deviation_are_over_events():
 @pytest.mark.parametrize("rows", [[], [[]], [[3]], [[1], [2]], [[4, 4, 4]]])
 def test_nothing_follows_anything(rows):
     assert not item_order(packed(rows, 5)).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": 0.0}, "ridge must be above 0, got 0.0"),
+        ({"window": 0}, "window must"),
+        ({"decay": 1.5}, "decay must"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        item_order(packed([[0, 1]], 2), **options)

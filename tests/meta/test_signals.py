@@ -97,6 +97,13 @@ def test_the_weights_of_the_others_are_those_they_would_have_alone():
         assert found[s] == pytest.approx(torch.cosine_similarity(step, target, dim=0).item())
 
 
+def test_without_the_source_that_has_all_weight_the_others_share_it():
+    target, descents = torch.ones(3), torch.eye(3)
+    result = made([1.0, 0.0, 0.0], torch.zeros(3, 3), descents, names=("a", "b", "c"))
+    found = leaving_out(result, before=before("a", "b", "c", answer=target), config=MetaConfig(temperature=0.01))
+    assert found == pytest.approx([3**-0.5, (2 / 3) ** 0.5, 3**-0.5, 3**-0.5])
+
+
 def test_without_the_only_source_the_target_steps_alone():
     answer = torch.tensor([[2.0, 1.0]])
     result = made([1.0], answer, torch.tensor([[0.0, 1.0]]), names=("a",))
