@@ -59,7 +59,8 @@ def evidence_graph(train: Sequences) -> EvidenceGraph:
         followers = TransitionKernel.fit(train, first=first, window=last, decay=1)
         relations += [(k.normalised(), lambda w: 20 * w) for k in (followers, followers.transposed())]
     cells = [np.repeat(np.arange(V), np.diff(k.offsets)) * V + k.columns for k, _ in relations]
-    union = np.unique(np.concatenate(cells))
+    union = np.sort(np.concatenate(cells))
+    union = union[np.diff(union, prepend=-1) > 0]
     union = union[union // V != union % V]
     values = np.zeros((len(union) + 1, RELATIONS), np.float32)  # one more for what is left out: the diagonal
     for r, ((kernel, scaled), cell) in enumerate(zip(relations, cells, strict=True)):

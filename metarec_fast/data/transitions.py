@@ -87,11 +87,16 @@ class TransitionKernel:
         """The ``k`` largest weights of each row; of equal ones the first columns."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        rows = self.rows_of_entries
-        order = np.lexsort((self.columns, -self.weights, rows))
-        place = np.arange(len(rows)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
-        kept = np.sort(order[place < k])
-        offsets = _csr.offsets(np.bincount(rows[kept], minlength=self.num_items))
+        rows, lengths = self.rows_of_entries, np.diff(self.offsets)
+        # Weights are positive, so their bits rise as they do: one sort of plain integers ranks all rows.
+        key = (rows.astype(np.int64) << 32) - self.weights.view(np.int32)
+        taken = np.minimum(lengths, k)
+        last = np.sort(key)[(self.offsets[:-1] + taken - 1)[rows]]
+        above, level = key < last, key == last
+        wanted = taken - np.bincount(rows[above], minlength=self.num_items)
+        before = np.cumsum(level) - level
+        kept = above | level & (before - before[self.offsets[rows]] < wanted[rows])
+        offsets = _csr.offsets(taken)
         return TransitionKernel(offsets, self.columns[kept], self.weights[kept])
 
     def normalised(self, *, row: float = 1.0, column: float = 0.0) -> TransitionKernel:
