@@ -17,7 +17,7 @@ from torch import Tensor
 from metarec_fast.config import Config
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, load_domain, save_domain, time_cut
 from metarec_fast.data.evidence import EvidenceStatistics
-from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, evaluate_mixtures, paired_bootstrap
+from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, fit_mixture
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
@@ -30,8 +30,6 @@ from metarec_fast.train.trainer import Reporter, Trainer
 
 FORMAT = 3  # of the saved folder
 EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
-ENCODER_WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 3.0, 6.0)  # beside learned evidence
-MIXTURE_LEVEL = 0.01  # p, times the mixtures tried, of a better validation NDCG@10 that overrules the loss
 
 
 def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
@@ -246,39 +244,27 @@ class MetaRec:
         return {"beside": self.config.model.evidence, **weights}
 
     def _learn_evidence(self, sources: dict[str, Split], run: _Run, *, start: EvidenceScorer | None) -> None:
-        """Train the evidence scorer, and mix it with the encoder by validation.
+        """Train the evidence scorer, and mix it with the encoder so that validation's answers are likeliest.
 
-        The mixture of the least loss is taken, for it is the steadier figure where users are few. But an encoder that
-        is too sure of itself loses by it while it ranks well: a mixture, or the encoder alone, of clearly better ranks
-        overrules it.
+        They are asked by statistics that leave the asked users out, as later users will be.
         """
         trainer = EvidenceTrainer(
             sources, self.split, self.config, start=start, reporter=run.reporter, should_stop=run.should_stop
         )
         self.evidence = trainer.run()
         self.history["evidence"] = trainer.found.to_dict()
-        self.encoder_weight = self.evidence_weight = 1.0  # so that the scorer asks both
-        weights = [*((weight, 1.0) for weight in ENCODER_WEIGHTS), (1.0, 0.0)]
-        figures = evaluate_mixtures(
-            self.scorer(),
-            self.split.valid,
-            weights,
-            mask_history=self.config.data.mask_history,
-            protocol=f"{self.split.protocol}; valid",
+        self.model.eval()
+        encoder = ModelScorer(self.model, self.domain.name)
+        asked = [(EvidencePath(self.evidence.scorer, known), cases) for known, cases in trainer.questions if len(cases)]
+        fitted = fit_mixture([(EvidenceMixture(encoder, path), cases) for path, cases in asked])
+        self.encoder_weight, self.evidence_weight = (
+            (fitted.encoder / fitted.evidence, 1.0) if fitted.evidence else (1.0, 0.0)
         )
-        tried = dict(zip(weights, figures, strict=True))
-        steady = min(tried, key=lambda weights: tried[weights][0])
-        ranks = max(tried, key=lambda weights: tried[weights][1].ndcg[10])
-        better = paired_bootstrap(*(tried[w][1].per_user("ndcg@10") for w in (ranks, steady)), seed=0)
-        chosen = ranks if better.mean > 0 and better.p * len(tried) < MIXTURE_LEVEL else steady
-        self.encoder_weight, self.evidence_weight = chosen
         self.history["mixture"] = {
             "encoder": self.encoder_weight,
             "evidence": self.evidence_weight,
-            "tried": [
-                {"encoder": e, "evidence": v, "validation_loss": loss, "validation_ndcg@10": metrics.ndcg[10]}
-                for (e, v), (loss, metrics) in tried.items()
-            ],
+            "fitted": {"encoder": fitted.encoder, "evidence": fitted.evidence},
+            "validation_loss": {"evidence": fitted.evidence_loss, "mixture": fitted.loss},
         }
 
     def _choose_evidence_weight(self) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from metarec_fast import MetaRec, api
-from metarec_fast.api import ENCODER_WEIGHTS, compare
+from metarec_fast.api import compare
 from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
-from metarec_fast.evaluation import Metrics, mean_log_loss
+from metarec_fast.evaluation import FittedMixture, Metrics
+from metarec_fast.models.scorer import EvidenceMixture, ModelScorer
 from metarec_fast.train.trainer import Interrupted
 from tests.tiny import DOMAINS, config
 
@@ -220,30 +221,36 @@ def test_the_history_of_the_user_is_masked_on_request(fitted):
     assert (masked.greater <= fitted.evaluate().greater).all()
 
 
-def test_the_mixture_has_the_least_loss_on_validation_unless_another_ranks_clearly_better(fitted, monkeypatch):
-    found, valid = fitted.history["mixture"], fitted.split.valid
-    tried = {(t["encoder"], t["evidence"]): t for t in found["tried"]}
-    assert set(tried) == {*((weight, 1.0) for weight in ENCODER_WEIGHTS), (1.0, 0.0)}
-    chosen = tried[found["encoder"], found["evidence"]]
-    assert (found["encoder"], found["evidence"]) == (fitted.encoder_weight, fitted.evidence_weight)
-    # the sums of the loss are in another order where all mixtures are computed at once
-    assert mean_log_loss(fitted.scorer(), valid) == pytest.approx(chosen["validation_loss"], rel=1e-6)
-    assert fitted.evaluate("valid").ndcg[10] == chosen["validation_ndcg@10"]
-    alone = fitted.evidence.prepare(valid.histories)(0, TARGET.num_items)
-    expected = torch.nn.functional.cross_entropy(alone, torch.from_numpy(valid.targets))
-    assert tried[0.0, 1.0]["validation_loss"] == pytest.approx(float(expected), rel=1e-5)
+def test_the_mixture_says_what_it_was_made_by(fitted):
+    found = fitted.history["mixture"]
+    fit, weights = found["fitted"], (found["encoder"], found["evidence"])
+    assert weights == (fitted.encoder_weight, fitted.evidence_weight) == (fit["encoder"] / fit["evidence"], 1.0)
+    assert found["validation_loss"]["mixture"] <= found["validation_loss"]["evidence"]
     # without evidence it is the encoder's own score, by which its steps were chosen
     assert fitted.evaluate("valid", evidence=False).ndcg[10] == fitted.history["best_validation_ndcg@10"]
-    assert tried[1.0, 0.0]["validation_ndcg@10"] == fitted.history["best_validation_ndcg@10"]
-    for level, figure in ((0.0, "validation_loss"), (99.0, "validation_ndcg@10")):  # nothing is clear, or everything
-        monkeypatch.setattr(api, "MIXTURE_LEVEL", level)
-        again = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}))
-        picked = again.history["mixture"]
-        figures = [t[figure] for t in picked["tried"]]
-        mine = next(
-            t for t in picked["tried"] if (t["encoder"], t["evidence"]) == (picked["encoder"], picked["evidence"])
-        )
-        assert mine[figure] == (min(figures) if level == 0 else max(figures))
+
+
+@pytest.mark.parametrize(
+    ("fitted_weights", "weights"), [((0.5, 0.0), (1.0, 0.0)), ((0.0, 0.7), (0.0, 1.0)), ((0.6, 2.0), (0.3, 1.0))]
+)
+def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitted_weights, weights, monkeypatch):
+    asked = []
+
+    def fit(questions):
+        asked.extend(questions)
+        return FittedMixture(*fitted_weights, 1.0, 2.0)
+
+    monkeypatch.setattr(api, "fit_mixture", fit)
+    model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}))
+    assert (model.encoder_weight, model.evidence_weight) == pytest.approx(weights)
+    histories, N = model.split.test.histories, TARGET.num_items
+    parts = EvidenceMixture(ModelScorer(model.model, TARGET.name), model.evidence).parts(histories)
+    scores = model.scorer().prepare(histories)(0, N)
+    torch.testing.assert_close(scores, parts.weighted(*weights)(0, N), rtol=1e-5, atol=1e-5)
+    users = np.concatenate([cases.users for _, cases in asked])
+    assert sorted(users) == sorted(model.split.valid.users)
+    events = sum(int(scorer.evidence.statistics.counts.sum()) for scorer, _ in asked)
+    assert events == (len(asked) - 1) * len(model.split.train.items)  # each fold is left out by one
 
 
 def test_the_weight_of_evidence_is_the_best_on_validation(with_transitions):

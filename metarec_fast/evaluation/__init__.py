@@ -3,18 +3,18 @@
 from metarec_fast.evaluation.evaluate import (
     Difference,
     evaluate,
-    evaluate_mixtures,
     holm,
-    mean_log_loss,
     paired_bootstrap,
 )
 from metarec_fast.evaluation.floors import Popularity, Transitions, best_floor, floors, item_neighbours
 from metarec_fast.evaluation.metrics import Metrics, expected_metric
+from metarec_fast.evaluation.mixture import FittedMixture, fit_mixture
 from metarec_fast.evaluation.ranks import NonFiniteScoresError, target_ranks
 from metarec_fast.evaluation.scorer import LinearScorer, MixtureScorer, Scorer, ScoreTile
 
 __all__ = [
     "Difference",
+    "FittedMixture",
     "LinearScorer",
     "Metrics",
     "MixtureScorer",
@@ -25,12 +25,11 @@ __all__ = [
     "Transitions",
     "best_floor",
     "evaluate",
-    "evaluate_mixtures",
     "expected_metric",
+    "fit_mixture",
     "floors",
     "holm",
     "item_neighbours",
-    "mean_log_loss",
     "paired_bootstrap",
     "target_ranks",
 ]

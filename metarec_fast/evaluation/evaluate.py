@@ -8,17 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metarec_fast.data import _csr
 from metarec_fast.data.domain import Cases, Sequences
 from metarec_fast.evaluation.metrics import Metrics
 from metarec_fast.evaluation.ranks import TILE, NonFiniteScoresError, target_ranks
-from metarec_fast.evaluation.scorer import MixtureScorer, Scorer, ScoreTile
-from metarec_fast.models.linear_scores import MixedScores
-
-_LOGITS = 1 << 20  # of a part at a time: few enough for caches, and several cases a pass over a large table
+from metarec_fast.evaluation.scorer import Scorer, ScoreTile
 
 
 def evaluate(
@@ -35,7 +31,7 @@ def evaluate(
     worst. Raises ValueError for no cases, another catalogue, or scores that are not finite.
     """
     greater, equal = np.empty((2, len(cases)), np.int64)
-    for batch in _batches(scorer.num_items, cases, batch_size, mask_history=mask_history):
+    for batch in batches(scorer.num_items, cases, batch_size, mask_history=mask_history):
         with torch.no_grad():
             score_tile = scorer.prepare(batch.histories, batch.users)
         greater[batch.pick], equal[batch.pick] = _ranks(score_tile, batch, tile=tile)
@@ -51,72 +47,7 @@ def evaluate(
     return metrics
 
 
-@torch.no_grad()
-def evaluate_mixtures(
-    scorer: MixtureScorer,
-    cases: Cases,
-    weights: Sequence[tuple[float, float]],
-    *,
-    mask_history: bool,
-    protocol: str,
-    batch_size: int = 1024,
-) -> list[tuple[float, Metrics]]:
-    """`mean_log_loss` and `evaluate` of every mixture, with what both parts say of a case computed once for them all.
-
-    weights: (encoder, evidence) of each mixture. Same figures as one by one, the losses but for rounding; no warning of
-    ties. Raises ValueError as `evaluate`.
-    """
-    losses = np.zeros(len(weights))
-    counts = np.empty((len(weights), 2, len(cases)), np.int64)  # greater and equal
-    for batch in _batches(scorer.num_items, cases, batch_size, mask_history=mask_history):
-        parts = scorer.parts(batch.histories)
-        for count, mixture in zip(counts, weights, strict=True):
-            count[:, batch.pick] = _ranks(parts.weighted(*mixture), batch)
-        losses += _log_losses(parts, batch.targets, weights)
-    return [
-        (float(loss / len(cases)), Metrics(protocol, mask_history, scorer.num_items, cases.users, *count))
-        for loss, count in zip(losses, counts, strict=True)
-    ]
-
-
-def _log_losses(parts: MixedScores, targets: Tensor, weights: Sequence[tuple[float, float]]) -> np.ndarray:
-    """[weights]: cross-entropy of the targets, summed over cases."""
-    losses, V = np.zeros(len(weights)), len(parts.table)
-    rows = max(1, _LOGITS // V)
-    for begin in range(0, len(targets), rows):
-        end = begin + rows
-        encoder, evidence = (scores.rows(begin, end)(0, V) for scores in (parts.encoder, parts.evidence))
-        answers = targets[begin:end].to(encoder.device)
-        for k, (a, b) in enumerate(weights):
-            losses[k] += float(F.cross_entropy(a * encoder + b * evidence, answers, reduction="sum"))
-    return losses
-
-
-@torch.no_grad()
-def mean_log_loss(scorer: Scorer, cases: Cases, *, batch_size: int = 256, tile: int = TILE) -> float:
-    """Mean cross-entropy of the targets, scores taken as logits over the catalogue; ``tile`` items at a time.
-
-    Less noisy than ranks where cases are few. Raises ValueError for no cases.
-    """
-    if len(cases) == 0:
-        raise ValueError("cases must have at least one case, got none")
-    total, V = 0.0, scorer.num_items
-    for begin in range(0, len(cases), batch_size):
-        pick = np.arange(begin, min(begin + batch_size, len(cases)))
-        score_tile = scorer.prepare(_take(cases.histories, pick), cases.users[pick])
-        targets = torch.from_numpy(cases.targets[pick])
-        sums = torch.full((len(pick),), -torch.inf)
-        answers = torch.empty(len(pick))
-        for first in range(0, V, tile):
-            scores = score_tile(first, min(first + tile, V)).float().cpu()
-            sums = torch.logaddexp(sums, scores.logsumexp(1))
-            here = (targets >= first) & (targets < first + tile)
-            answers[here] = scores[here, targets[here] - first]
-        total += float((sums - answers).double().sum())
-    return total / len(cases)
-
-
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """The cases of these numbers, ``pick``; what is seen is no candidate."""
 
     pick: np.ndarray
@@ -126,7 +57,7 @@ class _Batch(NamedTuple):
     seen: tuple[Tensor, Tensor] | None
 
 
-def _batches(num_items: int, cases: Cases, batch_size: int, *, mask_history: bool) -> Iterator[_Batch]:
+def batches(num_items: int, cases: Cases, batch_size: int, *, mask_history: bool) -> Iterator[Batch]:
     """All cases, ``batch_size`` at a time, for a scorer of ``num_items``."""
     if len(cases) == 0:
         raise ValueError("cases must have at least one case, got none")
@@ -138,10 +69,10 @@ def _batches(num_items: int, cases: Cases, batch_size: int, *, mask_history: boo
         pick = order[begin : begin + batch_size]
         histories = _take(cases.histories, pick)
         seen = (torch.from_numpy(histories.offsets), torch.from_numpy(histories.items)) if mask_history else None
-        yield _Batch(pick, histories, cases.users[pick], torch.from_numpy(cases.targets[pick]), seen)
+        yield Batch(pick, histories, cases.users[pick], torch.from_numpy(cases.targets[pick]), seen)
 
 
-def _ranks(score_tile: ScoreTile, batch: _Batch, *, tile: int = TILE) -> tuple[np.ndarray, np.ndarray]:
+def _ranks(score_tile: ScoreTile, batch: Batch, *, tile: int = TILE) -> tuple[np.ndarray, np.ndarray]:
     """`target_ranks` of a batch; scores that are not finite are laid to a user."""
     try:
         counts = target_ranks(

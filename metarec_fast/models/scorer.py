@@ -81,7 +81,7 @@ class ModelScorer:
 class EvidenceMixture:
     """logit = the evidence scorer's, plus ``encoder_weight`` times the encoder's."""
 
-    def __init__(self, encoder: ModelScorer, evidence: EvidencePath, *, encoder_weight: float) -> None:
+    def __init__(self, encoder: ModelScorer, evidence: EvidencePath, *, encoder_weight: float = 1.0) -> None:
         if encoder.num_items != evidence.num_items:
             raise ValueError(
                 f"encoder and evidence must rank as many items, got {encoder.num_items} and {evidence.num_items}"

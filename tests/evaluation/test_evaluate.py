@@ -5,15 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from metarec_fast import data, reference
+from metarec_fast import reference
 from metarec_fast.data.domain import Cases
-from metarec_fast.data.evidence import EvidenceStatistics
-from metarec_fast.evaluation import LinearScorer, evaluate, evaluate_mixtures, holm, mean_log_loss, paired_bootstrap
-from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
-from metarec_fast.models.recommender import Recommender
-from metarec_fast.models.scorer import EvidenceMixture, ModelScorer
+from metarec_fast.evaluation import LinearScorer, evaluate, holm, paired_bootstrap
 from tests.evaluation.problems import TableScorer, leave_one_out, random_rows, sequences
-from tests.tiny import DOMAINS, config
 
 evaluate_module = importlib.import_module("metarec_fast.evaluation.evaluate")  # the package has the function's name
 
@@ -104,93 +99,6 @@ def test_bad_arguments():
     none = Cases(np.zeros(0, np.int64), sequences([], 60), np.zeros(0, np.int64))
     with pytest.raises(ValueError, match="at least one case, got none"):
         evaluate(TableScorer(scores), none, mask_history=False, protocol="")
-
-
-@pytest.mark.parametrize(("batch_size", "tile"), [(256, 4096), (1, 7), (5, 60), (36, 13), (37, 1)])
-@pytest.mark.parametrize("scale", [1, 40])  # of logits whose exponentials float32 does not hold
-def test_mean_log_loss_is_the_cross_entropy_in_any_tiles(batch_size, tile, scale):
-    cases, scores = problem()
-    expected = torch.nn.functional.cross_entropy(scale * scores, torch.from_numpy(cases.targets))
-    got = mean_log_loss(TableScorer(scale * scores), cases, batch_size=batch_size, tile=tile)
-    assert got == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_mean_log_loss_passes_each_case_its_own_history():
-    cases, _ = problem()
-    cases = Cases(cases.users[::-1].copy(), cases.histories, cases.targets)
-    torch.manual_seed(0)
-    table = torch.randn(60, 4)
-
-    def encode(histories, users):
-        return torch.stack([table[torch.from_numpy(histories[u]).long()].mean(0) * users[u] for u in range(len(users))])
-
-    expected = torch.nn.functional.cross_entropy(
-        encode(cases.histories, cases.users) @ table.T, torch.from_numpy(cases.targets)
-    )
-    got = mean_log_loss(LinearScorer(encode, table), cases, batch_size=10, tile=16)
-    assert got == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_mean_log_loss_needs_cases():
-    none = Cases(np.zeros(0, np.int64), sequences([], 60), np.zeros(0, np.int64))
-    with pytest.raises(ValueError, match="cases must have at least one case, got none"):
-        mean_log_loss(TableScorer(torch.zeros(0, 60)), none)
-
-
-@pytest.fixture
-def mixture():
-    """An encoder and evidence of a small domain, and the cases they answer."""
-    split = data.leave_one_out(DOMAINS.target)
-    torch.manual_seed(0)
-    model = Recommender(config().model, {"target": DOMAINS.target.num_items}).eval()
-    torch.nn.init.normal_(model.table("target").weight)
-    torch.nn.init.normal_(model.table("target").bias)
-    evidence = EvidencePath(EvidenceScorer(hidden=8), EvidenceStatistics(split.train))
-    cases, N = split.valid, DOMAINS.target.num_items
-    rows = [cases.histories[u].tolist() if u % 3 else [] for u in range(len(cases))]  # no evidence but popularity: ties
-    scorer = EvidenceMixture(ModelScorer(model, "target"), evidence, encoder_weight=1.0)
-    return scorer, Cases(cases.users, sequences(rows, N), cases.targets)
-
-
-@pytest.mark.filterwarnings("ignore:.*items tie with the target:RuntimeWarning")
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("batch_size", "logits"), [(1024, 1 << 20), (7, 100)])
-def test_mixtures_are_what_each_is_alone(mixture, masked, batch_size, logits, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "_LOGITS", logits)
-    scorer, cases = mixture
-    weights = [(0.0, 1.0), (0.1, 1.0), (1.0, 1.0), (6.0, 1.0), (1.0, 0.0)]
-    found = evaluate_mixtures(scorer, cases, weights, mask_history=masked, protocol="p", batch_size=batch_size)
-    assert len({loss for loss, _ in found}) == len(weights)
-    for (encoder, evidence), (loss, metrics) in zip(weights, found, strict=True):
-        alone = EvidenceMixture(scorer.encoder, scorer.evidence, encoder_weight=encoder) if evidence else scorer.encoder
-        expected = evaluate(alone, cases, mask_history=masked, protocol="p", batch_size=batch_size)
-        assert loss == pytest.approx(mean_log_loss(alone, cases), rel=1e-6)
-        assert metrics.protocol == expected.protocol
-        assert metrics.users.tolist() == expected.users.tolist()
-        np.testing.assert_allclose(metrics.per_user("ndcg@10"), expected.per_user("ndcg@10"), rtol=1e-12)
-    assert found[0][1].equal.any()  # evidence alone has ties
-
-
-def test_mixtures_ask_encoder_and_evidence_once_a_batch(mixture, monkeypatch):
-    scorer, cases = mixture
-    asked = []
-    for part in (scorer.encoder, scorer.evidence):
-        prepare = part.prepare
-        monkeypatch.setattr(part, "prepare", lambda rows, p=prepare: asked.append(len(rows)) or p(rows))
-    weights = [(0.0, 1.0), (0.5, 1.0), (1.0, 0.0)]
-    evaluate_mixtures(scorer, cases, weights, mask_history=False, protocol="", batch_size=len(cases) - 1)
-    assert asked == [len(cases) - 1, len(cases) - 1, 1, 1]
-
-
-def test_mixtures_need_cases_and_finite_scores(mixture):
-    scorer, cases = mixture
-    none = Cases(np.zeros(0, np.int64), sequences([], 30), np.zeros(0, np.int64))
-    with pytest.raises(ValueError, match="cases must have at least one case, got none"):
-        evaluate_mixtures(scorer, none, [(1.0, 1.0)], mask_history=False, protocol="")
-    with torch.no_grad():
-        scorer.encoder.table.bias[3] = torch.inf
-    with pytest.raises(ValueError, match=r"user \d+: scores must be finite"):
-        evaluate_mixtures(scorer, cases, [(1.0, 1.0)], mask_history=False, protocol="")
 
 
 def test_bootstrap_interval_agrees_with_theory():
