@@ -147,7 +147,7 @@ def published() -> Study:
 
 
 def short() -> Study:
-    """The same grid with small budgets and nothing tuned: two cores finish a seed in about six hours."""
+    """The same grid with small budgets and nothing tuned: about eight hours a seed on two cores (an estimate)."""
     train = {"warmup_steps": 20, "meta_steps": 40, "finetune_steps": 200, "patience": 4}
     arms = all_arms(train)
     return dataclasses.replace(
