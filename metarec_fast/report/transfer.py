@@ -104,7 +104,7 @@ def parts_in_words(mixture: Mapping[str, Any]) -> str:
         return f"The encoder got weight 0: what is returned is the {evidence} alone."
     if not mixture["evidence"]:
         return f"The {evidence} got weight 0: what is returned is the encoder alone."
-    weights = f"weight {mixture['encoder']:g} for the encoder, {mixture['evidence']:g} for the {evidence}"
+    weights = f"weight {mixture['encoder']:.3g} for the encoder, {mixture['evidence']:.3g} for the {evidence}"
     return f"What is returned is encoder and {evidence} together: {weights}."
 
 
