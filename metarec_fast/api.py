@@ -128,7 +128,7 @@ class MetaRec:
         """A recommender of another domain, from this one's encoder and codebook; no source data is needed.
 
         The new item table starts from the domain's own structure (``model.start``), then table and shared parameters
-        are fine-tuned on the domain; steps and the weight of transition evidence are chosen on validation. This model
+        are fine-tuned on the domain; steps and the weights of encoder and evidence are chosen on validation. This model
         stays as it is.
 
         config: options of the fine-tuning; by default this model's, with all of the domain's users. Only

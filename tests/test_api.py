@@ -11,7 +11,7 @@ from metarec_fast import MetaRec, api
 from metarec_fast.api import compare
 from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
 from metarec_fast.evaluation import FittedMixture, Metrics
-from metarec_fast.models.scorer import EvidenceMixture, ModelScorer
+from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.train.trainer import Interrupted
 from tests.tiny import DOMAINS, config
 
@@ -244,9 +244,9 @@ def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitte
     model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}))
     assert (model.encoder_weight, model.evidence_weight) == pytest.approx(weights)
     histories, N = model.split.test.histories, TARGET.num_items
-    parts = EvidenceMixture(ModelScorer(model.model, TARGET.name), model.evidence).parts(histories)
-    scores = model.scorer().prepare(histories)(0, N)
-    torch.testing.assert_close(scores, parts.weighted(*weights)(0, N), rtol=1e-5, atol=1e-5)
+    parts = (ModelScorer(model.model, TARGET.name), model.evidence)
+    expected = sum(w * part.prepare(histories)(0, N) for w, part in zip(weights, parts, strict=True))
+    torch.testing.assert_close(model.scorer().prepare(histories)(0, N), expected, rtol=1e-5, atol=1e-5)
     users = np.concatenate([cases.users for _, cases in asked])
     assert sorted(users) == sorted(model.split.valid.users)
     events = sum(int(scorer.evidence.statistics.counts.sum()) for scorer, _ in asked)

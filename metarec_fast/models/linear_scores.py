@@ -41,20 +41,10 @@ class LinearScores:
             added = (offsets - offsets[0], added[1][mine], added[2][mine])
         return LinearScores(self.states[begin:end], self.table, self.bias, added)
 
-    def scaled(self, weight: float) -> LinearScores:
-        """``weight`` times these scores, of the same table."""
-        bias, added = self.bias, self.added
-        return LinearScores(
-            weight * self.states,
-            self.table,
-            None if bias is None else weight * bias,
-            None if added is None else (*added[:2], weight * added[2]),
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class MixedScores:
-    """An encoder's and evidence's scores of the same cases, which cost once, to be added with many weights.
+    """An encoder's and evidence's scores of the same cases, which cost once, to be weighed against each other.
 
     encoder: without added terms. evidence: without bias. table: [V, both widths], the tables of both side by side.
     """
@@ -63,11 +53,8 @@ class MixedScores:
     evidence: LinearScores
     table: Tensor
 
-    def weighted(self, encoder: float, evidence: float) -> LinearScores:
-        """``encoder`` times the encoder's scores plus ``evidence`` times the evidence's; at 0 one is left out."""
-        if not encoder:
-            return self.evidence.scaled(evidence)
-        if not evidence:
-            return self.encoder.scaled(encoder)
-        a, b = self.encoder.scaled(encoder), self.evidence.scaled(evidence)
-        return LinearScores(torch.cat((a.states, b.states), 1), self.table, a.bias, b.added)
+    def weighted(self, weight: float) -> LinearScores:
+        """The evidence's scores plus ``weight`` times the encoder's."""
+        bias = None if self.encoder.bias is None else weight * self.encoder.bias
+        states = torch.cat((weight * self.encoder.states, self.evidence.states), 1)
+        return LinearScores(states, self.table, bias, self.evidence.added)

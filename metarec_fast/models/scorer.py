@@ -96,7 +96,7 @@ class EvidenceMixture:
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
         if not self.encoder_weight:
             return self.evidence.prepare(histories)
-        return self.parts(histories).weighted(self.encoder_weight, 1.0)
+        return self.parts(histories).weighted(self.encoder_weight)
 
     @torch.no_grad()
     def parts(self, histories: Sequences) -> MixedScores:

@@ -152,6 +152,21 @@ def test_bad_arguments(options, message):
         TransitionKernel.fit(packed([[1, 2]], 5)).evidence(packed([[1]], 5), last=0)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 50])
+def test_the_strongest_of_equal_weights_are_the_first_columns(k):
+    rng = np.random.default_rng(k)
+    for lengths in ([0, 4, 0, 12, 3, 0], [0, 0], [12] * 12):  # rows without any, and none at all
+        columns = [np.sort(rng.permutation(12)[:n]) for n in lengths]
+        weights = [rng.choice([0.25, 0.5, 3.0], n).astype(np.float32) for n in lengths]
+        kernel = TransitionKernel(np.cumsum([0, *lengths]), np.concatenate(columns), np.concatenate(weights))
+        top = kernel.strongest(k)
+        for row, (column, weight) in enumerate(zip(columns, weights, strict=True)):
+            kept = np.sort(np.argsort(-weight, kind="stable")[:k])
+            mine = slice(top.offsets[row], top.offsets[row + 1])
+            assert top.columns[mine].tolist() == column[kept].tolist()
+            assert top.weights[mine].tolist() == weight[kept].tolist()
+
+
 def test_symmetric_sums_both_directions_and_strongest_keeps_the_largest():
     rng = np.random.default_rng(0)
     events = packed(rng.integers(12, size=(10, 6)), 12)
