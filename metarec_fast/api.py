@@ -132,7 +132,7 @@ class MetaRec:
         stays as it is.
 
         config: options of the fine-tuning; by default this model's, with all of the domain's users. Only
-            ``finetune_steps`` of steps are taken.
+            ``finetune_steps`` and ``finetune_passes`` of steps are taken.
         compare_target_only: train on the domain alone too, with as many steps, and return what validation likes better.
         run_dir, resume, reporter, should_stop: as for ``fit``.
         Raises ValueError for another ``config.model`` than this model's, or a domain that cannot be trained on.

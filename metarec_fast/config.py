@@ -136,7 +136,9 @@ class EvidenceConfig:
     """Of one source each, as often as its weight says."""
     meta_steps: int = 50
     finetune_steps: int = 150
-    """At most; the target alone may use the steps of all stages."""
+    """At most, unless ``finetune_passes`` asks for more; the target alone may use the steps of all stages."""
+    finetune_passes: float = 5.0
+    """Steps on the target suffice to ask each of its users so often: many users bear more steps than few."""
     batch_size: int = 64
     lr: float = 3e-3
     """Falls linearly over warm-up and meta stage."""
@@ -156,7 +158,9 @@ class EvidenceConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists where options are tuples
         least = dict.fromkeys(("hidden", "similarity_starts", "similarity_batches", "batch_size", "evaluate_every"), 1)
-        least |= dict.fromkeys(("warmup_steps", "meta_steps", "finetune_steps", "patience", "lr", "finetune_lr"), 0)
+        least |= dict.fromkeys(
+            ("warmup_steps", "meta_steps", "finetune_steps", "finetune_passes", "patience", "lr", "finetune_lr"), 0
+        )
         for name, value in (least | {"weight_decay": 0, "folds": 2}).items():
             if not getattr(self, name) >= value:
                 raise ValueError(f"evidence.{name} must be at least {value}, got {getattr(self, name)}")

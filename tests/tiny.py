@@ -13,7 +13,13 @@ def config(**sections) -> Config:
             warmup_steps=3, meta_steps=4, finetune_steps=6, batch_size=16, evaluate_every=2, negatives=16, lr=1e-2
         ),
         evidence=EvidenceConfig(
-            hidden=8, warmup_steps=4, meta_steps=2, finetune_steps=4, batch_size=8, evaluate_every=2
+            hidden=8,
+            warmup_steps=4,
+            meta_steps=2,
+            finetune_steps=4,
+            finetune_passes=0,
+            batch_size=8,
+            evaluate_every=2,
         ),
     )
     return base.replace(**sections)

@@ -34,21 +34,26 @@ def random_items(domain: Domain, *, seed: int) -> Domain:
     return _reordered(domain, "random", np.argsort(_keys(domain, seed), kind="stable"))
 
 
-def relabelled_copy(domain: Domain, *, seed: int) -> Domain:
-    """The same domain under other ids and in another order of users: what an ideal source would be."""
+def relabelled_copy(domain: Domain, *, seed: int, without: np.ndarray | None = None) -> Domain:
+    """The same domain under other ids and in another order of users: what an ideal source would be.
+
+    without: [N] users, by number, who are left out of it.
+    """
     s = domain.sequences
     users, items = (
         np.argsort(np.random.Philox(key=(i << 64) | seed).random_raw(n), kind="stable")
         for i, n in enumerate((domain.num_users, domain.num_items))
     )
+    if without is not None:
+        users = users[~np.isin(users, without)]
     offsets = np.concatenate(([0], np.cumsum(s.lengths[users])))
-    at = np.repeat(s.offsets[:-1][users] - offsets[:-1], s.lengths[users]) + np.arange(s.num_events)
+    at = np.repeat(s.offsets[:-1][users] - offsets[:-1], s.lengths[users]) + np.arange(offsets[-1])
     times = None if s.times is None else s.times[at]
     sequences = Sequences(offsets, items[s.items[at]].astype(s.items.dtype), s.num_items, times)
     return Domain(
         f"{domain.name} copy",
         sequences,
-        Vocabulary(np.arange(domain.num_users)),
+        Vocabulary(np.arange(len(users))),
         Vocabulary(np.arange(domain.num_items)),
     )
 

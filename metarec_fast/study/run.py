@@ -109,7 +109,11 @@ def sources_of(study: Study, cell: Cell, domains: Domains) -> list[Domain]:
     made: list[Domain] = []
     for kind in kinds:
         if kind == "copy":
-            made.append(relabelled_copy(domains.load(study, cell.target), seed=cell.seed))
+            target = domains.load(study, cell.target)
+            counted = split_domain(target, study.configs(cell)[0], fraction=cell.fraction).train.lengths > 0
+            # whom validation asks should be strangers to the sources; of a whole target there are no others
+            known = np.flatnonzero(counted) if cell.fraction < 1 else None
+            made.append(relabelled_copy(target, seed=cell.seed, without=known))
         elif kind == "related":
             made += related
         else:

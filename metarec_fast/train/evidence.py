@@ -87,6 +87,7 @@ class EvidenceTrainer:
         users = np.flatnonzero(target.train.lengths > 0)
         if len(users) < 2:
             raise ValueError(f"evidence needs two users with events at least, target has {len(users)}")
+        self.num_users = len(users)
         seed = config.train.seed
         self.episodes = {
             name: source_episodes(split.train, len(users), config.evidence.sizes, seed=(seed, i))
@@ -131,7 +132,8 @@ class EvidenceTrainer:
         if method != "joint":
             fresh = self.fresh and not self.sources
             steps = e.warmup_steps + e.meta_steps if fresh else 0
-            self._stage("finetune", steps + e.finetune_steps, lr=e.lr if fresh else e.finetune_lr)
+            steps += max(e.finetune_steps, math.ceil(e.finetune_passes * self.num_users / e.batch_size))
+            self._stage("finetune", steps, lr=e.lr if fresh else e.finetune_lr)
         if not self.found.losses:
             self._keep_if_better("start", 0)
         self.scorer.load_state_dict(self.best)

@@ -54,6 +54,16 @@ def test_a_copy_is_the_domain_under_other_ids():
     assert all(len({*of_user[a:b]}) == 1 for a, b in zip(before.offsets, before.offsets[1:], strict=False))
 
 
+def test_a_copy_can_leave_users_out():
+    """Who are left are the same under the same labels, in the same order."""
+    without = np.arange(0, SOURCE.num_users, 3)
+    whole, part = relabelled_copy(SOURCE, seed=3), relabelled_copy(SOURCE, seed=3, without=without)
+    order = np.argsort(np.random.Philox(key=3).random_raw(SOURCE.num_users), kind="stable")
+    kept = [user for user, before in zip(users_of(whole), order.tolist(), strict=True) if before % 3]
+    assert users_of(part) == kept and part.num_users == len(kept) == SOURCE.num_users - len(without)
+    assert part.num_items == whole.num_items
+
+
 def test_only_ties_are_shuffled():
     items = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], np.int32)
     times = np.array([1, 1, 1, 1, 2, 3, 3, 3, 3, 3])

@@ -178,6 +178,18 @@ def test_sources_of_every_kind():
     assert sources_of(whole, Cell(ARMS[2], "target", 1.0, 0), Domains()) == []
 
 
+def test_a_copy_has_none_of_the_users_that_the_target_counts():
+    kinds = Arm(name="copies", group="control", sources=("copy",))
+    plan = study(arms=(kinds,), comparisons=())
+    target = Domains().load(plan, "target")
+    for fraction, others in ((0.25, 0.75), (1.0, 1.0)):  # of a whole target, no user would be left
+        (copy,) = sources_of(plan, Cell(kinds, "target", fraction, 1), Domains())
+        assert copy.num_users == round(others * target.num_users)
+        counted = limit_users(leave_one_out(target), fraction, seed=1).train.lengths > 0
+        events = int(target.sequences.lengths[~counted if fraction < 1 else counted].sum())
+        assert copy.num_interactions == events
+
+
 def test_files_are_found_by_name_and_ties_shuffled(tmp_path):
     rows = "".join(f"u{u},i{(u + t) % 9},{t // 3}\n" for u in range(8) for t in range(9))
     (tmp_path / "shop.csv").write_text("who,item_id,timestamp\n" + rows)

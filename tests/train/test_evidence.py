@@ -198,6 +198,16 @@ def test_warm_up_takes_sources_as_often_as_they_weigh(monkeypatch):
     assert len(drawn) == 38 and drawn.count(1) == 4
 
 
+@pytest.mark.parametrize(("method", "before"), [("pretrain", 0), ("target_only", 6)])
+@pytest.mark.parametrize(("passes", "steps"), [(0, 4), (0.75, 4), (2.1, 11)])
+def test_many_users_bear_more_steps_than_few(method, before, passes, steps):
+    """40 users in batches of 8: five steps ask each once; the target alone has the steps on sources besides."""
+    evidence = {"finetune_passes": passes, "patience": 99}
+    options = config(train={"method": method}, evidence=evidence)
+    trainer(options, SOURCES if method == "pretrain" else {}, reporter=(seen := Recorder())).run()
+    assert stages_of(seen)["evidence: target"] == before + steps
+
+
 def test_the_best_of_what_was_tried_is_left_in_place():
     """A rate at which training falls apart: what is kept is what was there before."""
     options = config(
