@@ -19,7 +19,7 @@ from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_use
 from metarec_fast.data.evidence import EvidenceStatistics
 from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, fit_mixture
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
-from metarec_fast.models.recommender import Recommender
+from metarec_fast.models.recommender import Recommender, SharedEncoder
 from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
 from metarec_fast.report.table import Row
 from metarec_fast.report.transfer import html, transfer_report
@@ -148,8 +148,7 @@ class MetaRec:
         run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
         split = split_domain(domain, config, fraction=config.data.target_fraction)
         check_splits({}, split, config)
-        model = build(config, [split])
-        model.shared.load_state_dict(self.model.shared.state_dict())
+        model = build(config, [split], shared=self.model.shared)
         start = self.evidence.scorer if isinstance(self.evidence, EvidencePath) else None
         adapted = self._train(model, {}, split, config, run, start=start)
         adapted.history["adapted_from"] = self.domain.name
@@ -464,14 +463,20 @@ def check_splits(sources: dict[str, Split], target: Split, config: Config) -> No
         )
 
 
-def build(config: Config, splits: Sequence[Split]) -> Recommender:
-    """A recommender at its start: tables from noise or structure, codes from the tables."""
+def build(config: Config, splits: Sequence[Split], *, shared: SharedEncoder | None = None) -> Recommender:
+    """A recommender at its start: tables from noise or structure, codes from the tables.
+
+    shared: what to take over instead of codes and encoder of its own; tables are then aligned to its domains.
+    """
     torch.manual_seed(config.train.seed)
     model = Recommender(config.model, {s.domain.name: s.domain.num_items for s in splits})
-    if config.model.start == "spectral":
+    if shared is not None:
+        model.shared.load_state_dict(shared.state_dict())
+    if config.model.start != "random":
         for split in splits:
             model.start_table(split.domain.name, split.train, seed=config.train.seed)
-    model.start_codebook(model.domains, seed=config.train.seed)
+    if shared is None:
+        model.start_codebook(model.domains, seed=config.train.seed)
     return model.to(config.train.device)
 
 

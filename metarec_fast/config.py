@@ -21,10 +21,12 @@ class ModelConfig:
     dropout: float = 0.5
     max_length: int = 50
     """Most recent events that the encoder reads."""
-    start: Literal["random", "spectral"] = "spectral"
-    """Item table: small random numbers, or the leading singular vectors of the domain's own co-occurrence."""
+    start: Literal["random", "spectral", "aligned"] = "aligned"
+    """Item table: small random numbers, or the leading singular vectors of the domain's own co-occurrence, as they are
+    or with each domain's turned so that coordinates go with what items are used for (`data.descriptors`) as in the
+    domains before it."""
     start_scale: float = 0.5
-    """Length of an item row at a spectral start."""
+    """Length of an item row at a spectral or aligned start."""
     vq: Literal["residual", "quantized", "none"] = "residual"
     """What the encoder reads: z + q, q alone, or z alone (z: normalised item rows, q: their codes)."""
     codebook_heads: int = 8

@@ -13,10 +13,11 @@ from torch.func import functional_call
 
 from metarec_fast.config import ModelConfig
 from metarec_fast.data.batch import PackedBatch
+from metarec_fast.data.descriptors import NUM_DESCRIPTORS, item_descriptors
 from metarec_fast.data.domain import Sequences
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
-from metarec_fast.models.spectral import spectral_table
+from metarec_fast.models.spectral import moments, spectral_table, turned
 from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
 from metarec_fast.ops._register import transformed
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
@@ -77,6 +78,8 @@ class SharedEncoder(nn.Module):
         self.config = config
         if config.vq != "none":
             self.codebook = nn.Parameter(torch.randn(H, config.codebook_size, D // H))
+        if config.start == "aligned":  # of the domains that have started, summed; those to come are turned to it
+            self.register_buffer("frame", torch.zeros(D, NUM_DESCRIPTORS))
         self.norm = nn.LayerNorm(D)
         if config.encoder == "lru":
             self.encoder = LRUEncoder(D, layers=config.layers, dropout=config.dropout)
@@ -199,9 +202,18 @@ class Recommender(nn.Module):
 
     @torch.no_grad()
     def start_table(self, domain: str, train: Sequences, *, seed: int) -> None:
-        """Item rows from the domain's own co-occurrence, item biases from its popularity."""
+        """Item rows from the domain's own co-occurrence, item biases from its popularity.
+
+        Where ``config.start`` is aligned, rows are turned to the domains that have started before.
+        """
         table = self.table(domain)
-        table.weight.copy_(self.config.start_scale * spectral_table(train, self.config.dim, seed=seed))
+        rows = spectral_table(train, self.config.dim, seed=seed)
+        if self.config.start == "aligned":
+            descriptors, frame = item_descriptors(train), self.shared.frame
+            if frame.any():
+                rows = turned(rows, moments(rows, descriptors), frame.cpu())
+            frame += moments(rows, descriptors).to(frame.device)
+        table.weight.copy_(self.config.start_scale * rows)
         counts = torch.bincount(torch.from_numpy(train.items.astype("int64")), minlength=train.num_items)
         table.bias.copy_(torch.log((counts + 0.5) / (counts.sum() + 0.5 * len(counts)) * len(counts)))
 

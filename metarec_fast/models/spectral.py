@@ -44,6 +44,21 @@ def spectral_table(train: Sequences, dim: int, *, seed: int, window: int = 10, d
     return torch.nn.functional.normalize(table, dim=1)
 
 
+def moments(table: Tensor, descriptors: np.ndarray) -> Tensor:
+    """[D, F] of Frobenius norm 1, or 0: how each coordinate of the rows [V, D] goes with each descriptor [V, F]."""
+    M = table.double().T @ torch.from_numpy(descriptors).double()
+    return (M / M.norm().clamp_min(1e-12)).to(table.dtype)
+
+
+def turned(table: Tensor, own: Tensor, frame: Tensor) -> Tensor:
+    """The rows [V, D] turned so that their moments ``own`` [D, F] come closest to ``frame`` (orthogonal Procrustes).
+
+    A spectral table is known up to a rotation, and each domain's has another; lengths and angles within it stay.
+    """
+    U, _, Vh = torch.linalg.svd(own.double() @ frame.double().T)
+    return (table.double() @ (U @ Vh)).to(table.dtype)
+
+
 def _entries(kernel: TransitionKernel) -> tuple[Tensor, Tensor, Tensor]:
     rows = np.repeat(np.arange(kernel.num_items), np.diff(kernel.offsets))
     return (
