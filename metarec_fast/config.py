@@ -23,8 +23,7 @@ class ModelConfig:
     """Most recent events that the encoder reads."""
     start: Literal["random", "spectral", "aligned"] = "aligned"
     """Item table: small random numbers, or the leading singular vectors of the domain's own co-occurrence, as they are
-    or with each domain's turned so that coordinates go with what items are used for (`data.descriptors`) as in the
-    domains before it."""
+    or turned so that coordinates go with how items are used (`data.descriptors`) as in the first domain."""
     start_scale: float = 0.5
     """Length of an item row at a spectral or aligned start."""
     vq: Literal["residual", "quantized", "none"] = "residual"

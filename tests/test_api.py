@@ -10,8 +10,10 @@ import torch
 from metarec_fast import MetaRec, api
 from metarec_fast.api import compare
 from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
+from metarec_fast.data.descriptors import item_descriptors
 from metarec_fast.evaluation import FittedMixture, Metrics
 from metarec_fast.models.scorer import ModelScorer
+from metarec_fast.models.spectral import moments, turned
 from metarec_fast.train.trainer import Interrupted
 from tests.tiny import DOMAINS, config
 
@@ -555,6 +557,10 @@ def test_adapting_starts_from_the_shared_parameters_and_the_structure_of_the_new
         assert torch.equal(adapted.model.shared.state_dict()[name], tensor), name
     rows = adapted.model.table("target").weight
     assert rows.norm(dim=1).tolist() == pytest.approx([fitted.config.model.start_scale] * 35, rel=1e-4)
+    rows, frame = rows.detach(), fitted.model.shared.frame
+    assert frame.any()  # rows stand as near to it as they can be turned
+    again = turned(rows, moments(rows, item_descriptors(adapted.split.train)), frame)
+    torch.testing.assert_close(again, rows, rtol=0, atol=1e-4)
     moved = fitted.adapt(NEW, config=fitted.config.replace(train={"finetune_steps": 20, "finetune_lr": 0.05}))
     assert moved.history["best_validation_ndcg@10"] >= adapted.history["best_validation_ndcg@10"]
     frozen = fitted.config.replace(train={"finetune_scope": "table", "finetune_lr": 0.05})

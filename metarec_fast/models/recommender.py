@@ -78,7 +78,7 @@ class SharedEncoder(nn.Module):
         self.config = config
         if config.vq != "none":
             self.codebook = nn.Parameter(torch.randn(H, config.codebook_size, D // H))
-        if config.start == "aligned":  # of the domains that have started, summed; those to come are turned to it
+        if config.start == "aligned":  # moments of the first domain, to which the others are turned
             self.register_buffer("frame", torch.zeros(D, NUM_DESCRIPTORS))
         self.norm = nn.LayerNorm(D)
         if config.encoder == "lru":
@@ -204,15 +204,16 @@ class Recommender(nn.Module):
     def start_table(self, domain: str, train: Sequences, *, seed: int) -> None:
         """Item rows from the domain's own co-occurrence, item biases from its popularity.
 
-        Where ``config.start`` is aligned, rows are turned to the domains that have started before.
+        Where ``config.start`` is aligned, rows are turned to the domain that started first.
         """
         table = self.table(domain)
         rows = spectral_table(train, self.config.dim, seed=seed)
         if self.config.start == "aligned":
-            descriptors, frame = item_descriptors(train), self.shared.frame
-            if frame.any():
-                rows = turned(rows, moments(rows, descriptors), frame.cpu())
-            frame += moments(rows, descriptors).to(frame.device)
+            own = moments(rows, item_descriptors(train))
+            if self.shared.frame.any():
+                rows = turned(rows, own, self.shared.frame.cpu())
+            else:
+                self.shared.frame.copy_(own)
         table.weight.copy_(self.config.start_scale * rows)
         counts = torch.bincount(torch.from_numpy(train.items.astype("int64")), minlength=train.num_items)
         table.bias.copy_(torch.log((counts + 0.5) / (counts.sum() + 0.5 * len(counts)) * len(counts)))

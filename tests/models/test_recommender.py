@@ -9,10 +9,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast import reference
 from metarec_fast.config import MetaConfig, ModelConfig
-from metarec_fast.data import PackedBatch, Sampler, Sequences
+from metarec_fast.data import PackedBatch, Sampler, Sequences, leave_one_out, synthetic
+from metarec_fast.data.descriptors import item_descriptors
 from metarec_fast.meta import Source, outer_step
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer, pack_recent
+from metarec_fast.models.spectral import moments
 
 SMALL = ModelConfig(dim=8, codebook_heads=2, codebook_size=16, dropout=0.0, max_length=6)
 CATALOGUES = {"a": 30, "b": 40, "t": 20}
@@ -201,17 +203,54 @@ def test_relabelling_items_changes_nothing():
     torch.testing.assert_close(model.loss(shared, relabelled, renamed), model.loss(shared, private, batch))
 
 
-@pytest.mark.parametrize("start", ["random", "spectral"])
+@pytest.mark.parametrize("start", ["random", "spectral", "aligned"])
 def test_a_new_domain_starts_with_distinct_inputs(start):
     config = ModelConfig(start=start)
     model = Recommender(config, {"old": 400, "new": 600})
     for name, seed in (("old", 0), ("new", 1)):
-        if start == "spectral":
+        if start != "random":
             model.start_table(name, sequences(model.table(name).weight.shape[0], users=800, seed=seed), seed=0)
     model.start_codebook(["old"], seed=0)
     z = F.layer_norm(model.table("new").weight, (config.dim,))
     _, indices, _ = model.shared.quantize(z)
     assert len(indices.T.unique(dim=0)) >= 0.9 * 600
+
+
+def test_the_first_domain_stands_as_it_is_and_the_next_is_turned_to_it():
+    trains = {name: sequences(size, users=300, seed=i) for i, (name, size) in enumerate((("old", 60), ("new", 80)))}
+    spectral, aligned = (
+        Recommender(ModelConfig(start=start, dim=16), {"old": 60, "new": 80}) for start in ("spectral", "aligned")
+    )
+    for model in (spectral, aligned):
+        for name, train in trains.items():
+            model.start_table(name, train, seed=0)
+    assert torch.equal(aligned.table("old").weight, spectral.table("old").weight)
+    before, after = (model.table("new").weight.detach() for model in (spectral, aligned))
+    torch.testing.assert_close(after @ after.T, before @ before.T, rtol=0, atol=1e-5)
+    frame = moments(aligned.table("old").weight.detach(), item_descriptors(trains["old"]))
+    agreement = [(moments(w, item_descriptors(trains["new"])) * frame).sum() for w in (before, after)]
+    assert agreement[1] > agreement[0] + 0.1
+    assert not hasattr(spectral.shared, "frame")
+    torch.testing.assert_close(aligned.shared.frame, frame)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_aligned_rows_of_a_hidden_class_stand_together_in_all_domains(seed):
+    """No item is shared: that the domains' classes are the same is found from how their items are used."""
+    domains = synthetic(target_users=1000, target_items=120, seed=seed)
+
+    def found(start: str) -> float:
+        every = [*domains.sources, domains.target]
+        model = Recommender(ModelConfig(start=start, dim=32), {d.name: d.num_items for d in every})
+        means = []
+        for domain in every:
+            model.start_table(domain.name, leave_one_out(domain).train, seed=0)
+            rows, classes = model.table(domain.name).weight.detach(), domains.catalogues[domain.name].classes
+            means.append(F.normalize(torch.stack([rows[classes == c].mean(0) for c in range(12)]), dim=1))
+        same = [(mean @ means[0].T).argmax(1) == torch.arange(12) for mean in means[1:]]
+        return torch.stack(same).float().mean().item()
+
+    assert found("aligned") > 0.9 and found("spectral") < 0.6
 
 
 def test_scorer_reads_the_most_recent_events():

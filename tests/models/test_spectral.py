@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from metarec_fast.data import Sequences
-from metarec_fast.models.spectral import spectral_table
+from metarec_fast.models.spectral import moments, spectral_table, turned
 
 
 def sequences(rows, num_items: int) -> Sequences:
@@ -87,3 +87,21 @@ def test_the_singular_vectors_are_those_of_a_dense_decomposition(groups):
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     got = spectral_table(groups, V, seed=0)[:V].double().numpy()
     np.testing.assert_allclose(got @ got.T, want @ want.T, atol=1e-3)
+
+
+def test_a_turned_table_is_turned_back():
+    generator = torch.Generator().manual_seed(0)
+    table, Q = torch.randn(40, 8, generator=generator), torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+    described = torch.randn(40, 12, generator=generator).numpy()
+    frame = moments(table, described)
+    assert frame.shape == (8, 12) and frame.norm().item() == pytest.approx(1)
+    back = turned(table @ Q, moments(table @ Q, described), 3 * frame)
+    torch.testing.assert_close(back, table, rtol=0, atol=1e-5)
+
+
+def test_turning_keeps_lengths_and_angles_also_where_nothing_is_known():
+    table = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    for own in (torch.zeros(4, 3), moments(table, np.ones((5, 3)))):
+        after = turned(table, own, torch.eye(4, 3))
+        torch.testing.assert_close(after @ after.T, table @ table.T)
+    assert not moments(table, np.zeros((5, 3))).any()
