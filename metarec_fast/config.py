@@ -69,7 +69,7 @@ class MetaConfig:
     """Smoothing of both gradients over steps before the cosine; 0 compares single batches."""
     similarity_sign: Literal["descent", "ascent"] = "descent"
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
-    source_loss_weight: float = 1.0
+    source_loss_weight: float = 10.0
     """How much of each source's own descent direction joins its rescaled meta gradient."""
     target_pass: Literal["loop", "vmap"] = "loop"
     """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and

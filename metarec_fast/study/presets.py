@@ -88,6 +88,7 @@ def ablations(*, warmup_steps: int, meta_steps: int) -> tuple[Arm, ...]:
         "no-source-loss": {"meta": {"source_loss_weight": 0.0}},
         "no-warmup": {"train": {"warmup_steps": 0, "meta_steps": warmup_steps + meta_steps}},
         "random-start": {"model": {"start": "random"}},
+        "unaligned-start": {"model": {"start": "spectral"}},
         "transitions-as-evidence": {"model": {"evidence": "transitions"}},
         "no-evidence": {"model": {"evidence": "none"}},
     }
