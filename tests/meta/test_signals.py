@@ -107,7 +107,8 @@ def test_without_the_source_that_has_all_weight_the_others_share_it():
 def test_without_the_only_source_the_target_steps_alone():
     answer = torch.tensor([[2.0, 1.0]])
     result = made([1.0], answer, torch.tensor([[0.0, 1.0]]), names=("a",))
-    with_it, without = leaving_out(result, before=before("a", answer=torch.tensor([1.0, 0.0])), config=MetaConfig())
+    config = MetaConfig(source_loss_weight=1.0)
+    with_it, without = leaving_out(result, before=before("a", answer=torch.tensor([1.0, 0.0])), config=config)
     assert without == pytest.approx(2 / 5**0.5) and with_it == pytest.approx(2 / 8**0.5)
 
 

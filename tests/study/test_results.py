@@ -240,5 +240,6 @@ def test_planted_transfer_is_found_and_controls_rank_below_it(tmp_path):
     figures = {row["arm"]: row["ndcg@10"] for row in results.rows()}
     for arm in ("ours", "pretrain", "target-copy"):
         assert figures[arm] > max(figures[control] for control in ("shuffled-sources", "random-sources"))
+    assert figures["ours"] > 1.2 * figures["target-only"] and figures["ours"] > figures["pretrain"]
     found = {(c.arm, c.against): results.contrasts(c)[0] for c in smoke().comparisons}
     assert found["ours", ("lru-vq-structure", "target-only")].wins and found["ours", ("lru",)].wins
