@@ -54,7 +54,7 @@ def recipes() -> tuple[Arm, ...]:
 def transfer_baselines() -> tuple[Arm, ...]:
     """Known ways to use sources, with the architecture of ours."""
     fomaml = {"weighting": "uniform", "source_loss_weight": 0.0}
-    reptile = {"weighting": "uniform", "target_loss_weight": 0.0, "inner_steps": 3}
+    reptile = {"weighting": "uniform", "source_loss_weight": 1.0, "target_loss_weight": 0.0, "inner_steps": 3}
     literal = dataclasses.asdict(metaadapt_literal().meta)
     return (
         Arm(name="joint", group="transfer", options={"train": {"method": "joint"}}),

@@ -264,7 +264,7 @@ def test_target_gradient_is_the_weighted_sum():
 
 def test_without_the_targets_loss_and_similarity_it_is_reptile():
     shared, named, target, batch = world(3, 2)
-    config = replace(CONFIG, inner_steps=2, weighting="uniform", target_loss_weight=0.0)
+    config = replace(CONFIG, inner_steps=2, weighting="uniform", source_loss_weight=1.0, target_loss_weight=0.0)
     got = outer_step(loss, shared, named, target, batch, config=config)
     for name, parameter in shared.items():
         ends = []
