@@ -187,7 +187,7 @@ def test_patience_ends_the_run(monkeypatch):
 
 def test_the_best_model_by_validation_is_returned():
     # a rate this high makes fine-tuning harmful sooner or later, so that the last model is not the best one
-    run = trainer(config(train={"finetune_lr": 0.5, "finetune_steps": 12}), reporter=(seen := Recorder()))
+    run = trainer(config(train={"finetune_lr": 3.0, "finetune_steps": 12}), reporter=(seen := Recorder()))
     progress = run.run()
     ndcg = [e[2] for e in seen.evaluations]
     assert progress.best == max(ndcg) > ndcg[-1]
@@ -250,10 +250,10 @@ def test_a_table_alone_is_fine_tuned(monkeypatch):
 
 def test_a_target_alone_has_no_shared_parameters_to_leave_as_they_are(monkeypatch):
     run = trainer(config(train={"method": "target_only", "finetune_scope": "table"}))
-    kept = {k: v.clone() for k, v in run.model.shared.state_dict().items()}
+    kept = {k: v.detach().clone() for k, v in run.model.shared.named_parameters()}
     monkeypatch.setattr(run, "validate", lambda: float(run.progress.step))  # the last model is returned
     run.run()
-    assert not any(torch.equal(tensor, kept[name]) for name, tensor in run.model.shared.state_dict().items())
+    assert not any(torch.equal(tensor, kept[name]) for name, tensor in run.model.shared.named_parameters())
 
 
 @pytest.mark.parametrize("decay", [0.95, 0.0])
