@@ -123,7 +123,7 @@ class Adapt:
     on_error: Literal["raise", "skip"] = "raise"
     """Rows that cannot be read: stop with file, line and reason, or skip and count them."""
     steps: int | None = None
-    """Of fine-tuning, at most; as in the model's training if not given, and so for the others."""
+    """Of the encoder's fine-tuning, at most; as in the model's training if not given, and so for the others."""
     lr: float | None = None
     scope: Literal["all", "table"] | None = None
     """table: leave the shared parameters as they are."""

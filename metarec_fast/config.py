@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +71,8 @@ class MetaConfig:
     similarity_sign: Literal["descent", "ascent"] = "descent"
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
     source_loss_weight: float = 10.0
-    """How much of each source's own descent direction joins its rescaled meta gradient."""
+    """How much of each source's own descent direction joins its rescaled meta gradient, the encoder's and the evidence
+    scorer's. Few target users overfit an encoder: with 1 it ends worse than pretrained (docs/alignment.md)."""
     target_pass: Literal["loop", "vmap"] = "loop"
     """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
     large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
@@ -165,6 +167,8 @@ class EvidenceConfig:
         for name, value in (least | {"weight_decay": 0, "folds": 2}).items():
             if not getattr(self, name) >= value:
                 raise ValueError(f"evidence.{name} must be at least {value}, got {getattr(self, name)}")
+        if math.isinf(self.finetune_passes):
+            raise ValueError(f"evidence.finetune_passes must be finite, got {self.finetune_passes}")
         if not self.sizes or not all(size > 0 for size in self.sizes):
             raise ValueError(f"evidence.sizes must be one positive number or more, got {self.sizes}")
         if not 0 <= self.average_decay < 1:

@@ -95,6 +95,8 @@ def test_options_cannot_be_changed_in_place():
         ("evidence", "batch_size", 0, "evidence.batch_size must be at least 1, got 0"),
         ("evidence", "hidden", 0, "evidence.hidden must be at least 1, got 0"),
         ("evidence", "warmup_steps", -1, "evidence.warmup_steps must be at least 0, got -1"),
+        ("evidence", "finetune_passes", -1.0, "evidence.finetune_passes must be at least 0, got -1"),
+        ("evidence", "finetune_passes", float("inf"), "evidence.finetune_passes must be finite, got inf"),
         ("evidence", "lr", float("nan"), "evidence.lr must be at least 0, got nan"),
         ("evidence", "sizes", (), r"evidence.sizes must be one positive number or more, got \(\)"),
         ("evidence", "sizes", (1.0, -1.0), r"evidence.sizes must be .* got \(1.0, -1.0\)"),

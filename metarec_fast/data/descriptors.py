@@ -15,8 +15,9 @@ def item_descriptors(train: Sequences) -> np.ndarray:
     """float32 [V, 54], mean 0 over items with events, and 0 for those without.
 
     An item's popularity, its place in time (`item_order`) and how often it ends a sequence; the means of these three
-    over its followers, and over its predecessors; and the products of each two of the nine. All are standardised within
-    the domain, so that a small domain's numbers stand beside a large one's.
+    over its followers, and over its predecessors; and the 45 products of two of the nine, squares included. The nine
+    are standardised within the domain and squashed to (-1, 1), so that a small domain's numbers stand beside a large
+    one's.
     """
     V = train.num_items
     counts = np.bincount(train.items, minlength=V)

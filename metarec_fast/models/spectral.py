@@ -53,9 +53,11 @@ def moments(table: Tensor, descriptors: np.ndarray) -> Tensor:
 def turned(table: Tensor, own: Tensor, frame: Tensor) -> Tensor:
     """The rows [V, D] turned so that their moments ``own`` [D, F] come closest to ``frame`` (orthogonal Procrustes).
 
-    A spectral table is known up to a rotation, and each domain's has another; lengths and angles within it stay.
+    A spectral table is known up to a rotation or reflection, and each domain's has another; lengths and angles within
+    it stay. Where moments say nothing, as in D - F directions at least, rows stay as they are.
     """
-    U, _, Vh = torch.linalg.svd(own.double() @ frame.double().T)
+    settled = 1e-6 * torch.eye(len(own), dtype=torch.float64)  # else rounding would turn what moments leave open
+    U, _, Vh = torch.linalg.svd(own.double() @ frame.double().T + settled)
     return (table.double() @ (U @ Vh)).to(table.dtype)
 
 

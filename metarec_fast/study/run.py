@@ -109,17 +109,23 @@ def sources_of(study: Study, cell: Cell, domains: Domains) -> list[Domain]:
     made: list[Domain] = []
     for kind in kinds:
         if kind == "copy":
-            target = domains.load(study, cell.target)
-            counted = split_domain(target, study.configs(cell)[0], fraction=cell.fraction).train.lengths > 0
-            # whom validation asks should be strangers to the sources; of a whole target there are no others
-            known = np.flatnonzero(counted) if cell.fraction < 1 else None
-            made.append(relabelled_copy(target, seed=cell.seed, without=known))
+            made.append(_copy(domains.load(study, cell.target), study.configs(cell)[0], cell))
         elif kind == "related":
             made += related
         else:
             change = shuffled_order if kind == "shuffled" else random_items
             made += [change(domain, seed=cell.seed) for domain in related]
     return made
+
+
+def _copy(target: Domain, config: Config, cell: Cell) -> Domain:
+    """The target's other users: whom validation asks should be strangers to the sources.
+
+    Everybody where there are no others, and under a cut in time, which would fall elsewhere without them.
+    """
+    whole, counted = (split_domain(target, config, fraction=f).train.lengths > 0 for f in (1.0, cell.fraction))
+    alone = config.data.split == "time" or not (whole & ~counted).any()
+    return relabelled_copy(target, seed=cell.seed, without=None if alone else np.flatnonzero(counted))
 
 
 class Outcome(NamedTuple):

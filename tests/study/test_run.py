@@ -190,6 +190,15 @@ def test_a_copy_has_none_of_the_users_that_the_target_counts():
         assert copy.num_interactions == events
 
 
+@pytest.mark.parametrize(("fraction", "data"), [(0.99, {}), (0.25, {"split": "time"})], ids=["nobody left", "time"])
+def test_a_copy_is_whole_where_it_cannot_be_less(fraction, data):
+    """A cut in time would fall elsewhere without the users who are counted, and reach into validation's time."""
+    kinds = Arm(name="copies", group="control", sources=("copy",), options={"data": data})
+    plan = study(arms=(kinds,), comparisons=())
+    (copy,) = sources_of(plan, Cell(kinds, "target", fraction, 1), Domains())
+    assert copy.num_users == Domains().load(plan, "target").num_users
+
+
 def test_files_are_found_by_name_and_ties_shuffled(tmp_path):
     rows = "".join(f"u{u},i{(u + t) % 9},{t // 3}\n" for u in range(8) for t in range(9))
     (tmp_path / "shop.csv").write_text("who,item_id,timestamp\n" + rows)
