@@ -268,7 +268,15 @@ def demo() -> Config:
     """Small enough to train on the synthetic domains within three minutes on two cores."""
     return Config(
         model=ModelConfig(dim=32, codebook_heads=4, codebook_size=64),
-        train=TrainConfig(warmup_steps=100, meta_steps=200, finetune_steps=400, batch_size=64, evaluate_every=25),
+        train=TrainConfig(
+            warmup_steps=100,
+            meta_steps=200,
+            finetune_steps=400,
+            batch_size=64,
+            lr=3e-3,
+            finetune_lr=3e-3,
+            evaluate_every=25,
+        ),
         data=DataConfig(target_fraction=0.15),
     )
 
