@@ -96,7 +96,7 @@ def test_a_turned_table_is_turned_back():
     frame = moments(table, described)
     assert frame.shape == (8, 12) and frame.norm().item() == pytest.approx(1)
     back = turned(table @ Q, moments(table @ Q, described), 3 * frame)
-    torch.testing.assert_close(back, table, rtol=0, atol=1e-4)  # what settles open directions moves the others by 1e-5
+    torch.testing.assert_close(back, table, rtol=0, atol=1e-5)
 
 
 def test_rounding_turns_nothing_that_moments_leave_open():
