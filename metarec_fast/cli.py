@@ -125,7 +125,7 @@ class Adapt:
     steps: int | None = None
     """Of the encoder's fine-tuning, at most; as in the model's training if not given, and so for the others."""
     lr: float | None = None
-    scope: Literal["all", "table"] | None = None
+    scope: Literal["gradual", "all", "table"] | None = None
     """table: leave the shared parameters as they are."""
     seed: int | None = None
     threads: int | None = None

@@ -71,8 +71,8 @@ class MetaConfig:
     similarity_sign: Literal["descent", "ascent"] = "descent"
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
     source_loss_weight: float = 10.0
-    """How much of each source's own descent direction joins its rescaled meta gradient, the encoder's and the evidence
-    scorer's. Few target users overfit an encoder: with 1 it ends worse than pretrained (docs/alignment.md)."""
+    """How much of each source's own descent direction joins its rescaled meta gradient. Few target users overfit an
+    encoder: with 1 it ends worse than pretrained (docs/alignment.md). The evidence scorer has a weight of its own."""
     target_pass: Literal["loop", "vmap"] = "loop"
     """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
     large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
@@ -86,7 +86,7 @@ class MetaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The three stages: joint warm-up on the sources, meta-transfer, fine-tuning on the target."""
+    """The three stages: warm-up on the sources, meta-transfer, fine-tuning on the target."""
 
     method: Literal["metarec", "pretrain", "joint", "target_only"] = "metarec"
     """metarec: all three stages. pretrain: the source steps are plain joint training. joint: all steps train all
@@ -95,8 +95,10 @@ class TrainConfig:
     meta_steps: int = 300
     finetune_steps: int = 800
     """At most; target_only and joint may use the steps of all three stages."""
-    finetune_scope: Literal["all", "table"] = "all"
-    """table: fine-tuning leaves the shared parameters as the sources made them; target_only has none and trains all."""
+    finetune_scope: Literal["gradual", "all", "table"] = "gradual"
+    """What fine-tuning moves. table: the target's item table alone, the shared parameters stay as the sources made
+    them. gradual: the table alone for half of the steps, then, from the best of these, everything. target_only has
+    no such parameters and trains everything."""
     batch_size: int = 128
     lr: float = 1e-3
     finetune_lr: float = 1e-3
@@ -140,6 +142,8 @@ class EvidenceConfig:
     meta_steps: int = 50
     finetune_steps: int = 150
     """At most, unless ``finetune_passes`` asks for more; the target alone may use the steps of all stages."""
+    source_loss_weight: float = 1.0
+    """As ``meta.source_loss_weight``, of the scorer, which has few parameters that a target could overfit."""
     finetune_passes: float = 5.0
     """Steps on the target suffice to ask each of its users so often: many users bear more steps than few."""
     batch_size: int = 64
@@ -162,7 +166,11 @@ class EvidenceConfig:
         object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists where options are tuples
         least = dict.fromkeys(("hidden", "similarity_starts", "similarity_batches", "batch_size", "evaluate_every"), 1)
         least |= dict.fromkeys(
-            ("warmup_steps", "meta_steps", "finetune_steps", "finetune_passes", "patience", "lr", "finetune_lr"), 0
+            (
+                *("warmup_steps", "meta_steps", "finetune_steps", "finetune_passes", "source_loss_weight"),
+                *("patience", "lr", "finetune_lr"),
+            ),
+            0,
         )
         for name, value in (least | {"weight_decay": 0, "folds": 2}).items():
             if not getattr(self, name) >= value:
@@ -244,6 +252,7 @@ def abstract() -> Config:
     return Config(
         model=ModelConfig(vq="quantized"),
         meta=MetaConfig(order=2, source_loss_weight=0.0, similarity_decay=0.0),
+        evidence=EvidenceConfig(source_loss_weight=0.0),
     )
 
 
@@ -260,7 +269,8 @@ def metaadapt_literal() -> Config:
             similarity_decay=0.0,
             similarity_sign="ascent",
             source_loss_weight=0.0,
-        )
+        ),
+        evidence=EvidenceConfig(source_loss_weight=0.0),
     )
 
 

@@ -74,10 +74,12 @@ def test_replace_changes_what_it_names_and_nothing_else():
 
 
 def test_metaadapt_literal_has_the_published_constants():
-    meta = PRESETS["metaadapt_literal"]().meta
+    literal = PRESETS["metaadapt_literal"]()
+    meta = literal.meta
     assert (meta.order, meta.inner_steps, meta.inner_lr, meta.temperature) == (2, 3, 1e-5, 0.01)
     assert (meta.similarity_scope, meta.similarity_sign, meta.weighting) == ("tensor_mean", "ascent", "softmax")
-    assert meta.same_batch and meta.similarity_decay == 0 and meta.source_loss_weight == 0
+    assert meta.same_batch and meta.similarity_decay == 0
+    assert meta.source_loss_weight == literal.evidence.source_loss_weight == 0
 
 
 def test_options_cannot_be_changed_in_place():

@@ -13,6 +13,7 @@ PLAIN = {"start": "random", "evidence": "none"}
 STRUCTURE = {"evidence": "transitions"}
 """Spectral item tables, and the target's own transitions as they are beside the encoder."""
 TARGET_ONLY = {"method": "target_only"}
+NO_SOURCE_LOSS = {"meta": {"source_loss_weight": 0.0}, "evidence": {"source_loss_weight": 0.0}}
 
 
 def floors() -> tuple[Arm, ...]:
@@ -53,7 +54,7 @@ def recipes() -> tuple[Arm, ...]:
 
 def transfer_baselines() -> tuple[Arm, ...]:
     """Known ways to use sources, with the architecture of ours."""
-    fomaml = {"weighting": "uniform", "source_loss_weight": 0.0}
+    fomaml = {"weighting": "uniform", **NO_SOURCE_LOSS["meta"]}
     reptile = {"weighting": "uniform", "source_loss_weight": 1.0, "target_loss_weight": 0.0, "inner_steps": 3}
     literal = dataclasses.asdict(metaadapt_literal().meta)
     return (
@@ -64,9 +65,9 @@ def transfer_baselines() -> tuple[Arm, ...]:
             group="transfer",
             options={"train": {"method": "pretrain", "finetune_scope": "table"}},
         ),
-        Arm(name="fomaml", group="transfer", options={"meta": fomaml}),
+        Arm(name="fomaml", group="transfer", options=NO_SOURCE_LOSS | {"meta": fomaml}),
         Arm(name="reptile", group="transfer", options={"meta": reptile}),
-        Arm(name="metaadapt-literal", group="transfer", options={"meta": literal}),
+        Arm(name="metaadapt-literal", group="transfer", options=NO_SOURCE_LOSS | {"meta": literal}),
     )
 
 
@@ -85,7 +86,7 @@ def ablations(*, warmup_steps: int, meta_steps: int) -> tuple[Arm, ...]:
         "three-inner-steps": {"meta": {"inner_steps": 3}},
         "temperature-0.01": {"meta": {"temperature": 0.01}},
         "temperature-1": {"meta": {"temperature": 1.0}},
-        "no-source-loss": {"meta": {"source_loss_weight": 0.0}},
+        "no-source-loss": NO_SOURCE_LOSS,
         "no-warmup": {"train": {"warmup_steps": 0, "meta_steps": warmup_steps + meta_steps}},
         "random-start": {"model": {"start": "random"}},
         "unaligned-start": {"model": {"start": "spectral"}},

@@ -82,6 +82,8 @@ class EvidenceTrainer:
     ) -> None:
         """start: a scorer whose parameters to go on from, by default fresh ones."""
         self.config, self.target, self.sources = config, target, sources
+        # inner rates that learn are the encoder's
+        self.meta = replace(config.meta, source_loss_weight=config.evidence.source_loss_weight, lr_of_inner_lr=0.0)
         self.reporter, self.should_stop = reporter or Silent(), should_stop
         self.statistics = EvidenceStatistics(target.train)
         users = np.flatnonzero(target.train.lengths > 0)
@@ -235,7 +237,7 @@ class EvidenceTrainer:
 
     def _meta(self, step: int) -> dict[str, Any]:
         """Gradients of one meta step."""
-        m = self.config.meta
+        m = self.meta
         count = 1 if m.same_batch else m.inner_steps
         sources = [
             Source(name, {}, [self._draw(pool, "meta", step * count + k, i) for k in range(count)])
@@ -250,7 +252,7 @@ class EvidenceTrainer:
             sources,
             {},
             target,
-            config=replace(m, lr_of_inner_lr=0.0),  # inner rates that learn are the encoder's
+            config=m,
             averages=self.averages,
             weights=self.weights,
         )

@@ -1,7 +1,7 @@
-"""The training run: joint warm-up, meta-transfer, fine-tuning on the target. A run is a function of its step number.
+"""The training run: warm-up on the sources, meta-transfer, fine-tuning on the target.
 
-Batches are functions of (seed, step) and dropout is seeded by the step, so that a run that was stopped goes on as if
-it had not been.
+A run is a function of its step number: batches are functions of (seed, step) and dropout is seeded by the step, so
+that a run that was stopped goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 # 1,000 to 3,000 rows of 57,000 (64 wide, float32) so costs 1.4 to 2.7 times less than dense AdamW, of 12,000 up to
 # 1.4 times more.
 LARGE_TABLE = 50_000
+FINETUNING = ("table", "finetune")  # stages of the target alone: of its item table, of everything
 SHOWN = 16  # batches by which a captured step's size is chosen
 
 
@@ -73,7 +74,7 @@ class Stage:
     @property
     def last(self) -> bool:
         """Whether its models are compared on validation, and training stops when they get no better."""
-        return self.name in ("finetune", "joint")
+        return self.name in (*FINETUNING, "joint")
 
 
 def stages(config: Config) -> list[Stage]:
@@ -81,11 +82,15 @@ def stages(config: Config) -> list[Stage]:
     t = config.train
     if t.method == "target_only":
         return [Stage("finetune", t.warmup_steps + t.meta_steps + t.finetune_steps)]
-    if t.method == "pretrain":
-        return [Stage("pretrain", t.warmup_steps + t.meta_steps), Stage("finetune", t.finetune_steps)]
     if t.method == "joint":
         return [Stage("joint", t.warmup_steps + t.meta_steps + t.finetune_steps)]
-    return [Stage("warmup", t.warmup_steps), Stage("meta", t.meta_steps), Stage("finetune", t.finetune_steps)]
+    table = {"all": 0, "gradual": t.finetune_steps // 2, "table": t.finetune_steps}[t.finetune_scope]
+    last = [Stage("table", table)] if table else []
+    if t.finetune_scope != "table" or not table:
+        last.append(Stage("finetune", t.finetune_steps - table))
+    if t.method == "pretrain":
+        return [Stage("pretrain", t.warmup_steps + t.meta_steps), *last]
+    return [Stage("warmup", t.warmup_steps), Stage("meta", t.meta_steps), *last]
 
 
 def decayed_and_free(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
@@ -170,8 +175,9 @@ class Trainer:
             m = self.config.meta
             count = 1 if m.same_batch else m.inner_steps
             return [(name, step * count + k) for name in sources for k in range(count)] + [(target, step)]
-        everything = [*sources, target]
-        shown = {"pretrain": sources, "warmup": everything, "joint": everything, "finetune": [target]}[stage]
+        if stage == "finetune":  # goes on where the table's own steps ended
+            step += sum(s.steps for s in self.stages if s.name == "table")
+        shown = {"pretrain": sources, "warmup": sources, "joint": [*sources, target]}.get(stage, [target])
         return [(name, step) for name in shown]
 
     def batches(self, stage: str, step: int) -> list[tuple[str, PackedBatch]]:
@@ -190,7 +196,7 @@ class Trainer:
                 max_length=self.config.model.max_length,
                 window=t.window,
                 seed=t.seed,
-                stream=2 * self.model.domains.index(domain) + (stage == "finetune"),
+                stream=2 * self.model.domains.index(domain) + (stage in FINETUNING),
                 shared_negatives=t.negatives if t.loss == "sampled" else 0,
                 distribution=t.negative_distribution,
             )
@@ -241,7 +247,7 @@ class Trainer:
         rows = [self.model.private_parameters(name)[key] for name in sorted(self._large) for key in ROWS]
         taken = {id(p) for p in rows}
         rest = [p for p in self.model.parameters() if id(p) not in taken]
-        lr = t.finetune_lr if self.stages[self.progress.stage].name == "finetune" else t.lr
+        lr = t.finetune_lr if self.stages[self.progress.stage].name in FINETUNING else t.lr
         self.optimizer = torch.optim.AdamW(decayed_and_free(rest, t.weight_decay), lr=lr, fused=True)
         self.table_optimizer = TableAdamW(decayed_and_free(rows, t.weight_decay), lr=lr) if rows else None
 
@@ -364,9 +370,7 @@ class Trainer:
         p, every = self.progress, self.config.train.evaluate_every
         while p.stage < len(self.stages):
             stage = self.stages[p.stage]
-            t = self.config.train
-            frozen = stage.name == "finetune" and t.finetune_scope == "table" and t.method != "target_only"
-            self.model.shared.requires_grad_(not frozen)
+            self.model.shared.requires_grad_(stage.name != "table")
             while p.step < stage.steps:
                 if self.should_stop():
                     self.save()
@@ -388,6 +392,9 @@ class Trainer:
             if stage.last and p.waited < self.config.train.patience:
                 self._keep_if_better(stage.name)
             self._flush_tables()
+            if stage.name == "table":  # what comes after starts from the best table
+                self.model.load_state_dict(self.best_state)
+                p.waited = 0
             p.stage, p.step = p.stage + 1, 0
             if p.stage < len(self.stages):
                 self._start_optimizers()

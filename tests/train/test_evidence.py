@@ -222,6 +222,16 @@ def test_the_best_of_what_was_tried_is_left_in_place():
     assert run.validation_loss() == run.found.best
 
 
+def test_the_scorer_has_a_source_loss_weight_of_its_own():
+    def first_meta_step(**sections):
+        run = trainer(config(**sections))
+        return run._meta(0) and {name: p.grad for name, p in run.scorer.named_parameters()}
+
+    want, other = first_meta_step(), first_meta_step(evidence={"source_loss_weight": 3.0})
+    assert_same_state(first_meta_step(meta={"source_loss_weight": 0.0}), want)
+    assert not torch.equal(other["linear.weight"], want["linear.weight"])  # others start from zeros
+
+
 @pytest.mark.parametrize("decay", [0.9, 0.0])
 def test_what_counts_are_the_parameters_themselves_but_on_the_target_their_average(decay, monkeypatch):
     """Every validation sees what an average kept at every step of every stage would be, to the bit."""

@@ -9,7 +9,7 @@ from metarec_fast.train.profile import PARTS, StepProfiler, account, work
 from tests.tiny import config
 from tests.train.test_trainer import assert_same_state, one_thread, trainer  # noqa: F401
 
-OPTIONS = config(train={"warmup_steps": 6, "meta_steps": 6, "finetune_steps": 6, "evaluate_every": 50})
+OPTIONS = config(train={"warmup_steps": 6, "meta_steps": 6, "finetune_steps": 12, "evaluate_every": 50})
 
 
 def profiled(options=OPTIONS, **kwargs):
@@ -27,7 +27,7 @@ def found():
 
 def test_every_stage_is_profiled_and_its_parts_sum_to_the_step(found):
     stages = found[0].stages
-    assert [(s.run, s.stage) for s in stages] == [("run", name) for name in ("warmup", "meta", "finetune")]
+    assert [(s.run, s.stage) for s in stages] == [("run", name) for name in ("warmup", "meta", "table", "finetune")]
     for stage in stages:
         assert tuple(stage.parts) == PARTS
         total = sum(part.ms for part in stage.parts.values())

@@ -1,6 +1,7 @@
 """A run is a function of its step number: stopping, skipping and choosing leave no trace that a reader cannot see."""
 
 import gc
+import itertools
 import math
 import threading
 import time
@@ -73,8 +74,8 @@ def straight():
     return run, run.run()
 
 
-# warm-up: steps 0-2, meta: 3-13, fine-tuning: 14-19
-@pytest.mark.parametrize("calls", [0, 2, 3, 4, 9, 13, 14, 15, 16, 19])
+# warm-up: steps 0-2, meta: 3-13, fine-tuning of the table: 14-16, of everything: 17-19
+@pytest.mark.parametrize("calls", [0, 2, 3, 4, 9, 13, 14, 15, 16, 17, 18, 19])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(straight, tmp_path, calls):
     with pytest.raises(Interrupted, match="stopped in"):
         trainer(RUN, folder=tmp_path, should_stop=after(calls)).run()
@@ -176,7 +177,8 @@ def test_a_step_that_is_not_finite_is_left_out(stage, poisoned):
 
 
 def test_patience_ends_the_run(monkeypatch):
-    run = trainer(config(train={"patience": 2, "finetune_steps": 40}), reporter=(seen := Recorder()))
+    scope = {"patience": 2, "finetune_steps": 40, "finetune_scope": "all"}
+    run = trainer(config(train=scope), reporter=(seen := Recorder()))
     answers = iter([0.1, 0.3, 0.2, 0.3])
     monkeypatch.setattr(run, "validate", lambda: next(answers))
     progress = run.run()
@@ -246,6 +248,29 @@ def test_a_table_alone_is_fine_tuned(monkeypatch):
         moves = name.startswith(f"tables.{run.model.domains.index('target')}.")
         assert torch.equal(tensor, kept[name]) != moves, name
     assert all(p.requires_grad for p in run.model.parameters())
+
+
+def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_best_table(monkeypatch):
+    run = trainer(config(train={"method": "pretrain", "finetune_steps": 8}))
+    answers, states = iter([0.1, 0.3, 0.2, 0.3, 0.4, 0.5]), []
+
+    def validate():  # at steps 0, 2 and 4 of either stage
+        states.append({k: v.clone() for k, v in run.model.state_dict().items()})
+        return next(answers)
+
+    monkeypatch.setattr(run, "validate", validate)
+    progress = run.run()
+    assert (progress.best, progress.best_at) == (0.5, "finetune 4")
+    moved = [{k.split(".")[0] for k in s if not torch.equal(s[k], t[k])} for s, t in itertools.pairwise(states)]
+    everything = {"shared", "tables"}
+    assert moved == [{"tables"}, {"tables"}, {"tables"}, everything, everything]
+    assert_same_state(states[3], states[1])
+    assert [run.schedule(stage, 0) for stage in ("table", "finetune")] == [[("target", 0)], [("target", 4)]]
+
+
+def test_warm_up_is_on_the_sources():
+    run = trainer(config())
+    assert run.schedule("warmup", 2) == [("source0", 2), ("source1", 2)]
 
 
 def test_a_target_alone_has_no_shared_parameters_to_leave_as_they_are(monkeypatch):
