@@ -278,14 +278,16 @@ def html(report: Mapping[str, Any], *, title: str) -> str:
         used = ", ".join(f"{escape(name)} {count:.0f}" for name, count in codes["used"].items())
         parts.append(f"<p>Codes in use, of {codes['codebook_size']} a head: {used}.</p>")
     notes = "".join(f"<dt>{term}</dt><dd>{escape(text)}</dd>" for term, text in NOTES.items())
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{VIEWPORT}<title>{escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *parts, f"<dl>{notes}</dl>"])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
+VIEWPORT = '<meta name="viewport" content="width=device-width">'
 STYLE = (
     "body{font-family:sans-serif;max-width:900px;margin:2em auto;padding:0 1em}svg{display:block;max-width:100%;"
-    "height:auto;margin:1em 0}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right}"
+    "height:auto;margin:1em 0}table{border-collapse:collapse;"
+    "display:block;overflow-x:auto}td,th{padding:.2em .8em;text-align:right}"
     "td:first-child,th:first-child{text-align:left}dt{font-weight:bold}dd{margin:0 0 .6em}"
 )
 

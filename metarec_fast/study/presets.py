@@ -88,6 +88,7 @@ def ablations(*, warmup_steps: int, meta_steps: int) -> tuple[Arm, ...]:
         "temperature-1": {"meta": {"temperature": 1.0}},
         "no-source-loss": NO_SOURCE_LOSS,
         "no-warmup": {"train": {"warmup_steps": 0, "meta_steps": warmup_steps + meta_steps}},
+        "finetune-at-once": {"train": {"finetune_scope": "all"}},
         "random-start": {"model": {"start": "random"}},
         "unaligned-start": {"model": {"start": "spectral"}},
         "transitions-as-evidence": {"model": {"evidence": "transitions"}},
