@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from metarec_fast.config import Config
 
 FORMAT = 1  # of what a cell's hash covers, and of its file
-Group = Literal["floor", "plain", "recipe", "structure", "transfer", "ours", "ablation", "control"]
+Group = Literal["floor", "plain", "recipe", "structure", "transfer", "ours", "ablation", "control", "mixed"]
 Sources = Literal["related", "shuffled", "random", "copy"]
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -26,8 +26,8 @@ class Arm:
     name: str
     group: Group
     """What it is to the study: floor, plain or structure (target only, without and with the target's own structure),
-    recipe (an encoder alone, transferred as is usual), transfer (baseline of our architecture), ours, ablation or
-    control."""
+    recipe (an encoder alone, transferred as is usual), transfer (baseline of our architecture), ours, ablation,
+    control, or mixed (sources of several kinds)."""
     floor: str = ""
     """An untrained floor by its name in ``evaluation.floors``, or "best" for the one that validation likes best."""
     options: Options = field(default_factory=dict)

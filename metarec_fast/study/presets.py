@@ -107,6 +107,18 @@ def controls() -> tuple[Arm, ...]:
     )
 
 
+def mixed_sources() -> tuple[Arm, ...]:
+    """Sources that should help among twice as many that should not: what choosing among them is worth."""
+    changes = {
+        "mixed-sources": {},
+        "mixed-sources-pretrain": {"train": {"method": "pretrain"}},
+        "mixed-sources-pretrain-frozen": {"train": {"method": "pretrain", "finetune_scope": "table"}},
+        "mixed-sources-uniform-weights": {"meta": {"weighting": "uniform"}},
+    }
+    kinds = ("related", "shuffled", "random")
+    return tuple(Arm(name=name, group="mixed", options=options, sources=kinds) for name, options in changes.items())
+
+
 def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...]:
     """Ours against everything that is no floor; controls against ``control``, which is target only."""
 
@@ -123,13 +135,23 @@ def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...
             made.append(Comparison(arm="ours", against=names(group), title=title))
     made += [Comparison(arm="ours", against=(name,)) for name in names("ablation")]
     made += [Comparison(arm=name, against=(control,)) for name in names("control")]
+    made += [Comparison(arm="mixed-sources", against=(name,)) for name in names("mixed") if name != "mixed-sources"]
     return tuple(made)
 
 
 def all_arms(train: Mapping[str, int]) -> tuple[Arm, ...]:
     """Every arm that there is, for a study of these steps."""
     steps = {name: train[name] for name in ("warmup_steps", "meta_steps")}
-    return (*floors(), *target_only(), *recipes(), *transfer_baselines(), ours(), *ablations(**steps), *controls())
+    return (
+        *floors(),
+        *target_only(),
+        *recipes(),
+        *transfer_baselines(),
+        ours(),
+        *ablations(**steps),
+        *controls(),
+        *mixed_sources(),
+    )
 
 
 def published() -> Study:
