@@ -127,9 +127,9 @@ class MetaRec:
     ) -> MetaRec:
         """A recommender of another domain, from this one's encoder and codebook; no source data is needed.
 
-        The new item table starts from the domain's own structure (``model.start``), then table and shared parameters
-        are fine-tuned on the domain; steps and the weights of encoder and evidence are chosen on validation. This model
-        stays as it is.
+        The new item table starts from the domain's own structure (``model.start``), then the table alone and after it
+        everything is fine-tuned on the domain, as ``train.finetune_scope`` says; steps and the weights of encoder and
+        evidence are chosen on validation. This model stays as it is.
 
         config: options of the fine-tuning; by default this model's, with all of the domain's users. Only
             ``finetune_steps`` and ``finetune_passes`` of steps are taken.

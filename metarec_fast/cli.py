@@ -126,7 +126,8 @@ class Adapt:
     """Of the encoder's fine-tuning, at most; as in the model's training if not given, and so for the others."""
     lr: float | None = None
     scope: Literal["gradual", "all", "table"] | None = None
-    """table: leave the shared parameters as they are. all: move them from the first step on. gradual: from half on."""
+    """table: leave the shared parameters as they are. all: move them from the first step on. gradual: the item table
+    alone for half of the steps, then everything. As in the model's training if not given."""
     seed: int | None = None
     threads: int | None = None
     compare_target_only: bool = False

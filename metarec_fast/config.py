@@ -82,6 +82,8 @@ class MetaConfig:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"meta.temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.source_loss_weight < math.inf:
+            raise ValueError(f"meta.source_loss_weight must be finite and at least 0, got {self.source_loss_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +91,16 @@ class TrainConfig:
     """The three stages: warm-up on the sources, meta-transfer, fine-tuning on the target."""
 
     method: Literal["metarec", "pretrain", "joint", "target_only"] = "metarec"
-    """metarec: all three stages. pretrain: the source steps are plain joint training. joint: all steps train all
-    domains together. target_only: the last stage."""
+    """metarec: all three stages. pretrain: the source steps are all of the warm-up's kind. joint: all steps train all
+    domains together. target_only: fine-tuning alone, of everything."""
     warmup_steps: int = 100
     meta_steps: int = 300
     finetune_steps: int = 800
     """At most; target_only and joint may use the steps of all three stages."""
     finetune_scope: Literal["gradual", "all", "table"] = "gradual"
     """What fine-tuning moves. table: the target's item table alone, the shared parameters stay as the sources made
-    them. gradual: the table alone for half of the steps, then, from the best of these, everything. target_only has
-    no such parameters and trains everything."""
+    them. gradual: the table alone for half of the steps, then, from the best of these, everything. target_only, with
+    none that sources made, trains everything; joint has no fine-tuning."""
     batch_size: int = 128
     lr: float = 1e-3
     finetune_lr: float = 1e-3
@@ -112,7 +114,7 @@ class TrainConfig:
     window: Literal["last", "sliding", "crop"] = "last"
     evaluate_every: int = 25
     patience: int = 10
-    """Evaluations without a better validation NDCG@10 before fine-tuning stops."""
+    """Evaluations without a better validation NDCG@10 before fine-tuning stops, in each half of a gradual one."""
     compare_target_only: bool = True
     """After training with sources, train on the target alone with as many steps too, and return what validation likes
     better: never worse than target only."""
@@ -143,7 +145,7 @@ class EvidenceConfig:
     finetune_steps: int = 150
     """At most, unless ``finetune_passes`` asks for more; the target alone may use the steps of all stages."""
     source_loss_weight: float = 1.0
-    """As ``meta.source_loss_weight``, of the scorer, which has few parameters that a target could overfit."""
+    """As ``meta.source_loss_weight``, for the scorer, which has few parameters that a target could overfit."""
     finetune_passes: float = 5.0
     """Steps on the target suffice to ask each of its users so often: many users bear more steps than few."""
     batch_size: int = 64
@@ -165,18 +167,14 @@ class EvidenceConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists where options are tuples
         least = dict.fromkeys(("hidden", "similarity_starts", "similarity_batches", "batch_size", "evaluate_every"), 1)
-        least |= dict.fromkeys(
-            (
-                *("warmup_steps", "meta_steps", "finetune_steps", "finetune_passes", "source_loss_weight"),
-                *("patience", "lr", "finetune_lr"),
-            ),
-            0,
-        )
+        least |= dict.fromkeys(("warmup_steps", "meta_steps", "finetune_steps", "finetune_passes", "patience"), 0)
+        least |= dict.fromkeys(("source_loss_weight", "lr", "finetune_lr"), 0)
         for name, value in (least | {"weight_decay": 0, "folds": 2}).items():
             if not getattr(self, name) >= value:
                 raise ValueError(f"evidence.{name} must be at least {value}, got {getattr(self, name)}")
-        if math.isinf(self.finetune_passes):
-            raise ValueError(f"evidence.finetune_passes must be finite, got {self.finetune_passes}")
+        for name in ("finetune_passes", "source_loss_weight"):
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"evidence.{name} must be finite, got {getattr(self, name)}")
         if not self.sizes or not all(size > 0 for size in self.sizes):
             raise ValueError(f"evidence.sizes must be one positive number or more, got {self.sizes}")
         if not 0 <= self.average_decay < 1:
@@ -253,6 +251,7 @@ def abstract() -> Config:
         model=ModelConfig(vq="quantized"),
         meta=MetaConfig(order=2, source_loss_weight=0.0, similarity_decay=0.0),
         evidence=EvidenceConfig(source_loss_weight=0.0),
+        train=TrainConfig(finetune_scope="all"),
     )
 
 
@@ -271,6 +270,7 @@ def metaadapt_literal() -> Config:
             source_loss_weight=0.0,
         ),
         evidence=EvidenceConfig(source_loss_weight=0.0),
+        train=TrainConfig(finetune_scope="all"),
     )
 
 

@@ -578,10 +578,12 @@ def test_a_stopped_adaptation_goes_on(fitted, tmp_path):
     threads = torch.get_num_threads()
     options = fitted.config.replace(train={"threads": 1})
     want = fitted.adapt(NEW, config=options, compare_target_only=True)
-    for calls in (3, 5):  # in the adaptation, and in the target-only run after it
+    # three steps of the table, three of everything, four of the scorer; then the target-only run
+    for calls, stage in ((1, "finetune table at step 1"), (4, "finetune at step 1"), (7, "evidence"), (12, "finetune")):
         folder = tmp_path / str(calls)
-        with pytest.raises(Interrupted):
-            fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, should_stop=after(calls + 3))
+        with pytest.raises(Interrupted, match=f"stopped in {stage}"):
+            fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, should_stop=after(calls))
+        assert (folder / "target_only").exists() == (calls == 12)
         got = fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, resume=True)
         assert got.history["transfer_report"] == want.history["transfer_report"]
         assert got.evaluate().ndcg == want.evaluate().ndcg
@@ -609,7 +611,7 @@ def test_whatever_made_a_model_adapting_it_is_fine_tuning(method):
     made = MetaRec.fit(SOURCES, TARGET, config=config(train={"method": method, "compare_target_only": False}))
     frozen = made.config.replace(train={"finetune_scope": "table", "finetune_lr": 0.05})
     adapted = made.adapt(NEW, config=frozen)
-    assert adapted.history["best_at"].startswith("table ") and adapted.config.train.method == "pretrain"
+    assert adapted.history["best_at"].startswith("finetune table ") and adapted.config.train.method == "pretrain"
     for name, tensor in made.model.shared.state_dict().items():
         assert torch.equal(adapted.model.shared.state_dict()[name], tensor), name
 

@@ -244,8 +244,8 @@ NOTES = {
     "metarec-fast audit-transfer --leave-out trains without each source.",
     "Encoder and evidence scorer": "two models, trained apart and mixed by validation: the encoder reads an item table "
     "of its own domain, the scorer what the domain's statistics say. Each has a meta stage, and figures of a part that "
-    "got weight 0 are of nothing that is returned. After a joint warm-up the gradients of source and target pull "
-    "against each other whatever they have in common: a negative similarity alone is no verdict on a source.",
+    "got weight 0 are of nothing that is returned. Once training has come to rest, gradients of source and target "
+    "pull against each other whatever they have in common: a negative similarity alone is no verdict on a source.",
     "Validation loss of the evidence scorer": "mean cross-entropy of the target's validation answers over the whole "
     "catalogue, users asked by statistics that leave them out; by the steps of all stages so far. The scorer of the "
     "least is kept. Warm-up is asked at its end alone; on the target the parameters are an average over steps.",

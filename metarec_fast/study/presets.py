@@ -13,6 +13,7 @@ PLAIN = {"start": "random", "evidence": "none"}
 STRUCTURE = {"evidence": "transitions"}
 """Spectral item tables, and the target's own transitions as they are beside the encoder."""
 TARGET_ONLY = {"method": "target_only"}
+AS_USUAL = {"method": "pretrain", "finetune_scope": "all"}
 NO_SOURCE_LOSS = {"meta": {"source_loss_weight": 0.0}, "evidence": {"source_loss_weight": 0.0}}
 
 
@@ -46,14 +47,14 @@ def recipes() -> tuple[Arm, ...]:
         Arm(
             name=f"{encoder}-pretrain",
             group="recipe",
-            options={"model": {"encoder": encoder, "vq": "none", **PLAIN}, "train": {"method": "pretrain"}},
+            options={"model": {"encoder": encoder, "vq": "none", **PLAIN}, "train": AS_USUAL},
         )
         for encoder in ("sasrec", "lru")
     )
 
 
 def transfer_baselines() -> tuple[Arm, ...]:
-    """Known ways to use sources, with the architecture of ours."""
+    """Known ways to use sources, with the architecture and the fine-tuning of ours."""
     fomaml = {"weighting": "uniform", **NO_SOURCE_LOSS["meta"]}
     reptile = {"weighting": "uniform", "source_loss_weight": 1.0, "target_loss_weight": 0.0, "inner_steps": 3}
     literal = dataclasses.asdict(metaadapt_literal().meta)
@@ -66,7 +67,7 @@ def transfer_baselines() -> tuple[Arm, ...]:
             options={"train": {"method": "pretrain", "finetune_scope": "table"}},
         ),
         Arm(name="fomaml", group="transfer", options=NO_SOURCE_LOSS | {"meta": fomaml}),
-        Arm(name="reptile", group="transfer", options={"meta": reptile}),
+        Arm(name="reptile", group="transfer", options={"meta": reptile, "evidence": {"source_loss_weight": 1.0}}),
         Arm(name="metaadapt-literal", group="transfer", options=NO_SOURCE_LOSS | {"meta": literal}),
     )
 

@@ -37,7 +37,8 @@ from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 # 1,000 to 3,000 rows of 57,000 (64 wide, float32) so costs 1.4 to 2.7 times less than dense AdamW, of 12,000 up to
 # 1.4 times more.
 LARGE_TABLE = 50_000
-FINETUNING = ("table", "finetune")  # stages of the target alone: of its item table, of everything
+TABLE = "finetune table"  # the stage that moves the target's item table and nothing else
+FINETUNING = (TABLE, "finetune")
 SHOWN = 16  # batches by which a captured step's size is chosen
 
 
@@ -72,7 +73,7 @@ class Stage:
     steps: int
 
     @property
-    def last(self) -> bool:
+    def validated(self) -> bool:
         """Whether its models are compared on validation, and training stops when they get no better."""
         return self.name in (*FINETUNING, "joint")
 
@@ -84,13 +85,15 @@ def stages(config: Config) -> list[Stage]:
         return [Stage("finetune", t.warmup_steps + t.meta_steps + t.finetune_steps)]
     if t.method == "joint":
         return [Stage("joint", t.warmup_steps + t.meta_steps + t.finetune_steps)]
-    table = {"all": 0, "gradual": t.finetune_steps // 2, "table": t.finetune_steps}[t.finetune_scope]
-    last = [Stage("table", table)] if table else []
-    if t.finetune_scope != "table" or not table:
-        last.append(Stage("finetune", t.finetune_steps - table))
+    half = t.finetune_steps // 2
+    finetuning = {
+        "all": [Stage("finetune", t.finetune_steps)],
+        "table": [Stage(TABLE, t.finetune_steps)],
+        "gradual": [Stage(TABLE, half), Stage("finetune", t.finetune_steps - half)],
+    }[t.finetune_scope]
     if t.method == "pretrain":
-        return [Stage("pretrain", t.warmup_steps + t.meta_steps), *last]
-    return [Stage("warmup", t.warmup_steps), Stage("meta", t.meta_steps), *last]
+        return [Stage("pretrain", t.warmup_steps + t.meta_steps), *finetuning]
+    return [Stage("warmup", t.warmup_steps), Stage("meta", t.meta_steps), *finetuning]
 
 
 def decayed_and_free(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
@@ -176,7 +179,7 @@ class Trainer:
             count = 1 if m.same_batch else m.inner_steps
             return [(name, step * count + k) for name in sources for k in range(count)] + [(target, step)]
         if stage == "finetune":  # goes on where the table's own steps ended
-            step += sum(s.steps for s in self.stages if s.name == "table")
+            step += sum(s.steps for s in self.stages if s.name == TABLE)
         shown = {"pretrain": sources, "warmup": sources, "joint": [*sources, target]}.get(stage, [target])
         return [(name, step) for name in shown]
 
@@ -238,7 +241,7 @@ class Trainer:
 
     def _start_optimizers(self) -> None:
         """Of a stage: one for what every step moves, one for tables of which a step touches few rows."""
-        t = self.config.train
+        t, stage = self.config.train, self.stages[self.progress.stage].name
         # codes are remembered of whole tables, not of some of their rows
         by_rows = t.loss == "sampled" and t.device == "cpu" and not t.remember_codes
         self._large = {
@@ -246,8 +249,10 @@ class Trainer:
         }
         rows = [self.model.private_parameters(name)[key] for name in sorted(self._large) for key in ROWS]
         taken = {id(p) for p in rows}
-        rest = [p for p in self.model.parameters() if id(p) not in taken]
-        lr = t.finetune_lr if self.stages[self.progress.stage].name in FINETUNING else t.lr
+        # the others get gradients in the table's stage too: they tell whether a step is finite, and compiled code stays
+        moved = self.model.table(self.target.domain.name) if stage == TABLE else self.model
+        rest = [p for p in moved.parameters() if id(p) not in taken]
+        lr = t.finetune_lr if stage in FINETUNING else t.lr
         self.optimizer = torch.optim.AdamW(decayed_and_free(rest, t.weight_decay), lr=lr, fused=True)
         self.table_optimizer = TableAdamW(decayed_and_free(rows, t.weight_decay), lr=lr) if rows else None
 
@@ -301,8 +306,7 @@ class Trainer:
         # dropout is a function of where the run stands
         torch.manual_seed((self.config.train.seed << 40) + (self.progress.stage << 32) + step)
         self.model.train()
-        for optimizer in self._optimizers():
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         averages, noise = self.averages.copy(), self.noise.copy()
         batches = self._ready(stage, step)
         facts = self._meta(batches) if stage == "meta" else self._joint(batches)
@@ -361,7 +365,6 @@ class Trainer:
             self._run_stages()
         finally:
             self._stop_prefetch()
-            self.model.shared.requires_grad_()
         self.model.load_state_dict(self.best_state)
         self.model.eval()
         return self.progress
@@ -370,12 +373,12 @@ class Trainer:
         p, every = self.progress, self.config.train.evaluate_every
         while p.stage < len(self.stages):
             stage = self.stages[p.stage]
-            self.model.shared.requires_grad_(stage.name != "table")
+            known = stage.name == "finetune" and p.stage > 0 and self.stages[p.stage - 1].name == TABLE
             while p.step < stage.steps:
                 if self.should_stop():
                     self.save()
                     raise Interrupted(f"stopped in {stage.name} at step {p.step} of {stage.steps}")
-                if stage.last and p.step % every == 0:
+                if stage.validated and p.step % every == 0 and not (known and p.step == 0):
                     self._keep_if_better(stage.name)
                     if p.waited >= self.config.train.patience:
                         break
@@ -389,10 +392,10 @@ class Trainer:
                 self.reporter.step(stage.name, p.step, stage.steps, facts)
                 if self.folder is not None and p.step % (4 * every) == 0:
                     self.save()
-            if stage.last and p.waited < self.config.train.patience:
+            if stage.validated and p.waited < self.config.train.patience:
                 self._keep_if_better(stage.name)
             self._flush_tables()
-            if stage.name == "table":  # what comes after starts from the best table
+            if stage.name == TABLE:  # what comes after starts from the best table
                 self.model.load_state_dict(self.best_state)
                 p.waited = 0
             p.stage, p.step = p.stage + 1, 0

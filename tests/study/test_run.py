@@ -61,7 +61,7 @@ def test_every_cell_is_told_and_written(finished):
         assert cost["seconds"] > 0 and cost["cpu_seconds"] > 0
         assert cost["peak_memory_mib"] > 50 if sys.platform == "linux" else cost["peak_memory_mib"] is None
     assert [facts["cost"]["steps"] for _, facts, *_ in told[:5]] == [0, 0, 29, 29, 29]
-    encoder = {"warmup": 3, "meta": 10, "table": 3, "finetune": 3}
+    encoder = {"warmup": 3, "meta": 10, "finetune table": 3, "finetune": 3}
     evidence = {"evidence: sources": 4, "evidence: meta": 2, "evidence: target": 4}
     assert told[3][1]["cost"]["steps_by_stage"] == encoder | evidence
 

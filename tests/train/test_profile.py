@@ -27,7 +27,9 @@ def found():
 
 def test_every_stage_is_profiled_and_its_parts_sum_to_the_step(found):
     stages = found[0].stages
-    assert [(s.run, s.stage) for s in stages] == [("run", name) for name in ("warmup", "meta", "table", "finetune")]
+    assert [(s.run, s.stage) for s in stages] == [
+        ("run", name) for name in ("warmup", "meta", "finetune table", "finetune")
+    ]
     for stage in stages:
         assert tuple(stage.parts) == PARTS
         total = sum(part.ms for part in stage.parts.values())

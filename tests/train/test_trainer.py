@@ -13,7 +13,7 @@ from metarec_fast.api import build
 from metarec_fast.data import BatchShape, leave_one_out
 from metarec_fast.meta import FixedStep
 from metarec_fast.train import trainer as trainer_module
-from metarec_fast.train.trainer import Interrupted, Trainer, stages
+from metarec_fast.train.trainer import TABLE, Interrupted, Trainer, stages
 from tests.tiny import DOMAINS, config
 
 
@@ -152,13 +152,34 @@ def test_nothing_to_restore(tmp_path):
     assert not trainer(config()).restore()
 
 
-@pytest.mark.parametrize(
-    ("stage", "poisoned"), [("warmup", "source1"), ("meta", "source0"), ("meta", "target"), ("finetune", "target")]
-)
-def test_a_step_that_is_not_finite_is_left_out(stage, poisoned):
+def at_stage(stage):
     run = trainer(config())
     run.progress.stage = [s.name for s in run.stages].index(stage)
+    run._start_optimizers()
     run.train_step(stage, 0)
+    return run
+
+
+@pytest.mark.parametrize("stage", ["warmup", TABLE, "finetune"])
+def test_a_gradient_that_is_not_finite_behind_a_loss_that_is_leaves_the_step_out(stage):
+    run = at_stage(stage)
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    hook = run.model.shared.codebook.register_hook(lambda grad: grad * math.nan)
+    encoder = next(run.model.shared.encoder.parameters()).register_hook(lambda grad: grad * math.nan)
+    facts = run.train_step(stage, 1)
+    assert all(math.isfinite(loss) for loss in facts["losses"].values())
+    assert facts["skipped"] and run.progress.skipped == 1
+    assert_same_state(run.model.state_dict(), before)
+    hook.remove(), encoder.remove()
+    assert "skipped" not in run.train_step(stage, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "poisoned"),
+    [("warmup", "source1"), ("meta", "source0"), ("meta", "target"), (TABLE, "target"), ("finetune", "target")],
+)
+def test_a_step_that_is_not_finite_is_left_out(stage, poisoned):
+    run = at_stage(stage)
     table = run.model.table(poisoned).weight
     healthy = table.detach().clone()
     with torch.no_grad():
@@ -247,25 +268,98 @@ def test_a_table_alone_is_fine_tuned(monkeypatch):
     for name, tensor in run.model.state_dict().items():
         moves = name.startswith(f"tables.{run.model.domains.index('target')}.")
         assert torch.equal(tensor, kept[name]) != moves, name
-    assert all(p.requires_grad for p in run.model.parameters())
+
+
+GRADUAL = config(train={"finetune_steps": 8, "patience": 2})
+# by stage and step: the best table is not the last, patience ends both halves, and everything does better later
+NDCG = {(TABLE, 0): 0.1, (TABLE, 2): 0.3, (TABLE, 4): 0.2, ("finetune", 2): 0.25, ("finetune", 4): 0.4}
+
+
+def told(monkeypatch, run):
+    """Every validation has the figure above; the stages, steps and states at which one was asked for."""
+    asked = []
+
+    def validate():
+        at = run.stages[run.progress.stage].name, run.progress.step
+        asked.append((at, {k: v.clone() for k, v in run.model.state_dict().items()}))
+        return NDCG[at]
+
+    monkeypatch.setattr(run, "validate", validate)
+    return asked
 
 
 def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_best_table(monkeypatch):
-    run = trainer(config(train={"method": "pretrain", "finetune_steps": 8}))
-    answers, states = iter([0.1, 0.3, 0.2, 0.3, 0.4, 0.5]), []
+    starts = {}
 
-    def validate():  # at steps 0, 2 and 4 of either stage
-        states.append({k: v.clone() for k, v in run.model.state_dict().items()})
-        return next(answers)
+    class Watched(Recorder):
+        def step(self, stage, step, total, facts):
+            super().step(stage, step, total, facts)
+            starts.setdefault(stage, {k: v.clone() for k, v in run.model.state_dict().items()})
 
-    monkeypatch.setattr(run, "validate", validate)
+    run = trainer(GRADUAL.replace(train={"finetune_lr": 5e-3}), reporter=(seen := Watched()))
+    asked, train_step, rates = told(monkeypatch, run), run.train_step, {}
+
+    def watched(stage, step):
+        starts.setdefault(f"before {stage}", {k: v.clone() for k, v in run.model.state_dict().items()})
+        rates[stage] = {group["lr"] for group in run.optimizer.param_groups}
+        return train_step(stage, step)
+
+    monkeypatch.setattr(run, "train_step", watched)
     progress = run.run()
-    assert (progress.best, progress.best_at) == (0.5, "finetune 4")
-    moved = [{k.split(".")[0] for k in s if not torch.equal(s[k], t[k])} for s, t in itertools.pairwise(states)]
-    everything = {"shared", "tables"}
-    assert moved == [{"tables"}, {"tables"}, {"tables"}, everything, everything]
-    assert_same_state(states[3], states[1])
-    assert [run.schedule(stage, 0) for stage in ("table", "finetune")] == [[("target", 0)], [("target", 4)]]
+    assert (progress.best, progress.best_at) == (0.4, "finetune 4")
+    assert [at for at, _ in asked] == list(NDCG)  # what is known of the best table is not asked again
+    target = f"tables.{run.model.domains.index('target')}."
+    states = [state for _, state in asked]
+    for now, after in itertools.pairwise(states[:3]):
+        for name, tensor in now.items():
+            assert torch.equal(tensor, after[name]) != name.startswith(target), name
+    assert_same_state(starts["before finetune"], states[1])
+    moved = {k for k, v in states[4].items() if not torch.equal(v, states[1][k])}
+    assert moved >= {f"shared.{k}" for k, _ in run.model.shared.named_parameters()} and any(
+        k.startswith(target) for k in moved
+    )
+    assert rates["meta"] == {1e-2} and rates[TABLE] == rates["finetune"] == {5e-3}
+    assert [run.schedule(stage, 0) for stage in (TABLE, "finetune")] == [[("target", 0)], [("target", 4)]]
+    streams = [run._sampler("target", stage).stream for stage in ("meta", TABLE, "finetune")]
+    assert streams[1] == streams[2] != streams[0]
+    assert [step for stage, step, *_ in seen.steps if stage in (TABLE, "finetune")] == [1, 2, 3, 4] * 2
+
+
+# steps of the table are 7-10, of everything 11-14
+@pytest.mark.parametrize("calls", [9, 10, 11, 12, 14])
+def test_a_gradual_run_goes_on_from_the_best_table(monkeypatch, tmp_path, calls):
+    straight = trainer(GRADUAL)
+    told(monkeypatch, straight)
+    want = straight.run()
+    stopped = trainer(GRADUAL, folder=tmp_path, should_stop=after(calls))
+    told(monkeypatch, stopped)
+    with pytest.raises(Interrupted):
+        stopped.run()
+    resumed = trainer(GRADUAL, folder=tmp_path)
+    told(monkeypatch, resumed)
+    assert resumed.restore() and resumed.run() == want
+    assert_same_state(resumed.model.state_dict(), straight.model.state_dict())
+
+
+def test_each_half_of_gradual_fine_tuning_has_its_own_patience(monkeypatch):
+    run = trainer(config(train={"patience": 1, "finetune_steps": 40}), reporter=(seen := Recorder()))
+    monkeypatch.setattr(run, "validate", iter([0.3, 0.2, 0.1]).__next__)
+    assert run.run().best_at == f"{TABLE} 0"
+    assert [s[:2] for s in seen.steps[7:]] == [(TABLE, 1), (TABLE, 2), ("finetune", 1), ("finetune", 2)]
+
+
+@pytest.mark.parametrize(
+    ("scope", "steps", "want"),
+    [
+        *((scope, 0, [0] * (1 + (scope == "gradual"))) for scope in ("all", "table", "gradual")),
+        *[("all", 3, [3]), ("table", 3, [3]), ("gradual", 1, [0, 1]), ("gradual", 2, [1, 1]), ("gradual", 3, [1, 2])],
+    ],
+)
+def test_stages_of_fine_tuning(scope, steps, want):
+    options = config(train={"method": "pretrain", "finetune_scope": scope, "finetune_steps": steps})
+    names = {"all": ["finetune"], "table": [TABLE], "gradual": [TABLE, "finetune"]}[scope]
+    assert [(s.name, s.steps) for s in stages(options)[1:]] == list(zip(names, want, strict=True))
+    assert trainer(options).run().best > 0  # what has no steps is validated all the same
 
 
 def test_warm_up_is_on_the_sources():
