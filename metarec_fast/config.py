@@ -70,9 +70,10 @@ class MetaConfig:
     """Smoothing of both gradients over steps before the cosine; 0 compares single batches."""
     similarity_sign: Literal["descent", "ascent"] = "descent"
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
-    source_loss_weight: float = 10.0
+    source_loss_weight: float = 100.0
     """How much of each source's own descent direction joins its rescaled meta gradient. Few target users overfit an
-    encoder: with 1 it ends worse than pretrained (docs/alignment.md). The evidence scorer has a weight of its own."""
+    encoder: they tell well which sources to follow and badly where to (docs/alignment.md). The evidence scorer has a
+    weight of its own."""
     target_pass: Literal["loop", "vmap"] = "loop"
     """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
     large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
@@ -93,8 +94,9 @@ class TrainConfig:
     method: Literal["metarec", "pretrain", "joint", "target_only"] = "metarec"
     """metarec: all three stages. pretrain: the source steps are all of the warm-up's kind. joint: all steps train all
     domains together. target_only: fine-tuning alone, of everything."""
-    warmup_steps: int = 100
-    meta_steps: int = 300
+    warmup_steps: int = 0
+    """On all sources alike, before the target weighs them."""
+    meta_steps: int = 400
     finetune_steps: int = 800
     """At most; target_only and joint may use the steps of all three stages."""
     finetune_scope: Literal["gradual", "all", "table"] = "gradual"
@@ -251,7 +253,7 @@ def abstract() -> Config:
         model=ModelConfig(vq="quantized"),
         meta=MetaConfig(order=2, source_loss_weight=0.0, similarity_decay=0.0),
         evidence=EvidenceConfig(source_loss_weight=0.0),
-        train=TrainConfig(finetune_scope="all"),
+        train=TrainConfig(warmup_steps=100, meta_steps=300, finetune_scope="all"),
     )
 
 
@@ -270,7 +272,7 @@ def metaadapt_literal() -> Config:
             source_loss_weight=0.0,
         ),
         evidence=EvidenceConfig(source_loss_weight=0.0),
-        train=TrainConfig(finetune_scope="all"),
+        train=TrainConfig(warmup_steps=100, meta_steps=300, finetune_scope="all"),
     )
 
 
@@ -279,8 +281,7 @@ def demo() -> Config:
     return Config(
         model=ModelConfig(dim=32, codebook_heads=4, codebook_size=64),
         train=TrainConfig(
-            warmup_steps=100,
-            meta_steps=200,
+            meta_steps=300,
             finetune_steps=400,
             batch_size=64,
             lr=3e-3,

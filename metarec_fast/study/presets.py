@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 from metarec_fast.config import metaadapt_literal
 from metarec_fast.study.grid import Arm, Comparison, Study
@@ -53,8 +52,17 @@ def recipes() -> tuple[Arm, ...]:
     )
 
 
-def transfer_baselines() -> tuple[Arm, ...]:
-    """Known ways to use sources, with the architecture and the fine-tuning of ours."""
+def warmed_up(meta_steps: int) -> dict[str, int]:
+    """The same number of steps, a quarter of them warm-up."""
+    return {"warmup_steps": meta_steps // 4, "meta_steps": meta_steps - meta_steps // 4}
+
+
+def transfer_baselines(*, meta_steps: int) -> tuple[Arm, ...]:
+    """Known ways to use sources, with the architecture and the fine-tuning of ours.
+
+    What has no loss of the sources in its meta step learns of them in a warm-up.
+    """
+    warm = {"train": warmed_up(meta_steps)}
     fomaml = {"weighting": "uniform", **NO_SOURCE_LOSS["meta"]}
     reptile = {"weighting": "uniform", "source_loss_weight": 1.0, "target_loss_weight": 0.0, "inner_steps": 3}
     literal = dataclasses.asdict(metaadapt_literal().meta)
@@ -66,9 +74,9 @@ def transfer_baselines() -> tuple[Arm, ...]:
             group="transfer",
             options={"train": {"method": "pretrain", "finetune_scope": "table"}},
         ),
-        Arm(name="fomaml", group="transfer", options=NO_SOURCE_LOSS | {"meta": fomaml}),
+        Arm(name="fomaml", group="transfer", options=NO_SOURCE_LOSS | warm | {"meta": fomaml}),
         Arm(name="reptile", group="transfer", options={"meta": reptile, "evidence": {"source_loss_weight": 1.0}}),
-        Arm(name="metaadapt-literal", group="transfer", options=NO_SOURCE_LOSS | {"meta": literal}),
+        Arm(name="metaadapt-literal", group="transfer", options=NO_SOURCE_LOSS | warm | {"meta": literal}),
     )
 
 
@@ -76,8 +84,8 @@ def ours() -> Arm:
     return Arm(name="ours", group="ours")
 
 
-def ablations(*, warmup_steps: int, meta_steps: int) -> tuple[Arm, ...]:
-    """Ours with one part changed. The steps are those of the study: what warm-up loses, the meta stage gets."""
+def ablations(*, meta_steps: int) -> tuple[Arm, ...]:
+    """Ours with one part changed. ``meta_steps`` are those of the study: what warm-up gets, the meta stage loses."""
     changes = {
         "no-vq": {"model": {"vq": "none"}},
         "no-meta": {"meta": {"inner_lr": 0.0}},
@@ -88,7 +96,8 @@ def ablations(*, warmup_steps: int, meta_steps: int) -> tuple[Arm, ...]:
         "temperature-0.01": {"meta": {"temperature": 0.01}},
         "temperature-1": {"meta": {"temperature": 1.0}},
         "no-source-loss": NO_SOURCE_LOSS,
-        "no-warmup": {"train": {"warmup_steps": 0, "meta_steps": warmup_steps + meta_steps}},
+        "equal-source-loss": {"meta": {"source_loss_weight": 1.0}},
+        "warm-up": {"train": warmed_up(meta_steps)},
         "finetune-at-once": {"train": {"finetune_scope": "all"}},
         "random-start": {"model": {"start": "random"}},
         "unaligned-start": {"model": {"start": "spectral"}},
@@ -140,16 +149,15 @@ def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...
     return tuple(made)
 
 
-def all_arms(train: Mapping[str, int]) -> tuple[Arm, ...]:
+def all_arms(*, meta_steps: int) -> tuple[Arm, ...]:
     """Every arm that there is, for a study of these steps."""
-    steps = {name: train[name] for name in ("warmup_steps", "meta_steps")}
     return (
         *floors(),
         *target_only(),
         *recipes(),
-        *transfer_baselines(),
+        *transfer_baselines(meta_steps=meta_steps),
         ours(),
-        *ablations(**steps),
+        *ablations(meta_steps=meta_steps),
         *controls(),
         *mixed_sources(),
     )
@@ -157,8 +165,8 @@ def all_arms(train: Mapping[str, int]) -> tuple[Arm, ...]:
 
 def published() -> Study:
     """The grid on the Amazon domains: three development targets, five sources, four fractions, three seeds."""
-    train = {"warmup_steps": 100, "meta_steps": 300, "finetune_steps": 800}
-    arms = all_arms(train)
+    train = {"meta_steps": 400, "finetune_steps": 800}
+    arms = all_arms(meta_steps=train["meta_steps"])
     return Study(
         name="published",
         targets=("amazon14_office", "amazon14_tools", "amazon14_beauty"),
@@ -174,8 +182,8 @@ def published() -> Study:
 
 def short() -> Study:
     """The same grid with small budgets and nothing tuned: about eight hours a seed on two cores (an estimate)."""
-    train = {"warmup_steps": 20, "meta_steps": 40, "finetune_steps": 200, "patience": 4}
-    arms = all_arms(train)
+    train = {"meta_steps": 60, "finetune_steps": 200, "patience": 4}
+    arms = all_arms(meta_steps=train["meta_steps"])
     return dataclasses.replace(
         published(),
         name="short",
@@ -189,8 +197,7 @@ def short() -> Study:
 def smoke() -> Study:
     """Every kind of arm on small synthetic domains, in less than a minute."""
     train = {
-        "warmup_steps": 40,
-        "meta_steps": 80,
+        "meta_steps": 120,
         "finetune_steps": 80,
         "batch_size": 32,
         "lr": 3e-3,
@@ -201,7 +208,7 @@ def smoke() -> Study:
     arms = (
         *floors(),
         *(arm for arm in target_only() if arm.name in ("lru", "lru-vq-structure", "target-only")),
-        *(arm for arm in transfer_baselines() if arm.name == "pretrain"),
+        *(arm for arm in transfer_baselines(meta_steps=120) if arm.name == "pretrain"),
         ours(),
         *controls()[:3],
     )
