@@ -89,7 +89,7 @@ class MetaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The three stages: warm-up on the sources, meta-transfer, fine-tuning on the target."""
+    """The three stages: warm-up on the sources (none by default), meta-transfer, fine-tuning on the target."""
 
     method: Literal["metarec", "pretrain", "joint", "target_only"] = "metarec"
     """metarec: all three stages. pretrain: the source steps are all of the warm-up's kind. joint: all steps train all
