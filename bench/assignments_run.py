@@ -141,7 +141,7 @@ if __name__ == "__main__":
     run = trainer(domains, config, CheckedTrainer, neighbours=options.neighbours)
     progress = run.run()
 
-    taken = {stage.name: 1 + max(s for n, s, _ in run.books if n == stage.name) for stage in run.stages}
+    taken = {stage.name: 1 + max((s for n, s, _ in run.books if n == stage.name), default=-1) for stage in run.stages}
     groups: dict[str, Any] = {"the whole run": lambda stage, step, domain: True}
     for name, steps in taken.items():
         for title, is_target in (("sources", False), (options.target, True)):
