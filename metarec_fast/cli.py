@@ -452,6 +452,8 @@ def adapt(command: Adapt) -> int:
         "threads": command.threads,
     }
     train = {name: value for name, value in given.items() if value is not None}
+    if command.steps is not None:
+        train["finetune_passes"] = 0.0  # which would ask for more of them
     config = model.config.replace(train=train, data={"target_fraction": 1.0})
     console = Console()
     with StopAsked() as stop:

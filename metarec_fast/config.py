@@ -98,7 +98,9 @@ class TrainConfig:
     """On all sources alike, before the target weighs them."""
     meta_steps: int = 400
     finetune_steps: int = 800
-    """At most; target_only and joint may use the steps of all three stages."""
+    """At most, unless ``finetune_passes`` asks for more; target_only and joint may use the steps of all stages."""
+    finetune_passes: float = 10.0
+    """Fine-tuning may take as many steps as show it each of the target's users so often, if these are more."""
     finetune_scope: Literal["gradual", "all", "table"] = "gradual"
     """What fine-tuning moves. table: the target's item table alone, the shared parameters stay as the sources made
     them. gradual: the table alone for half of the steps, then, from the best of these, everything. target_only, with
@@ -130,6 +132,10 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0 leaves torch's setting."""
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.finetune_passes < math.inf:
+            raise ValueError(f"train.finetune_passes must be finite and at least 0, got {self.finetune_passes}")
 
 
 @dataclass(frozen=True, kw_only=True)

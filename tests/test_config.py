@@ -101,6 +101,7 @@ def test_options_cannot_be_changed_in_place():
         ("evidence", "finetune_passes", float("inf"), "evidence.finetune_passes must be finite, got inf"),
         ("evidence", "source_loss_weight", -0.5, "evidence.source_loss_weight must be at least 0, got -0.5"),
         ("evidence", "source_loss_weight", float("inf"), "evidence.source_loss_weight must be finite, got inf"),
+        ("train", "finetune_passes", -1.0, "train.finetune_passes must be finite and at least 0, got -1.0"),
         ("meta", "source_loss_weight", -1.0, "meta.source_loss_weight must be finite and at least 0, got -1.0"),
         ("evidence", "lr", float("nan"), "evidence.lr must be at least 0, got nan"),
         ("evidence", "sizes", (), r"evidence.sizes must be one positive number or more, got \(\)"),

@@ -10,7 +10,14 @@ def config(**sections) -> Config:
     base = Config(
         model=ModelConfig(dim=8, codebook_heads=2, codebook_size=8, layers=1, max_length=12),
         train=TrainConfig(
-            warmup_steps=3, meta_steps=4, finetune_steps=6, batch_size=16, evaluate_every=2, negatives=16, lr=1e-2
+            warmup_steps=3,
+            meta_steps=4,
+            finetune_steps=6,
+            finetune_passes=0,
+            batch_size=16,
+            evaluate_every=2,
+            negatives=16,
+            lr=1e-2,
         ),
         evidence=EvidenceConfig(
             hidden=8,

@@ -78,18 +78,22 @@ class Stage:
         return self.name in (*FINETUNING, "joint")
 
 
-def stages(config: Config) -> list[Stage]:
-    """The stages of a method. All methods may take the same number of optimizer steps in all."""
+def stages(config: Config, users: int) -> list[Stage]:
+    """The stages of a method, for a target with so many users to train on.
+
+    All methods may take the same number of optimizer steps in all.
+    """
     t = config.train
+    steps = max(t.finetune_steps, math.ceil(t.finetune_passes * users / t.batch_size))
     if t.method == "target_only":
-        return [Stage("finetune", t.warmup_steps + t.meta_steps + t.finetune_steps)]
+        return [Stage("finetune", t.warmup_steps + t.meta_steps + steps)]
     if t.method == "joint":
-        return [Stage("joint", t.warmup_steps + t.meta_steps + t.finetune_steps)]
-    half = t.finetune_steps // 2
+        return [Stage("joint", t.warmup_steps + t.meta_steps + steps)]
+    half = steps // 2
     finetuning = {
-        "all": [Stage("finetune", t.finetune_steps)],
-        "table": [Stage(TABLE, t.finetune_steps)],
-        "gradual": [Stage(TABLE, half), Stage("finetune", t.finetune_steps - half)],
+        "all": [Stage("finetune", steps)],
+        "table": [Stage(TABLE, steps)],
+        "gradual": [Stage(TABLE, half), Stage("finetune", steps - half)],
     }[t.finetune_scope]
     if t.method == "pretrain":
         return [Stage("pretrain", t.warmup_steps + t.meta_steps), *finetuning]
@@ -159,7 +163,7 @@ class Trainer:
         self.rates: InnerRates | None = None
         if config.meta.lr_of_inner_lr:
             self.rates = InnerRates.start(model.shared_parameters(), config.meta)
-        self.stages = stages(config)
+        self.stages = stages(config, int((target.train.lengths > 0).sum()))
         self._samplers: dict[tuple[str, str], Sampler] = {}
         self._prefetch: tuple[str, Prefetch] | None = None  # of one stage
         self._start_optimizers()

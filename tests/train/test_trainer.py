@@ -60,8 +60,8 @@ def assert_same_state(got, want) -> None:
 @pytest.mark.parametrize("method", ["target_only", "pretrain", "metarec"])
 def test_every_method_may_take_the_same_number_of_steps(method):
     options = config(train={"method": method, "warmup_steps": 5, "meta_steps": 7, "finetune_steps": 11})
-    assert sum(stage.steps for stage in stages(options)) == 23
-    assert stages(options)[-1].name == "finetune"
+    assert sum(stage.steps for stage in stages(options, 40)) == 23
+    assert stages(options, 40)[-1].name == "finetune"
 
 
 RUN = config(train={"meta_steps": 11})  # long enough for an entry in the trace
@@ -348,6 +348,13 @@ def test_each_half_of_gradual_fine_tuning_has_its_own_patience(monkeypatch):
     assert [s[:2] for s in seen.steps[7:]] == [(TABLE, 1), (TABLE, 2), ("finetune", 1), ("finetune", 2)]
 
 
+@pytest.mark.parametrize(("users", "want"), [(40, 11), (176, 11), (177, 12), (1600, 100)])
+@pytest.mark.parametrize("method", ["target_only", "pretrain", "joint", "metarec"])
+def test_many_users_bear_more_steps(method, users, want):
+    options = config(train={"method": method, "finetune_steps": 11, "finetune_passes": 1.0})
+    assert sum(stage.steps for stage in stages(options, users)) == 3 + 4 + want
+
+
 @pytest.mark.parametrize(
     ("scope", "steps", "want"),
     [
@@ -358,7 +365,7 @@ def test_each_half_of_gradual_fine_tuning_has_its_own_patience(monkeypatch):
 def test_stages_of_fine_tuning(scope, steps, want):
     options = config(train={"method": "pretrain", "finetune_scope": scope, "finetune_steps": steps})
     names = {"all": ["finetune"], "table": [TABLE], "gradual": [TABLE, "finetune"]}[scope]
-    assert [(s.name, s.steps) for s in stages(options)[1:]] == list(zip(names, want, strict=True))
+    assert [(s.name, s.steps) for s in stages(options, 40)[1:]] == list(zip(names, want, strict=True))
     assert trainer(options).run().best > 0  # what has no steps is validated all the same
 
 
