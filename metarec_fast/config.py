@@ -150,10 +150,10 @@ class EvidenceConfig:
     warmup_steps: int = 2000
     """Of one source each, as often as its weight says."""
     meta_steps: int = 50
-    finetune_steps: int = 150
-    """At most, unless ``finetune_passes`` asks for more; the target alone may use the steps of all stages."""
     source_loss_weight: float = 1.0
     """As ``meta.source_loss_weight``, for the scorer, which has few parameters that a target could overfit."""
+    finetune_steps: int = 150
+    """At most, unless ``finetune_passes`` asks for more; the target alone may use the steps of all stages."""
     finetune_passes: float = 5.0
     """Steps on the target suffice to ask each of its users so often: many users bear more steps than few."""
     batch_size: int = 64

@@ -289,18 +289,11 @@ def told(monkeypatch, run):
 
 
 def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_best_table(monkeypatch):
-    starts = {}
-
-    class Watched(Recorder):
-        def step(self, stage, step, total, facts):
-            super().step(stage, step, total, facts)
-            starts.setdefault(stage, {k: v.clone() for k, v in run.model.state_dict().items()})
-
-    run = trainer(GRADUAL.replace(train={"finetune_lr": 5e-3}), reporter=(seen := Watched()))
-    asked, train_step, rates = told(monkeypatch, run), run.train_step, {}
+    run = trainer(GRADUAL.replace(train={"finetune_lr": 5e-3}), reporter=(seen := Recorder()))
+    asked, train_step, starts, rates = told(monkeypatch, run), run.train_step, {}, {}
 
     def watched(stage, step):
-        starts.setdefault(f"before {stage}", {k: v.clone() for k, v in run.model.state_dict().items()})
+        starts.setdefault(stage, {k: v.clone() for k, v in run.model.state_dict().items()})
         rates[stage] = {group["lr"] for group in run.optimizer.param_groups}
         return train_step(stage, step)
 
@@ -313,7 +306,7 @@ def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_
     for now, after in itertools.pairwise(states[:3]):
         for name, tensor in now.items():
             assert torch.equal(tensor, after[name]) != name.startswith(target), name
-    assert_same_state(starts["before finetune"], states[1])
+    assert_same_state(starts["finetune"], states[1])
     moved = {k for k, v in states[4].items() if not torch.equal(v, states[1][k])}
     assert moved >= {f"shared.{k}" for k, _ in run.model.shared.named_parameters()} and any(
         k.startswith(target) for k in moved
