@@ -173,6 +173,8 @@ class StudyRun:
     seeds: tuple[int, ...] = ()
     report_only: bool = False
     """Run nothing; write tables and plots of what is finished."""
+    archive: bool = False
+    """Also write cells.tar.xz, small enough to publish: unpacked into --out, what is in it is finished."""
     describe: bool = False
     """Run nothing; print the study as the JSON that can be changed and given back."""
 
@@ -611,6 +613,8 @@ def study(command: StudyRun) -> int:
         results.write()
     else:
         status, results = run_study(plan, out, Domains(command.folder), command.processes, list(chosen.cells()))
+    if command.archive:
+        results.archive()
     for comparison in plan.comparisons:
         contrasts = results.contrasts(comparison)
         if contrasts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from metarec_fast.study.grid import Cell, Comparison, Study
 from metarec_fast.study.run import RANKS, cell_stem
 from metarec_fast.train.checkpoint import write_atomically
 
-METRICS = ("ndcg@10", "recall@10")
+CUTOFF = 10
+METRICS = (f"ndcg@{CUTOFF}", f"recall@{CUTOFF}")
 MASKS = {"": "history not masked", "_masked": "history masked"}
 COLUMNS = (
     *("arm", "group", "target", "fraction", "seed"),
@@ -190,6 +192,33 @@ class Results:
         for name, text in files.items():
             write_atomically(self.out / name, text.encode())
         return [self.out / name for name in files]
+
+    def archive(self) -> Path:
+        """Write cells.tar.xz: the finished cells at about a hundredth of their size, from which all tables follow.
+
+        Unpacked into a folder, they are cells of the study like any other: judged beside new ones, and not run again.
+        Of ranks below the tables' cutoff no more is kept than that they are below.
+        """
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:xz") as tar:
+
+            def add(path: Path, data: bytes) -> None:
+                member = tarfile.TarInfo(str(path.relative_to(self.out)))
+                member.size, member.mtime = len(data), int(path.stat().st_mtime)
+                tar.addfile(member, io.BytesIO(data))
+
+            for key, path in self._paths.items():
+                ranks = np.load(path.with_suffix(".npy"), allow_pickle=False)
+                for greater, equal in ((1, 2), (3, 4)):  # of RANKS
+                    ranks[equal, ranks[greater] >= CUTOFF] = 0
+                    np.minimum(ranks[greater], CUTOFF, out=ranks[greater])
+                array = io.BytesIO()
+                np.save(array, ranks, allow_pickle=False)
+                add(path.with_suffix(".npy"), array.getvalue())
+                add(path, json.dumps(self.facts[key] | {"ranks_up_to": CUTOFF}, indent=1).encode())
+        path = self.out / "cells.tar.xz"
+        write_atomically(path, packed.getvalue())
+        return path
 
     def _curves(self, target: str, compared: list[tuple[Comparison, list[Contrast]]]) -> str:
         lines: dict[str, list[Point]] = {}

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import tarfile
 from statistics import mean
 from xml.etree import ElementTree
 
@@ -95,6 +96,23 @@ def test_what_is_missing_is_left_open(out, tmp_path):
     # cells of another configuration are none of this study's
     other = study(tune={"model.dropout": (0.1,)})
     assert {facts["arm"]["group"] for facts in Results(other, out).facts.values()} == {"floor"}
+
+
+def test_an_archive_holds_all_that_the_tables_need(out, tmp_path):
+    results = Results(study(), out)
+    archive = results.archive()
+    assert archive == out / "cells.tar.xz"
+    assert archive.stat().st_size < sum(path.stat().st_size for path in (out / "cells").iterdir()) / 5
+    with tarfile.open(archive) as tar:
+        assert len(tar.getnames()) == 2 * len(results.facts)
+        tar.extractall(tmp_path, filter="data")
+    unpacked = Results(study(), tmp_path)
+    for wrote, again in zip(results.write(), unpacked.write(), strict=True):
+        assert wrote.name == again.name and wrote.read_bytes() == again.read_bytes()
+    assert all(facts["ranks_up_to"] == 10 for facts in unpacked.facts.values())
+    told = []
+    assert run(study(), tmp_path, on_cell=lambda *args: told.append(args)) == [] and told == []  # nothing left to run
+    assert Results(study(), tmp_path).archive().read_bytes() == archive.read_bytes()
 
 
 def test_a_damaged_cell_is_named(out, tmp_path):
