@@ -351,6 +351,8 @@ def test_a_study_prints_costs_and_verdicts_and_goes_on(study_file, folder, tmp_p
     (tmp_path / "tables.md").unlink()
     assert main([*command, "--report-only"]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
+    assert main([*command, "--report-only", "--archive"]) == 0
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {*files, "cells.tar.xz"}
     assert main(["study", str(tmp_path / "study.json"), f"--folder={folder}", f"--out={tmp_path}"]) == 0
     assert "4 of 4 cells" in capsys.readouterr().out  # what was written down describes the study
 
