@@ -144,9 +144,13 @@ class Results:
         ]
 
     def baseline(self, comparison: Comparison, target: str, fraction: float) -> str | None:
-        """Of what a comparison is held against, the arm of the highest mean validation NDCG@10; None if none ran."""
+        """Of what a comparison is held against, the arm of the highest mean validation NDCG@10; None if none ran.
+
+        While seeds are missing, one of the arms that finished the most: means of other seeds are not comparable.
+        """
         valid = {name: self.values(name, target, fraction, lambda f: f["valid"]) for name in comparison.against}
-        done = {name: mean(figures) for name, figures in valid.items() if figures}
+        most = max(map(len, valid.values()))
+        done = {name: mean(figures) for name, figures in valid.items() if most and len(figures) == most}
         return max(done, key=lambda name: done[name]) if done else None
 
     def contrasts(self, comparison: Comparison, *, column: str = "ndcg@10", samples: int = 10_000) -> list[Contrast]:

@@ -79,6 +79,17 @@ def valid(facts):
     return facts["valid"]
 
 
+def test_a_baseline_that_misses_a_seed_gives_way(out, monkeypatch):
+    results = Results(study(), out)
+    comparison = study().comparisons[1]
+    liked = results.baseline(comparison, "target", 0.5)
+    (other,) = set(comparison.against) - {liked}
+    monkeypatch.delitem(results.facts, (liked, "target", 0.5, 1))
+    assert results.baseline(comparison, "target", 0.5) == other
+    monkeypatch.delitem(results.facts, (other, "target", 0.5, 0))
+    assert results.baseline(comparison, "target", 0.5) == liked
+
+
 def test_what_is_missing_is_left_open(out, tmp_path):
     some = study().only(arms=["ours", "alone"], seeds=[0], fractions=[0.5])
     run(study(), tmp_path, cells=some.cells())
