@@ -150,7 +150,7 @@ class Results:
         """
         valid = {name: self.values(name, target, fraction, lambda f: f["valid"]) for name in comparison.against}
         most = max(map(len, valid.values()))
-        done = {name: mean(figures) for name, figures in valid.items() if most and len(figures) == most}
+        done = {name: mean(figures) for name, figures in valid.items() if figures and len(figures) == most}
         return max(done, key=lambda name: done[name]) if done else None
 
     def contrasts(self, comparison: Comparison, *, column: str = "ndcg@10", samples: int = 10_000) -> list[Contrast]:
@@ -213,9 +213,9 @@ class Results:
 
             for key, path in self._paths.items():
                 ranks = np.load(path.with_suffix(".npy"), allow_pickle=False)
-                for greater, equal in ((1, 2), (3, 4)):  # of RANKS
-                    ranks[equal, ranks[greater] >= CUTOFF] = 0
-                    np.minimum(ranks[greater], CUTOFF, out=ranks[greater])
+                greater, equal = ranks[1::2], ranks[2::2]  # of RANKS
+                equal[greater >= CUTOFF] = 0
+                np.minimum(greater, CUTOFF, out=greater)
                 array = io.BytesIO()
                 np.save(array, ranks, allow_pickle=False)
                 add(path.with_suffix(".npy"), array.getvalue())
