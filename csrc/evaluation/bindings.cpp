@@ -24,10 +24,12 @@ void check_items(const char* name, const int64_t* items, int64_t count, int64_t 
     }
 }
 
-void check_lists(const ItemLists& lists, const char* name, int64_t B, int64_t count, int64_t V) {
-    if (lists.offsets == nullptr) return;
-    check_offsets(lists.offsets, B, count);
-    check_items(name, lists.items, count, V);
+ItemLists lists(const Span& offsets, const Span& items, const char* name, int64_t B, int64_t V) {
+    if (!offsets.given) return {nullptr, nullptr};
+    const ItemLists found = {checked_offsets(offsets, "offsets", B, items.size),
+                             items.of<const int64_t>(name, {items.size})};
+    check_items(name, found.items, items.size, V);
+    return found;
 }
 
 void check_rising(const ItemLists& lists, int64_t B) {
@@ -66,39 +68,45 @@ void rank(Run run, const RankProblem<T>& problem, const RankCounts& counts) {
 }  // namespace
 
 void bind_evaluation(py::module_& m) {
-    // Null addresses stand for no bias, nothing seen and nothing added.
+    // None stands for no bias, nothing seen and nothing added.
     m.def(
         "target_ranks",
-        [](uintptr_t h, uintptr_t table, uintptr_t bias, uintptr_t targets, uintptr_t seen_offsets,
-           uintptr_t seen_items, uintptr_t added_offsets, uintptr_t added_items, uintptr_t added_terms,
-           uintptr_t greater, uintptr_t equal, uintptr_t nonfinite, int64_t B, int64_t V, int64_t D, int64_t num_seen,
-           int64_t num_added, bool is_double) {
-            const ItemLists seen = {pointer<const int64_t>(seen_offsets), pointer<const int64_t>(seen_items)};
-            const ItemLists added = {pointer<const int64_t>(added_offsets), pointer<const int64_t>(added_items)};
-            const RankCounts counts = {pointer<int64_t>(greater), pointer<int64_t>(equal), pointer<int64_t>(nonfinite)};
-            py::gil_scoped_release release;
-            check_items("targets", pointer<const int64_t>(targets), B, V);
-            check_lists(seen, "seen items", B, num_seen, V);
-            check_lists(added, "added items", B, num_added, V);
-            check_rising(added, B);
-            if (is_double) {
-                rank(METAREC_DISPATCH(target_ranks_f64),
-                     RankProblem<double>{pointer<const double>(h), pointer<const double>(table),
-                                         pointer<const double>(bias), pointer<const int64_t>(targets), seen, added,
-                                         pointer<const double>(added_terms), B, V, D},
-                     counts);
+        [](const Span& h, const Span& table, const Span& bias, const Span& targets, const Span& seen_offsets,
+           const Span& seen_items, const Span& added_offsets, const Span& added_items, const Span& added_terms,
+           const Span& greater, const Span& equal, const Span& nonfinite, int64_t B, int64_t V, int64_t D) {
+            const ItemLists seen = lists(seen_offsets, seen_items, "seen items", B, V);
+            const ItemLists added = lists(added_offsets, added_items, "added items", B, V);
+            const RankCounts counts = {greater.of<int64_t>("greater", {B}), equal.of<int64_t>("equal", {B}),
+                                       nonfinite.of<int64_t>("nonfinite", {B})};
+            const auto* target = targets.of<const int64_t>("targets", {B});
+            const auto run = [&](auto kernel, auto* states) {
+                using T = std::remove_const_t<std::remove_pointer_t<decltype(states)>>;
+                const RankProblem<T> problem{
+                    states,
+                    table.of<const T>("table", {V, D}),
+                    bias.maybe<const T>("bias", {V}),
+                    target,
+                    seen,
+                    added,
+                    added.offsets == nullptr ? nullptr : added_terms.of<const T>("added terms", {added_items.size}),
+                    B,
+                    V,
+                    D};
+                const py::gil_scoped_release release;
+                check_items("targets", target, B, V);
+                check_rising(added, B);
+                rank(kernel, problem, counts);
+            };
+            if (h.is_wide<double, float>("h")) {
+                run(METAREC_DISPATCH(target_ranks_f64), h.of<const double>("h", {B, D}));
             } else {
-                rank(METAREC_DISPATCH(target_ranks_f32),
-                     RankProblem<float>{pointer<const float>(h), pointer<const float>(table),
-                                        pointer<const float>(bias), pointer<const int64_t>(targets), seen, added,
-                                        pointer<const float>(added_terms), B, V, D},
-                     counts);
+                run(METAREC_DISPATCH(target_ranks_f32), h.of<const float>("h", {B, D}));
             }
         },
         py::arg("h"), py::arg("table"), py::arg("bias"), py::arg("targets"), py::arg("seen_offsets"),
         py::arg("seen_items"), py::arg("added_offsets"), py::arg("added_items"), py::arg("added_terms"),
         py::arg("greater"), py::arg("equal"), py::arg("nonfinite"), py::kw_only(), py::arg("B"), py::arg("V"),
-        py::arg("D"), py::arg("num_seen"), py::arg("num_added"), py::arg("is_double"));
+        py::arg("D"));
 }
 
 }  // namespace metarec

@@ -9,13 +9,16 @@ namespace metarec {
 void bind_train(py::module_& m) {
     m.def(
         "missed_steps",
-        [](uintptr_t p, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t last, uintptr_t past, uintptr_t shrink,
-           uintptr_t ids, int64_t V, int64_t rows, int64_t width, int64_t first, int64_t step, int64_t terms,
-           int64_t window, int64_t start, double beta1, double beta2, double eps, bool is_double) {
-            const MissedSteps missed{pointer<const int64_t>(ids),
-                                     pointer<int64_t>(last),
-                                     pointer<const double>(past),
-                                     pointer<const double>(shrink),
+        [](const Span& p, const Span& exp_avg, const Span& exp_avg_sq, const Span& last, const Span& past,
+           const Span& shrink, const Span& ids, int64_t V, int64_t rows, int64_t width, int64_t first, int64_t step,
+           int64_t terms, int64_t window, int64_t start, double beta1, double beta2, double eps) {
+            check_at_least("step", step, first);
+            check_at_least("terms", terms, 0);
+            check_at_least("V", V, ids.given ? 0 : rows);
+            const MissedSteps missed{ids.maybe<const int64_t>("ids", {rows}),
+                                     last.of<int64_t>("last", {V}),
+                                     past.of<const double>("past", {step - first + 1, 3 + terms}),
+                                     shrink.of<const double>("shrink", {step - first + 1, 3}),
                                      rows,
                                      width,
                                      first,
@@ -39,19 +42,22 @@ void bind_train(py::module_& m) {
                                                 " of row " + std::to_string(id));
                 }
             }
-            py::gil_scoped_release release;
-            if (is_double) {
-                METAREC_DISPATCH(missed_steps_f64)
-                (missed, pointer<double>(p), pointer<double>(exp_avg), pointer<double>(exp_avg_sq));
+            const auto run = [&](auto kernel, auto* at, auto* first_moment, auto* second_moment) {
+                const py::gil_scoped_release release;
+                kernel(missed, at, first_moment, second_moment);
+            };
+            if (p.is_wide<double, float>("p")) {
+                run(METAREC_DISPATCH(missed_steps_f64), p.of<double>("p", {V, width}),
+                    exp_avg.of<double>("exp_avg", {V, width}), exp_avg_sq.of<double>("exp_avg_sq", {V, width}));
             } else {
-                METAREC_DISPATCH(missed_steps_f32)
-                (missed, pointer<float>(p), pointer<float>(exp_avg), pointer<float>(exp_avg_sq));
+                run(METAREC_DISPATCH(missed_steps_f32), p.of<float>("p", {V, width}),
+                    exp_avg.of<float>("exp_avg", {V, width}), exp_avg_sq.of<float>("exp_avg_sq", {V, width}));
             }
         },
         py::arg("p"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("last"), py::arg("past"), py::arg("shrink"),
         py::arg("ids"), py::kw_only(), py::arg("V"), py::arg("rows"), py::arg("width"), py::arg("first"),
         py::arg("step"), py::arg("terms"), py::arg("window"), py::arg("start"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("is_double"));
+        py::arg("eps"));
 }
 
 }  // namespace metarec

@@ -117,67 +117,104 @@ void statistics(const T* x, const int64_t* indices, const T* weight, T* counts, 
     }
 }
 
+void check_codebook(int64_t codes, int64_t dim) {
+    if (codes < 1 || dim < 1) {
+        throw std::invalid_argument("codebook must hold at least one code of one element, got " +
+                                    std::to_string(codes) + " of " + std::to_string(dim));
+    }
+}
+
 }  // namespace
 
 void bind_vq(py::module_& m) {
+    // margin: None for none.
     m.def(
         "nearest_codeword",
-        [](uintptr_t x, uintptr_t codebook, uintptr_t indices, uintptr_t margin, int64_t heads, int64_t rows,
-           int64_t codes, int64_t dim, bool is_double) {
-            py::gil_scoped_release release;
-            if (is_double) {
-                METAREC_DISPATCH(nearest_codeword_f64)
-                (pointer<const double>(x), pointer<const double>(codebook), heads, rows, codes, dim,
-                 pointer<int64_t>(indices), pointer<float>(margin));
+        [](const Span& x, const Span& codebook, const Span& indices, const Span& margin, int64_t heads, int64_t rows,
+           int64_t codes, int64_t dim) {
+            check_codebook(codes, dim);
+            const SearchOutput out = {indices.of<int64_t>("indices", {heads, rows}),
+                                      margin.maybe<float>("margin", {heads, rows}),
+                                      1,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr};
+            if (x.is_wide<double, float>("x")) {
+                const auto* of = x.of<const double>("x", {heads, rows, dim});
+                const auto* among = codebook.of<const double>("codebook", {heads, codes, dim});
+                const py::gil_scoped_release release;
+                METAREC_DISPATCH(nearest_codeword_f64)(of, among, heads, rows, codes, dim, out.indices, out.margin);
             } else {
-                search(pointer<const float>(x), pointer<const float>(codebook),
-                       {pointer<int64_t>(indices), pointer<float>(margin), 1, nullptr, nullptr, nullptr}, heads, rows,
-                       codes, dim);
+                const auto* of = x.of<const float>("x", {heads, rows, dim});
+                const auto* among = codebook.of<const float>("codebook", {heads, codes, dim});
+                const py::gil_scoped_release release;
+                search(of, among, out, heads, rows, codes, dim);
             }
         },
         py::arg("x"), py::arg("codebook"), py::arg("indices"), py::arg("margin"), py::kw_only(), py::arg("heads"),
-        py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("is_double"));
+        py::arg("rows"), py::arg("codes"), py::arg("dim"));
     m.def(
         "vq_commit",
-        [](uintptr_t x, uintptr_t codebook, uintptr_t quantized, uintptr_t indices, uintptr_t row_error,
-           uintptr_t margin, uintptr_t rechecked, int64_t margin_every, int64_t heads, int64_t rows, int64_t codes,
+        [](const Span& x, const Span& codebook, const Span& quantized, const Span& indices, const Span& row_error,
+           const Span& margin, const Span& rechecked, int64_t margin_every, int64_t heads, int64_t rows, int64_t codes,
            int64_t dim) {
-            py::gil_scoped_release release;
-            *pointer<int64_t>(rechecked) = 0;
-            search(pointer<const float>(x), pointer<const float>(codebook),
-                   {pointer<int64_t>(indices), pointer<float>(margin), margin_every, pointer<float>(quantized),
-                    pointer<float>(row_error), pointer<int64_t>(rechecked)},
-                   heads, rows, codes, dim);
+            check_codebook(codes, dim);
+            check_at_least("margin_every", margin_every, 1);
+            check_at_least("rows", rows, 0);
+            const auto* of = x.of<const float>("x", {heads, rows, dim});
+            const auto* among = codebook.of<const float>("codebook", {heads, codes, dim});
+            const int64_t margins = rows == 0 ? 0 : (rows - 1) / margin_every + 1;
+            const SearchOutput out = {indices.of<int64_t>("indices", {heads, rows}),
+                                      margin.of<float>("margin", {heads, margins}),
+                                      margin_every,
+                                      quantized.of<float>("quantized", {heads, rows, dim}),
+                                      row_error.of<float>("row_error", {heads, rows}),
+                                      rechecked.of<int64_t>("rechecked", {})};
+            const py::gil_scoped_release release;
+            *out.rechecked = 0;
+            search(of, among, out, heads, rows, codes, dim);
         },
         py::arg("x"), py::arg("codebook"), py::arg("quantized"), py::arg("indices"), py::arg("row_error"),
         py::arg("margin"), py::arg("rechecked"), py::kw_only(), py::arg("margin_every"), py::arg("heads"),
         py::arg("rows"), py::arg("codes"), py::arg("dim"));
+    // grad, grad_error: None for 0.
     m.def(
         "vq_backward",
-        [](uintptr_t grad, uintptr_t grad_error, uintptr_t x, uintptr_t quantized, uintptr_t out, int64_t rows,
-           int64_t dim, bool rotation) {
-            py::gil_scoped_release release;
-            METAREC_DISPATCH(vq_backward_f32)
-            (pointer<const float>(grad), pointer<const float>(grad_error), pointer<const float>(x),
-             pointer<const float>(quantized), rows, dim, rotation, pointer<float>(out));
+        [](const Span& grad, const Span& grad_error, const Span& x, const Span& quantized, const Span& out,
+           int64_t rows, int64_t dim, bool rotation) {
+            const auto *of_code = grad.maybe<const float>("grad", {rows, dim}),
+                       *of_error = grad_error.maybe<const float>("grad_error", {rows}),
+                       *from = x.of<const float>("x", {rows, dim}),
+                       *code = quantized.of<const float>("quantized", {rows, dim});
+            auto* to = out.of<float>("out", {rows, dim});
+            const py::gil_scoped_release release;
+            METAREC_DISPATCH(vq_backward_f32)(of_code, of_error, from, code, rows, dim, rotation, to);
         },
         py::arg("grad"), py::arg("grad_error"), py::arg("x"), py::arg("quantized"), py::arg("out"), py::kw_only(),
         py::arg("rows"), py::arg("dim"), py::arg("rotation"));
+    // weight: None for 1.
     m.def(
         "vq_statistics",
-        [](uintptr_t x, uintptr_t indices, uintptr_t weight, uintptr_t counts, uintptr_t sums, int64_t heads,
-           int64_t rows, int64_t codes, int64_t dim, bool is_double) {
-            py::gil_scoped_release release;
-            if (is_double) {
-                statistics(pointer<const double>(x), pointer<const int64_t>(indices), pointer<const double>(weight),
-                           pointer<double>(counts), pointer<double>(sums), heads, rows, codes, dim);
+        [](const Span& x, const Span& indices, const Span& weight, const Span& counts, const Span& sums, int64_t heads,
+           int64_t rows, int64_t codes, int64_t dim) {
+            check_codebook(codes, dim);
+            const auto run = [&](auto* to) {
+                using T = std::remove_pointer_t<decltype(to)>;
+                const auto* of = x.of<const T>("x", {heads, rows, dim});
+                const auto* index = indices.of<const int64_t>("indices", {heads, rows});
+                const auto* by = weight.maybe<const T>("row_weight", {heads, rows});
+                auto* number = counts.of<T>("counts", {heads, codes});
+                const py::gil_scoped_release release;
+                statistics(of, index, by, number, to, heads, rows, codes, dim);
+            };
+            if (x.is_wide<double, float>("x")) {
+                run(sums.of<double>("sums", {heads, codes, dim}));
             } else {
-                statistics(pointer<const float>(x), pointer<const int64_t>(indices), pointer<const float>(weight),
-                           pointer<float>(counts), pointer<float>(sums), heads, rows, codes, dim);
+                run(sums.of<float>("sums", {heads, codes, dim}));
             }
         },
         py::arg("x"), py::arg("indices"), py::arg("weight"), py::arg("counts"), py::arg("sums"), py::kw_only(),
-        py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("is_double"));
+        py::arg("heads"), py::arg("rows"), py::arg("codes"), py::arg("dim"));
 }
 
 }  // namespace metarec

@@ -12,6 +12,7 @@ from torch import Tensor
 Array = NDArray[Any] | Tensor
 INT64 = (np.dtype(np.int64),)
 INTEGERS = (np.dtype(np.int32), np.dtype(np.int64))
+CODES = {torch.float32: "f4", torch.float64: "f8", torch.int32: "i4", torch.int64: "i8"}  # as NumPy calls them
 
 
 def as_array(value: Array, name: str, *, dtypes: tuple[np.dtype, ...] = INT64, size: int | None = None) -> np.ndarray:
@@ -34,9 +35,21 @@ def as_array(value: Array, name: str, *, dtypes: tuple[np.dtype, ...] = INT64, s
     return value
 
 
-def address(array: np.ndarray | Tensor) -> int:
-    """Where the elements are."""
-    return array.data_ptr() if isinstance(array, Tensor) else array.__array_interface__["data"][0]
+def span(array: np.ndarray | Tensor | None) -> tuple[int, int, str] | None:
+    """What the extension is told of a contiguous array on the CPU: address, number of elements, type; None for None.
+
+    The extension checks number and type against the sizes that it works with (csrc/core/bindings.h).
+    Raises ValueError for an array that does not lie as one block of aligned memory on the CPU.
+    """
+    if array is None:
+        return None
+    if isinstance(array, Tensor):
+        if array.device.type != "cpu" or not array.is_contiguous() or array.is_conj() or array.is_neg():
+            raise ValueError(f"tensor must be contiguous on the CPU, got {array.layout} on {array.device}")
+        return array.data_ptr(), array.numel(), CODES.get(array.dtype) or str(array.dtype)
+    if not (array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative):
+        raise ValueError(f"array must be contiguous, aligned and of native byte order, got {array.dtype}")
+    return array.__array_interface__["data"][0], array.size, array.dtype.str[1:]
 
 
 def check_offsets(offsets: Array) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._codebook import add_head, check_pair
 from metarec_fast.ops._register import check_tensor, empty
 from metarec_fast.ops.nearest_codeword import nearest_codeword
@@ -40,9 +41,9 @@ class RowBounds:
     pause: int = 0  # lookups to go without bounds
     next_pause: int = 1
 
-    def addresses(self) -> dict[str, int]:
-        """Where the tensors are now: a copy of these bounds has others."""
-        return {name: value.data_ptr() for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def spans(self) -> dict[str, tuple[int, int, str]]:
+        """The tensors as the extension takes them, where they are now: a copy of these bounds has others."""
+        return {name: span(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @staticmethod
     def empty(*, rows: int, heads: int, codes: int, dim: int, neighbours: int) -> RowBounds:
@@ -79,9 +80,7 @@ def _follow_codes(bounds: RowBounds, codebook: Tensor, sizes: dict[str, int]) ->
             return False, 0
         moved, cost = True, 0
     else:
-        found = _C.follow_codes(
-            bounds.addresses(), codebook.data_ptr(), **sizes, next_version=bounds.codebook_version + 1
-        )
+        found = _C.follow_codes(bounds.spans(), span(codebook), **sizes, next_version=bounds.codebook_version + 1)
         moved, cost = found == "moved", sizes["heads"] * sizes["codes"]
         if found == "not finite":
             return False, cost
@@ -132,11 +131,8 @@ def _cpu(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor) -> tuple[T
         return nearest_codeword(x, codebook, with_margin=False).indices, LookupWork(followed + H * N * K, 0, H * N)
     indices = empty((H, N), dtype=torch.int64, device=x.device)
     distances, proven, searched, failed = _C.bounded_lookup(
-        bounds.addresses(),
-        ids.data_ptr(),
-        x.data_ptr(),
-        codebook.data_ptr(),
-        indices.data_ptr(),
+        bounds.spans(),
+        *map(span, (ids, x, codebook, indices)),
         **sizes,
         count=N,
         version=bounds.codebook_version,

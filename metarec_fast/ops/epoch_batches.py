@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import INTEGERS, Array, address, as_array, check_integer, check_offsets, check_randomness
+from metarec_fast.ops._arrays import INTEGERS, Array, as_array, check_integer, check_offsets, check_randomness, span
 from metarec_fast.ops._register import empty
 from metarec_fast.ops.pack_windows import WINDOWS, Window, check_window
 from metarec_fast.ops.sample_negatives import PopularityTable, SeenItems
@@ -123,23 +123,21 @@ class EpochBatches:
         # C++ holds their addresses
         self._kept = offsets, begins, ends, items, starts, owners, seen, seen_offsets, table, target_shares
         self.bound = _C.EpochBatches(
-            offsets=address(offsets),
-            begins=address(begins),
-            ends=address(ends),
-            items=address(items),
-            starts=address(starts),
-            owners=0 if owners is None else address(owners),
-            seen_offsets=0 if seen is None else address(seen_offsets),
-            counts=0 if seen is None else address(seen.counts),
-            seen=0 if seen is None else address(seen.items),
-            cells=0 if table is None else address(table.cells),
-            cumulative=0 if table is None else address(table.cumulative),
-            seen_weights=0 if seen is None or seen.weights is None else address(seen.weights),
-            target_shares=0 if target_shares is None else address(target_shares),
+            offsets=span(offsets),
+            begins=span(begins),
+            ends=span(ends),
+            items=span(items),
+            starts=span(starts),
+            owners=span(owners),
+            seen_offsets=None if seen is None else span(seen_offsets),
+            counts=None if seen is None else span(seen.counts),
+            seen=None if seen is None else span(seen.items),
+            cells=None if table is None else span(table.cells),
+            cumulative=None if table is None else span(table.cumulative),
+            seen_weights=None if seen is None or seen.weights is None else span(seen.weights),
+            target_shares=span(target_shares),
             num_users=U,
-            events=len(items),
             num_items=num_items,
-            wide=items.dtype.itemsize == 8,
             batch_size=min(check_integer(batch_size, "batch_size", least=1, below=2**32), self.num_windows),
             rank=check_integer(rank, "rank", least=0, below=world_size),
             world_size=world_size,
@@ -188,7 +186,7 @@ def draw_batches(
         raise
     sizes, draws = plan.sizes, plan.draws
     memory = _memory((sum(sizes), sum(draws), sum(draws)), buffers, device)
-    plan.fill(*(part.data_ptr() for part in memory))
+    plan.fill(*map(span, memory))
     if torch.device(device) != CPU:
         memory = [part.to(device, non_blocking=buffers is None) for part in memory]
     windows = torch.split_with_sizes(memory[0], sizes)

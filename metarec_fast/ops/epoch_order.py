@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import check_integer, check_randomness
+from metarec_fast.ops._arrays import check_integer, check_randomness, span
 from metarec_fast.ops._register import empty
 
 
@@ -21,7 +21,5 @@ def epoch_order(size: int, first: int, count: int, *, seed: int = 0, stream: int
     check_integer(count, "count", least=0, below=size - first + 1)
     random = check_randomness(seed, stream, epoch)
     order = empty((count,), dtype=torch.int64, device=torch.device("cpu"))
-    _C.epoch_order(
-        order.data_ptr(), size=size, first=first, count=count, seed=seed, stream=stream, epoch=random["step"]
-    )
+    _C.epoch_order(span(order), size=size, first=first, count=count, seed=seed, stream=stream, epoch=random["step"])
     return order

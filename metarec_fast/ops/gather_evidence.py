@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import Array, address, as_array, check_offsets
+from metarec_fast.ops._arrays import Array, as_array, check_offsets, span
 from metarec_fast.ops._register import empty
 
 INT32 = (np.dtype(np.int32),)
@@ -55,11 +55,10 @@ class EvidenceGraph:
     @cached_property
     def handle(self) -> _C.EvidenceGraph:
         return _C.EvidenceGraph(
-            address(self.offsets),
-            address(self.items),
-            address(self.values),
+            span(self.offsets),
+            span(self.items),
+            span(self.values),
             V=self.num_items,
-            entries=len(self.items),
             relations=self.relations,
         )
 
@@ -86,13 +85,9 @@ def gather_evidence(
     if len(ages) < 2 or ages[0] != 0 or any(a >= b for a, b in pairwise(ages)):
         raise ValueError(f"ages must rise from 0 and name one group at least, got {tuple(ages)}")
     B, groups, cpu = len(offsets) - 1, len(ages) - 1, torch.device("cpu")
-    bounds = torch.tensor(ages, dtype=torch.int64)
-    histories = _C.Histories(graph.handle, address(offsets), address(items), B=B, events=len(items))
+    plan = _C.EvidencePlan(graph.handle, span(offsets), span(items), ages=list(ages), B=B)
     packed = empty((B + 1,), dtype=torch.int64, device=cpu)
-    N = graph.handle.plan(histories, bounds.data_ptr(), groups, packed.data_ptr())
-    candidates = empty((N,), dtype=torch.int64, device=cpu)
-    features = empty((N, groups * graph.relations + 1), dtype=torch.float32, device=cpu)
-    graph.handle.gather(
-        histories, bounds.data_ptr(), groups, packed.data_ptr(), candidates.data_ptr(), features.data_ptr()
-    )
+    candidates = empty((plan.candidates,), dtype=torch.int64, device=cpu)
+    features = empty((plan.candidates, groups * graph.relations + 1), dtype=torch.float32, device=cpu)
+    plan.gather(span(packed), span(candidates), span(features))
     return packed, candidates, features

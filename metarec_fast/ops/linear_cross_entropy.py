@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._register import (
     Backend,
     check_tensor,
@@ -26,18 +27,14 @@ _ELEMENTS = 1 << 24  # of a composed [rows, V] tensor
 Gradients = tuple[Tensor, Tensor, Tensor]  # of h, table and bias; those that nobody needs are empty
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.contiguous() for x in tensors]
 
 
 def _logits(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int) -> _C.LinearLogits:
-    """The addresses of contiguous tensors, which must outlive it."""
+    """Holds the addresses of contiguous tensors, which must outlive it."""
     (T, D), V = h.shape, table.shape[0]
-    return _C.LinearLogits(*map(_address, (h, table, targets, bias)), T=T, V=V, D=D, ignored=ignored)
+    return _C.LinearLogits(*map(span, (h, table, targets, bias)), T=T, V=V, D=D, ignored=ignored)
 
 
 def _shapes(h: Tensor, table: Tensor, need_h: bool, need_table: bool, need_bias: bool) -> tuple[tuple[int, ...], ...]:
@@ -48,7 +45,7 @@ def _shapes(h: Tensor, table: Tensor, need_h: bool, need_table: bool, need_bias:
 def _gradients(h: Tensor, table: Tensor, *needs: bool) -> tuple[Gradients, _C.LinearGradients]:
     """Room for the gradients that are needed, and its addresses."""
     tensors = tuple(empty(shape, dtype=h.dtype, device=h.device) for shape in _shapes(h, table, *needs))
-    return tensors, _C.LinearGradients(*(x.data_ptr() if need else 0 for x, need in zip(tensors, needs, strict=True)))
+    return tensors, _C.LinearGradients(*(span(x) if need else None for x, need in zip(tensors, needs, strict=True)))
 
 
 def _per_row(h: Tensor, count: int) -> list[Tensor]:
@@ -58,7 +55,7 @@ def _per_row(h: Tensor, count: int) -> list[Tensor]:
 def _forward_cpu(h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int) -> tuple[Tensor, Tensor]:
     h, table, targets, bias = _contiguous(h, table, targets, bias)
     loss, lse = _per_row(h, 2)
-    _C.linear_cross_entropy_forward(_logits(h, table, targets, bias, ignored), _address(loss), _address(lse))
+    _C.linear_cross_entropy_forward(_logits(h, table, targets, bias, ignored), span(loss), span(lse))
     return loss, lse
 
 
@@ -74,7 +71,7 @@ def _backward_cpu(
 ) -> Gradients:
     grad, h, table, targets, bias, lse = _contiguous(grad, h, table, targets, bias, lse)
     grads, out = _gradients(h, table, *needs)
-    _C.linear_cross_entropy_backward(_logits(h, table, targets, bias, ignored), _address(lse), _address(grad), out)
+    _C.linear_cross_entropy_backward(_logits(h, table, targets, bias, ignored), span(lse), span(grad), out)
     return grads
 
 
@@ -85,7 +82,7 @@ def _sum_cpu(
     total, (loss, lse) = empty((), dtype=h.dtype, device=h.device), _per_row(h, 2)
     grads, out = _gradients(h, table, *needs)
     logits = _logits(h, table, targets, bias, ignored)
-    _C.linear_cross_entropy_sum(logits, *map(_address, (weight, total, loss, lse)), out)
+    _C.linear_cross_entropy_sum(logits, *map(span, (weight, total, loss, lse)), out)
     return total, loss, lse, *grads
 
 
@@ -104,9 +101,9 @@ def _double_backward_cpu(
 ) -> tuple[Tensor, ...]:
     grad, h, table, targets, bias, lse, u, w, c = _contiguous(grad, h, table, targets, bias, lse, u, w, c)
     (grad_grad,), (grads, out) = _per_row(h, 1), _gradients(h, table, *needs)
-    by = _C.LinearGradients(*map(_address, (u, w, c)))
+    by = _C.LinearGradients(*map(span, (u, w, c)))
     logits = _logits(h, table, targets, bias, ignored)
-    _C.linear_cross_entropy_double_backward(logits, _address(lse), _address(grad), by, _address(grad_grad), out)
+    _C.linear_cross_entropy_double_backward(logits, span(lse), span(grad), by, span(grad_grad), out)
     return grad_grad, *grads
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty, traced_transform
 from metarec_fast.reference.linear_scan import linear_scan as reference_linear_scan
 
@@ -18,21 +19,20 @@ def _sizes(u: Tensor, offsets: Tensor, reverse: bool) -> dict[str, Any]:
         "rows": u.shape[0],
         "width": u.shape[2],
         "reverse": reverse,
-        "is_double": u.dtype == torch.float64,
     }
 
 
 def _cpu(a: Tensor, u: Tensor, offsets: Tensor, reverse: bool) -> Tensor:
     a, u, offsets = a.contiguous(), u.contiguous(), offsets.contiguous()
     h = empty(tuple(u.shape), dtype=u.dtype, device=u.device)
-    _C.linear_scan(*(x.data_ptr() for x in (a, u, offsets, h)), **_sizes(u, offsets, reverse))
+    _C.linear_scan(*map(span, (a, u, offsets, h)), **_sizes(u, offsets, reverse))
     return h
 
 
 def _backward_cpu(a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     inputs = [x.contiguous() for x in (a, h, grad_h, offsets)]
     outputs = [empty(tuple(x.shape), dtype=h.dtype, device=h.device) for x in (a, h)]
-    _C.linear_scan_backward(*(x.data_ptr() for x in (*inputs, *outputs)), **_sizes(h, offsets, reverse))
+    _C.linear_scan_backward(*map(span, (*inputs, *outputs)), **_sizes(h, offsets, reverse))
     return tuple(outputs)
 
 

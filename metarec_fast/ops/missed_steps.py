@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._register import check_tensor
 
 COLUMNS = 3  # of Past.facts before the moments: learning rate, sum of log(1 - lr weight_decay), center
@@ -143,13 +144,13 @@ def missed_steps_(
     keep = (past.facts[steps, 1] - past.facts[: steps + 1, 1]).exp()
     shrink = torch.stack((keep, past.betas[0] ** n, past.betas[1] ** n), 1)
     _C.missed_steps(
-        p.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        last.data_ptr(),
-        past.facts.data_ptr(),
-        shrink.data_ptr(),
-        0 if ids is None else ids.data_ptr(),
+        span(p),
+        span(exp_avg),
+        span(exp_avg_sq),
+        span(last),
+        span(past.facts[: steps + 1]),
+        span(shrink),
+        span(ids),
         V=len(p),
         rows=len(p) if ids is None else len(ids),
         width=math.prod(p.shape[1:]),
@@ -161,5 +162,4 @@ def missed_steps_(
         beta1=past.betas[0],
         beta2=past.betas[1],
         eps=eps,
-        is_double=p.dtype == torch.float64,
     )

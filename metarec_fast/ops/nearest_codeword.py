@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair
 from metarec_fast.ops._register import Backend, choose_backend, define, empty
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
@@ -26,15 +27,11 @@ def _search(x: Tensor, codebook: Tensor, *, with_margin: bool) -> tuple[Tensor, 
     indices = empty((H, N), dtype=torch.int64, device=x.device)
     margin = empty((H, N), dtype=torch.float32, device=x.device) if with_margin else None
     _C.nearest_codeword(
-        x.data_ptr(),
-        codebook.data_ptr(),
-        indices.data_ptr(),
-        0 if margin is None else margin.data_ptr(),
+        *map(span, (x, codebook, indices, margin)),
         heads=H,
         rows=N,
         codes=codebook.shape[1],
         dim=D,
-        is_double=x.dtype == torch.float64,
     )
     return indices, margin
 

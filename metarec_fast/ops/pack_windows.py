@@ -14,11 +14,11 @@ from metarec_fast import _C
 from metarec_fast.ops._arrays import (
     INTEGERS,
     Array,
-    address,
     as_array,
     check_integer,
     check_offsets,
     check_randomness,
+    span,
 )
 from metarec_fast.ops._register import empty
 
@@ -83,11 +83,11 @@ def pack_windows(
         window_index = torch.zeros(B, dtype=torch.int64)
     begins, packed = (empty((n,), dtype=torch.int64, device=cpu) for n in (B, B + 1))
     T = _C.plan_windows(
-        address(offsets),
-        address(rows),
-        0 if window_index is None else address(window_index),
-        begins.data_ptr(),
-        packed.data_ptr(),
+        span(offsets),
+        span(rows),
+        span(window_index),
+        span(begins),
+        span(packed),
         num_users=len(offsets) - 1,
         events=len(items),
         rows=B,
@@ -99,12 +99,11 @@ def pack_windows(
     )
     inputs, targets = (empty((T,), dtype=torch.int64, device=cpu) for _ in range(2))
     _C.copy_windows(
-        address(items),
-        begins.data_ptr(),
-        packed.data_ptr(),
-        inputs.data_ptr(),
-        targets.data_ptr(),
+        span(items),
+        span(begins),
+        span(packed),
+        span(inputs),
+        span(targets),
         rows=B,
-        wide=items.dtype.itemsize == 8,
     )
     return inputs, targets, packed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import check_integer
+from metarec_fast.ops._arrays import check_integer, span
 from metarec_fast.ops._register import check_tensor, empty
 
 Side = Literal["left", "right"]
@@ -41,16 +41,16 @@ def pad_packed(values: Tensor, offsets: Tensor, *, length: int, side: Side = "le
     values, offsets = values.contiguous(), offsets.contiguous()
     B = len(offsets) - 1
     out = empty((B, length, *values.shape[1:]), dtype=values.dtype, device=values.device)
+    as_integers = (lambda x: x) if values.dtype == torch.int64 else (lambda x: x.view(torch.int32))
     _C.pad_rows(
-        values.data_ptr(),
-        offsets.data_ptr(),
-        out.data_ptr(),
+        span(as_integers(values)),
+        span(offsets),
+        span(as_integers(out)),
         rows=B,
         positions=len(values),
         length=length,
         count=values.shape[1] if values.dim() == 2 else 1,
         left=side == "left",
-        wide=values.dtype == torch.int64,
         fill=fill,
     )
     return out

@@ -17,12 +17,12 @@ from metarec_fast.ops._arrays import (
     INT64,
     INTEGERS,
     Array,
-    address,
     arange,
     as_array,
     check_integer,
     check_offsets,
     check_randomness,
+    span,
 )
 from metarec_fast.ops._register import empty
 from metarec_fast.reference.negatives import CAPACITY, CELL, integer_weights
@@ -81,7 +81,7 @@ def popularity_table(counts: Array, *, alpha: float = 0.75, uniform_share: float
         raise ValueError("counts must be non-negative and not all 0")
     weights = integer_weights(counts, alpha=alpha, uniform_share=uniform_share)
     cells = np.zeros(V, CELL)
-    _C.build_alias(address(weights), address(cells), size=V)
+    _C.build_alias(span(weights), span(cells), size=V)
     log_p = np.full(V, -np.inf)
     np.log(weights / (V * float(CAPACITY)), out=log_p, where=weights > 0)
     cells["log_p"], cells["log_p_alias"] = log_p, log_p[cells["alias"]]
@@ -129,35 +129,34 @@ def seen_items(
     U, cpu, wide = len(users), torch.device("cpu"), num_items > NARROW
     seen_offsets, counts = (empty((n,), dtype=torch.int64, device=cpu) for n in (U + 1, U))
     E = _C.row_lengths(
-        address(offsets),
-        address(users),
-        seen_offsets.data_ptr(),
+        span(offsets),
+        span(users),
+        span(seen_offsets),
         num_users=len(offsets) - 1,
         events=len(items),
         rows=U,
     )
     seen = empty((E,), dtype=torch.int64 if wide else torch.int32, device=cpu)
     _C.sorted_items(
-        address(offsets),
-        address(items),
-        address(users),
-        seen_offsets.data_ptr(),
-        seen.data_ptr(),
-        counts.data_ptr(),
+        span(offsets),
+        span(items),
+        span(users),
+        span(seen_offsets),
+        span(seen),
+        span(counts),
+        num_users=len(offsets) - 1,
         rows=U,
         num_items=num_items,
-        wide=items.dtype.itemsize == 8,
-        seen_wide=wide,
     )
     weights = None
     if table is not None:
         weights = empty((U,), dtype=torch.int64, device=cpu)
         _C.row_weights(
-            seen_offsets.data_ptr(),
-            counts.data_ptr(),
-            seen.data_ptr(),
-            address(table.cumulative),
-            weights.data_ptr(),
+            span(seen_offsets),
+            span(counts),
+            span(seen),
+            span(table.cumulative),
+            span(weights),
             rows=U,
         )
     return SeenItems(num_items, seen_offsets, counts, seen, table, weights)
@@ -188,24 +187,23 @@ def sample_unseen(
     negatives = empty((T, count), dtype=torch.int64, device=cpu)
     logq = empty((T, count), dtype=torch.float32, device=cpu)
     _C.sample_negatives(
-        address(rows),
-        address(rows if _users is None else _users),
-        address(segments),
-        seen.offsets.data_ptr(),
-        seen.counts.data_ptr(),
-        seen.items.data_ptr(),
-        negatives.data_ptr(),
-        logq.data_ptr(),
-        0 if seen.table is None else address(seen.table.cells),
-        0 if seen.table is None else address(seen.table.cumulative),
-        0 if seen.weights is None else seen.weights.data_ptr(),
+        span(rows),
+        span(rows if _users is None else _users),
+        span(segments),
+        span(seen.offsets),
+        span(seen.counts),
+        span(seen.items),
+        span(negatives),
+        span(logq),
+        None if seen.table is None else span(seen.table.cells),
+        None if seen.table is None else span(seen.table.cumulative),
+        None if seen.weights is None else span(seen.weights),
         rows=len(rows),
         num_users=len(seen),
         positions=T,
         first_row=check_integer(first_row, "first_row", least=0),
         count=count,
         num_items=seen.num_items,
-        wide=seen.items.dtype == torch.int64,
         shared=_shared,
         **random,
     )

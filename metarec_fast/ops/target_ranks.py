@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty
 from metarec_fast.reference.target_ranks import linear_target_ranks
 
@@ -38,13 +39,10 @@ def _cpu(
     (B, D), V = h.shape, table.shape[0]
     counts = [empty((B,), dtype=torch.int64, device=h.device) for _ in range(3)]
     _C.target_ranks(
-        *(0 if x is None else x.data_ptr() for x in (*inputs, *counts)),
+        *map(span, (*inputs, *counts)),
         B=B,
         V=V,
         D=D,
-        num_seen=0 if seen_items is None else len(seen_items),
-        num_added=0 if added_items is None else len(added_items),
-        is_double=h.dtype == torch.float64,
     )
     return tuple(counts)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._codebook import fold_into_heads, unfold_heads
 from metarec_fast.ops._register import define, empty
 from metarec_fast.reference.vq_backward import vq_backward as reference_vq_backward
@@ -25,11 +26,7 @@ def _cpu(grad: Tensor | None, grad_error: Tensor | None, x: Tensor, quantized: T
     H, N, D = x.shape
     out = empty((H, N, D), dtype=x.dtype, device=x.device)
     _C.vq_backward(
-        0 if grad is None else grad.data_ptr(),
-        0 if grad_error is None else grad_error.data_ptr(),
-        x.data_ptr(),
-        quantized.data_ptr(),
-        out.data_ptr(),
+        *map(span, (grad, grad_error, x, quantized, out)),
         rows=H * N,
         dim=D,
         rotation=rotation,

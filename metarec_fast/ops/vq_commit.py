@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
 from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
@@ -76,13 +77,7 @@ def _cpu(x: Tensor, codebook: Tensor) -> _Outputs:
     margin = empty((H, -(-N // _MARGIN_EVERY)), dtype=x.dtype, device=x.device)
     rechecked = empty((), dtype=torch.int64, device=x.device)
     _C.vq_commit(
-        x.data_ptr(),
-        codebook.data_ptr(),
-        quantized.data_ptr(),
-        indices.data_ptr(),
-        row_error.data_ptr(),
-        margin.data_ptr(),
-        rechecked.data_ptr(),
+        *map(span, (x, codebook, quantized, indices, row_error, margin, rechecked)),
         margin_every=_MARGIN_EVERY,
         heads=H,
         rows=N,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 from metarec_fast.ops._codebook import FLOATS, add_head, check_row_weight, fold_into_heads, unfold_heads
 from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty
 from metarec_fast.reference.vq_statistics import vq_statistics as reference_vq_statistics
@@ -31,16 +32,11 @@ def _cpu(x: Tensor, indices: Tensor, codebook_size: int, row_weight: Tensor | No
     counts = empty((H, codebook_size), dtype=x.dtype, device=x.device)
     sums = empty((H, codebook_size, D), dtype=x.dtype, device=x.device)
     _C.vq_statistics(
-        x.data_ptr(),
-        indices.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        counts.data_ptr(),
-        sums.data_ptr(),
+        *map(span, (x, indices, weight, counts, sums)),
         heads=H,
         rows=N,
         codes=codebook_size,
         dim=D,
-        is_double=x.dtype == torch.float64,
     )
     return counts, sums
 

@@ -149,12 +149,13 @@ def test_the_interpreter_ends_while_a_batch_is_made():
 import numpy as np
 from metarec_fast import _C
 from metarec_fast.data import Prefetch
+from metarec_fast.ops._arrays import span
 order = np.empty(30_000_000, np.int64)
 def make(step):
     if step:
         print("making", flush=True)
     size = len(order) if step else 1
-    _C.epoch_order(order.ctypes.data, size=len(order), first=0, count=size, seed=0, stream=0, epoch=step)
+    _C.epoch_order(span(order[:size]), size=len(order), first=0, count=size, seed=0, stream=0, epoch=step)
 batches = Prefetch(make)
 next(batches)
 """

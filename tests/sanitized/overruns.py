@@ -9,16 +9,18 @@ import pytest
 
 from metarec_fast import _C
 
-# One user who has seen ``seen`` of 5000 items, 700 negatives; addresses, so that nothing but a sanitizer can check.
+# One user who has seen ``seen`` of 5000 items, 700 negatives. The extension is told of more elements than there are, so
+# that nothing but a sanitizer can notice.
 DRAW = """
 import numpy as np
 from metarec_fast import _C
+from metarec_fast.ops._arrays import span
 seen, negatives, logq = np.arange({seen}, dtype=np.int32), np.empty({negatives}, np.int64), np.empty(700, np.float32)
 zero, ends = np.zeros(1, np.int64), np.array([0, 700])
-at = lambda array: array.__array_interface__["data"][0]
 _C.sample_negatives(
-    at(zero), at(zero), at(ends), at(ends), at(np.array([1000])), at(seen), at(negatives) + {shift}, at(logq), 0, 0, 0,
-    rows=1, num_users=1, positions=700, first_row=0, count=1, num_items=5000, wide=False, shared=False,
+    span(zero), span(zero), span(ends), span(np.array([0, 1000])), span(np.array([1000])),
+    (span(seen)[0], 1000, "i4"), (span(negatives)[0] + {shift}, 700, "i8"), span(logq), None, None, None,
+    rows=1, num_users=1, positions=700, first_row=0, count=1, num_items=5000, shared=False,
     seed=1, stream=0, step=0,
 )
 print("drawn")
