@@ -12,12 +12,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from metarec_fast.config import Config
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, load_domain, save_domain, time_cut
+from metarec_fast.data.domain import Catalogue
 from metarec_fast.data.evidence import EvidenceStatistics
-from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, fit_mixture
+from metarec_fast.evaluation import (
+    Metrics,
+    NonFiniteScoresError,
+    Scorer,
+    best_floor,
+    best_items,
+    choice_catalogue,
+    evaluate,
+    fit_mixture,
+)
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.models.recommender import Recommender, SharedEncoder
 from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
@@ -255,7 +264,9 @@ class MetaRec:
         self.model.eval()
         encoder = ModelScorer(self.model, self.domain.name)
         asked = [(EvidencePath(self.evidence.scorer, known), cases) for known, cases in trainer.questions if len(cases)]
-        fitted = fit_mixture([(EvidenceMixture(encoder, path), cases) for path, cases in asked])
+        fitted = fit_mixture(
+            [(EvidenceMixture(encoder, path), cases) for path, cases in asked], catalogue=trainer.catalogue
+        )
         self.encoder_weight, self.evidence_weight = (
             (fitted.encoder / fitted.evidence, 1.0) if fitted.evidence else (1.0, 0.0)
         )
@@ -269,10 +280,17 @@ class MetaRec:
     def _choose_evidence_weight(self) -> None:
         """How much the domain's own transitions count beside the encoder: whatever validation likes best."""
         self.evidence = TransitionEvidence(self.split.train)
-        tried = {}
+        tried, catalogue = {}, choice_catalogue(self.split, self.config.data.catalogue)
         for weight in EVIDENCE_WEIGHTS:
             self.evidence_weight = weight
-            tried[weight] = self.evaluate("valid").ndcg[10]
+            metrics = evaluate(
+                self.scorer(),
+                self.split.valid,
+                mask_history=self.config.data.mask_history,
+                protocol=f"{self.split.protocol}; valid",
+                catalogue=catalogue,
+            )
+            tried[weight] = metrics.ndcg[10]
         self.evidence_weight = max(tried, key=lambda weight: (tried[weight], -weight))
         self.history["evidence_weight"] = {
             "chosen": self.evidence_weight,
@@ -290,9 +308,19 @@ class MetaRec:
         return ModelScorer(self.model, self.domain.name, evidence=self.evidence, evidence_weight=self.evidence_weight)
 
     def evaluate(
-        self, split: Literal["valid", "test"] = "test", *, mask_history: bool | None = None, evidence: bool = True
+        self,
+        split: Literal["valid", "test"] = "test",
+        *,
+        mask_history: bool | None = None,
+        evidence: bool = True,
+        catalogue: Catalogue | None = None,
     ) -> Metrics:
-        """Full ranking of every case of the target's split; ties count as their expectation."""
+        """Full ranking of every case of the target's split; ties count as their expectation.
+
+        catalogue: "training" ranks the items that training events hold, a target outside them is a miss and counted
+            (``outside``), and ``among_all`` has the figures among all items; "all" ranks every item of the domain, also
+            those known from held-out events alone. By default ``config.data.catalogue``.
+        """
         if split not in ("valid", "test"):
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
         return evaluate(
@@ -300,9 +328,10 @@ class MetaRec:
             getattr(self.split, split),
             mask_history=self.config.data.mask_history if mask_history is None else mask_history,
             protocol=f"{self.split.protocol}; {split}",
+            catalogue=self.split.candidates(catalogue or self.config.data.catalogue),
+            among_all=True,
         )
 
-    @torch.no_grad()
     def recommend(
         self,
         users: Iterable[Any] | None = None,
@@ -310,18 +339,24 @@ class MetaRec:
         histories: Iterable[Sequence[Any]] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
+        catalogue: Catalogue | None = None,
     ) -> list[list[tuple[Any, float]]]:
         """The ``k`` best items, with scores, for users of the target domain or for histories of item ids.
 
         users: the domain's own user ids; all their events are read. histories: item ids, oldest first.
-        Raises ValueError for unknown ids, or unless exactly one of users and histories is given.
+        catalogue: "training" recommends items of training events alone, so that there may be fewer than ``k``; "all"
+            every item of the domain, also those of which nothing was learned. By default ``config.data.catalogue``.
+        Of equal scores the item of the lower number comes first. Memory is that of a batch of users, and the answers'.
+        Raises ValueError for unknown ids, unless exactly one of users and histories is given, and for scores that are
+        not finite.
         """
         if (users is None) == (histories is None):
             raise ValueError("recommend needs either users or histories, and not both")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if users is not None:
-            rows = [self.domain.sequences[u] for u in self.domain.users.encode(list(users))]
+        asked = None if users is None else list(users)
+        if asked is not None:
+            rows = [self.domain.sequences[u] for u in self.domain.users.encode(asked)]
         else:
             rows = [self.domain.items.encode(list(history)) for history in histories]
         if not rows:
@@ -331,27 +366,18 @@ class MetaRec:
             items=np.concatenate(rows).astype(np.int64),
             num_items=self.domain.num_items,
         )
-        score_tile, V, tile = self.scorer().prepare(read), self.domain.num_items, 65536
-        best: Tensor | None = None
-        ids: Tensor | None = None
-        for begin in range(0, V, tile):
-            scores = score_tile(begin, min(begin + tile, V)).to("cpu", copy=True)
-            if exclude_seen:
-                for row, seen in enumerate(rows):
-                    inside = seen[(seen >= begin) & (seen < begin + tile)] - begin
-                    scores[row, torch.as_tensor(inside, dtype=torch.int64)] = float("-inf")
-            columns = torch.arange(begin, begin + scores.shape[1]).expand_as(scores)
-            pool = scores if best is None else torch.cat((best, scores), 1)
-            pool_ids = columns if ids is None else torch.cat((ids, columns), 1)
-            best, order = pool.topk(min(k, pool.shape[1]), dim=1)
-            ids = pool_ids.gather(1, order)
-        assert best is not None and ids is not None
-        answers = []
-        for scores, items in zip(best.tolist(), ids.numpy(), strict=True):
-            kept = [i for i, score in enumerate(scores) if score > float("-inf")]
-            decoded = self.domain.items.decode(items[kept])
-            answers.append([(item, scores[i]) for item, i in zip(decoded, kept, strict=True)])
-        return answers
+        found = best_items(
+            self.scorer(),
+            read,
+            k=k,
+            exclude_seen=exclude_seen,
+            catalogue=self.split.candidates(catalogue or self.config.data.catalogue),
+        )
+        try:
+            return [list(zip(self.domain.items.decode(items), scores.tolist(), strict=True)) for items, scores in found]
+        except NonFiniteScoresError as error:
+            who = f"history {error.case}" if asked is None else f"user {asked[error.case]!r}"
+            raise ValueError(f"{who}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the shared parameters, the target's table and the target's domain: safetensors and JSON only.
@@ -480,10 +506,17 @@ def build(config: Config, splits: Sequence[Split], *, shared: SharedEncoder | No
     return model.to(config.train.device)
 
 
-def floor_row(split: Split, *, mask_history: bool) -> Row:
-    """The best untrained baseline by validation, at test."""
-    name, scorer, _ = best_floor(split, mask_history=mask_history)
-    metrics = evaluate(scorer, split.test, mask_history=mask_history, protocol=f"{split.protocol}; test")
+def floor_row(split: Split, *, mask_history: bool, catalogue: Catalogue = "training") -> Row:
+    """The best untrained baseline by validation, at test; both among the items of ``catalogue``."""
+    name, scorer, _ = best_floor(split, mask_history=mask_history, catalogue=catalogue)
+    metrics = evaluate(
+        scorer,
+        split.test,
+        mask_history=mask_history,
+        protocol=f"{split.protocol}; test",
+        catalogue=split.candidates(catalogue),
+        among_all=True,
+    )
     return Row(name, metrics, trained=False)
 
 
@@ -518,7 +551,7 @@ def compare(
     if own:
         config = config.replace(train={"compare_target_only": False})
     split = split_domain(target, config, fraction=config.data.target_fraction)
-    rows = [floor_row(split, mask_history=config.data.mask_history)]
+    rows = [floor_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)]
     models = {}
     for method in methods:
         if method not in METHODS:

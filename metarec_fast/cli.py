@@ -104,6 +104,8 @@ class Evaluate:
     split: Literal["valid", "test"] = "test"
     mask_history: bool | None = None
     """Leave the user's history out of the ranking; as in training if not given."""
+    catalogue: Literal["training", "all"] | None = None
+    """Rank the items of training events, or every item of the domain; as in training if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,8 @@ class Recommend:
     """Item ids, oldest first."""
     k: int = 10
     include_seen: bool = False
+    catalogue: Literal["training", "all"] | None = None
+    """Recommend items of training events, or of every item of the domain; as in training if not given."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -267,12 +271,15 @@ def show_rows(console: Console, rows: Sequence, title: str) -> None:
     from metarec_fast.report.table import values
 
     columns = ("Recall@10", "NDCG@10", "MRR")
+    all_items = any(row.metrics.among_all is not None for row in rows)
     table = Table(title=escape(title))
     table.add_column("method")
-    for column in (*columns, "seconds"):
+    for column in (*columns, *(("NDCG@10, all items",) if all_items else ()), "seconds"):
         table.add_column(column, justify="right")
     for row in rows:
         figures = [f"{values(row.metrics)[c]:.4f}" for c in columns]
+        if all_items:
+            figures.append(f"{(row.metrics.among_all or row.metrics).ndcg[10]:.4f}")
         name = row.method if row.trained else f"{row.method} (untrained)"
         table.add_row(name, *figures, "" if row.seconds is None else f"{row.seconds:.0f}")
     console.print(table)
@@ -323,7 +330,15 @@ def run_folder_facts(config: Config, rows: Sequence, models: dict) -> dict:
 
     return {
         "results": [
-            {"method": r.method, "trained": r.trained, "seconds": r.seconds, **values(r.metrics)} for r in rows
+            {
+                "method": r.method,
+                "trained": r.trained,
+                "seconds": r.seconds,
+                **values(r.metrics),
+                **({} if r.metrics.among_all is None else {"all_items": values(r.metrics.among_all)}),
+                "targets_outside": r.metrics.outside,
+            }
+            for r in rows
         ],
         "protocol": rows[0].metrics.protocol,
         "history": {name: model.history for name, model in models.items()},
@@ -478,7 +493,7 @@ def adapt(command: Adapt) -> int:
     if "adapted_from" in adapted.history:
         name += f", adapted from {model.domain.name}"
     rows = [
-        floor_row(adapted.split, mask_history=adapted.config.data.mask_history),
+        floor_row(adapted.split, mask_history=config.data.mask_history, catalogue=config.data.catalogue),
         Row(name, adapted.evaluate(), seconds=adapted.history["seconds"]),
     ]
     show_rows(console, rows, f"target {target.name}")
@@ -525,11 +540,12 @@ def evaluate(command: Evaluate) -> int:
     from metarec_fast.report.table import Row
 
     model = MetaRec.from_pretrained(command.model)
-    metrics = model.evaluate(command.split, mask_history=command.mask_history)
+    catalogue = command.catalogue or model.config.data.catalogue
+    metrics = model.evaluate(command.split, mask_history=command.mask_history, catalogue=catalogue)
     rows = [Row(METHODS[model.config.train.method], metrics)]
     if command.split == "test":
         mask = model.config.data.mask_history if command.mask_history is None else command.mask_history
-        rows.insert(0, floor_row(model.split, mask_history=mask))
+        rows.insert(0, floor_row(model.split, mask_history=mask, catalogue=catalogue))
     show_rows(Console(), rows, f"{model.domain.name}, {command.split}")
     return 0
 
@@ -540,7 +556,7 @@ def recommend(command: Recommend) -> int:
     if bool(command.users) == bool(command.history):
         raise ValueError("give either --users or --history, and not both")
     model = MetaRec.from_pretrained(command.model)
-    options = {"k": command.k, "exclude_seen": not command.include_seen}
+    options = {"k": command.k, "exclude_seen": not command.include_seen, "catalogue": command.catalogue}
     if command.users:
         answers = model.recommend(model.domain.users.parse(command.users), **options)
     else:
@@ -562,6 +578,7 @@ def run_study(
 ) -> tuple[int, Results]:
     """Run what is left of a study, a line a cell, and write its tables and plots: the exit status, and the results."""
     from metarec_fast.study import Results, run
+    from metarec_fast.study.results import figure
     from metarec_fast.train.trainer import Interrupted
 
     console, status = Console(), 0
@@ -569,9 +586,8 @@ def run_study(
     def show(cell: Cell, facts: dict, done: int, total: int) -> None:
         cost = facts["cost"]
         memory = "" if cost["peak_memory_mib"] is None else f", {cost['peak_memory_mib']:,.0f} MiB"
-        figure = facts["test"]["history not masked"]["metrics"]["ndcg@10"]
         console.print(
-            f"{done}/{total}  {cell}: NDCG@10 {figure:.4f} (validation {facts['valid']:.4f})  "
+            f"{done}/{total}  {cell}: NDCG@10 {figure(facts, 'ndcg@10'):.4f} (validation {facts['valid']:.4f})  "
             f"{cost['seconds']:.0f} s, {cost['steps']:,} steps{memory}",
             highlight=False,
             soft_wrap=True,

@@ -198,6 +198,9 @@ class DataConfig:
     """Share of the target's users whose events may be trained on."""
     mask_history: bool = False
     """Leave items of the user's history out of the ranking."""
+    catalogue: Literal["training", "all"] = "training"
+    """What is ranked, recommended and chosen by. training: the items of the target's training events. all: every item
+    of the domain, also those that are known from held-out events alone, of which nothing was learned."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from metarec_fast import MetaRec, api
 from metarec_fast.api import compare
 from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
 from metarec_fast.data.descriptors import item_descriptors
-from metarec_fast.evaluation import FittedMixture, Metrics
+from metarec_fast.evaluation import FittedMixture, Metrics, best_items
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.models.spectral import moments, turned
 from metarec_fast.train.trainer import Interrupted
@@ -141,6 +142,97 @@ def test_seen_items_are_left_out_on_request(fitted):
         assert sorted(items) == sorted(TARGET.items)
 
 
+def shop(bought=20, known=60):
+    """A target whose training events hold ``bought`` items; the others are known from held-out events alone."""
+    rng = np.random.default_rng(0)
+    rows = [[*rng.integers(bought, size=6), *rng.integers(known, size=2)] for _ in range(50)]
+    events = Sequences(np.arange(0, 401, 8), np.concatenate(rows).astype(np.int32), known)
+    return Domain("shop", events, Vocabulary(f"u{u}" for u in range(50)), Vocabulary(f"i{i}" for i in range(known)))
+
+
+@pytest.mark.parametrize("evidence", ["learned", "transitions", "none"])
+def test_items_that_nobody_in_training_touched_are_recommended_on_request_alone(evidence, tmp_path):
+    options = config(model={"evidence": evidence}, train={"method": "target_only"})
+    model = MetaRec.fit([], shop(), config=options)
+    trained = {f"i{i}" for i in range(20)}
+    users, k = list(model.domain.users), 60
+    for answer in items_of(model.recommend(users, k=k, exclude_seen=False)):
+        assert set(answer) == trained
+    for answer in items_of(model.recommend(users, k=k, exclude_seen=False, catalogue="all")):
+        assert len(set(answer)) == 60
+    for answer in items_of(model.recommend(histories=[["i40", "i3"]], k=k)):  # read, though it cannot be answered
+        assert set(answer) == trained - {"i3"}
+    found, everywhere = model.evaluate(), model.evaluate(catalogue="all")
+    cold = model.split.test.targets >= 20
+    assert found.outside == cold.sum() > 0 and not found.per_user("mrr")[cold].any()
+    assert np.array_equal(found.among_all.greater, everywhere.greater) and everywhere.outside == 0
+    assert (found.greater[~cold] <= everywhere.greater[~cold]).all()
+    assert "the 20 items of training events ranked (of 60 known)" in found.protocol
+    model.save_pretrained(tmp_path)
+    loaded = MetaRec.from_pretrained(tmp_path)
+    assert loaded.evaluate().to_dict() == found.to_dict()
+    with pytest.raises(ValueError, match="catalogue must be 'training' or 'all', got 'some'"):
+        model.recommend(users, catalogue="some")
+
+
+def test_of_a_share_of_the_users_the_catalogue_is_what_they_bought():
+    options = config(train={"method": "target_only"}, data={"target_fraction": 0.1})
+    model = MetaRec.fit([], shop(bought=60), config=options)
+    trained = set(model.domain.items.decode(np.unique(model.split.train.items)))
+    (answer,) = items_of(model.recommend(["u7"], k=60, exclude_seen=False))
+    assert set(answer) == trained and len(trained) < 35
+
+
+def test_where_training_holds_every_item_the_catalogue_changes_no_bit_of_training():
+    models = [
+        MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}, data={"catalogue": catalogue}))
+        for catalogue in ("training", "all")
+    ]
+    for ours, theirs in zip(*(model.model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(ours, theirs)
+    ours, theirs = (model.evidence.scorer.state_dict() for model in models)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert models[0].history["mixture"] == models[1].history["mixture"]
+
+
+def test_with_all_items_validation_chooses_among_all_of_them():
+    """The best of training is what `evaluate` finds among all items, evidence's weight too."""
+    options = config(train={"method": "target_only"}, data={"catalogue": "all"})
+    model = MetaRec.fit([], shop(), config=options)
+    found = model.evaluate("valid", evidence=False)
+    assert found.ndcg[10] == model.history["best_validation_ndcg@10"] and found.catalogue == "all"
+    assert model.evaluate("valid", evidence=False, catalogue="training").outside > found.outside == 0
+
+
+def test_users_are_read_a_batch_at_a_time(fitted, monkeypatch):
+    users = list(TARGET.users)
+    together = fitted.recommend(users, k=5)
+    asked = []
+    scorer = fitted.scorer()
+    prepare = scorer.prepare
+    monkeypatch.setattr(scorer, "prepare", lambda histories: asked.append(len(histories)) or prepare(histories))
+    monkeypatch.setattr(fitted, "scorer", lambda: scorer)
+    monkeypatch.setattr(api, "best_items", partial(best_items, batch_size=9))
+    apart = fitted.recommend(users, k=5)
+    assert asked == [9, 9, 9, 9, 4]
+    assert items_of(apart) == items_of(together)
+    for ours, theirs in zip(apart, together, strict=True):
+        assert [s for _, s in ours] == pytest.approx([s for _, s in theirs], rel=1e-6)
+
+
+def test_recommend_raises_for_scores_that_are_not_finite_as_evaluate_does():
+    model = MetaRec.fit([], shop(), config=config(train={"method": "target_only"}, model={"evidence": "none"}))
+    with torch.no_grad():
+        model.model.table("shop").bias[3] = torch.nan
+    for ask, who in (
+        (lambda: model.recommend(["u4", "u5"]), "user 'u4'"),
+        (lambda: model.recommend(histories=[["i2"]]), "history 0"),
+        (lambda: model.evaluate(), r"user \d+"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{who}: scores must be finite, got .* item 3"):
+            ask()
+
+
 def test_k_beyond_the_catalogue(fitted):
     (items,) = items_of(fitted.recommend(["target-u1"], k=10_000, exclude_seen=False))
     assert sorted(items) == sorted(TARGET.items)
@@ -238,7 +330,7 @@ def test_the_mixture_says_what_it_was_made_by(fitted):
 def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitted_weights, weights, monkeypatch):
     asked = []
 
-    def fit(questions):
+    def fit(questions, *, catalogue):
         asked.extend(questions)
         return FittedMixture(*fitted_weights, 1.0, 2.0)
 

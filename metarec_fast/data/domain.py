@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
+from metarec_fast.data import _csr
 from metarec_fast.data.vocabulary import Vocabulary
+
+Catalogue = Literal["training", "all"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,12 @@ class Sequences:
     @property
     def num_events(self) -> int:
         return len(self.items)
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        """The sequences of these numbers, in this order, without their times."""
+        lengths = self.lengths[rows]
+        events = _csr.positions(self.offsets[:-1][rows], lengths)
+        return Sequences(_csr.offsets(lengths), self.items[events], self.num_items)
 
     def pairs(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
         """All pairs of items ``lag`` >= 1 events apart in one sequence: the earlier [N] and the later [N], in order."""
@@ -127,3 +138,16 @@ class Split:
     valid: Cases
     test: Cases
     protocol: str  # in words, printed beside every number
+
+    @cached_property
+    def trained_items(self) -> np.ndarray:
+        """bool [num_items]: the items that training events hold. The others are known from held-out events alone."""
+        trained = np.zeros(self.train.num_items, bool)
+        trained[self.train.items] = True
+        return trained
+
+    def candidates(self, catalogue: Catalogue) -> np.ndarray | None:
+        """The items to rank, bool [num_items]: those of training events; None for all. Raises ValueError for others."""
+        if catalogue not in ("training", "all"):
+            raise ValueError(f"catalogue must be 'training' or 'all', got {catalogue!r}")
+        return self.trained_items if catalogue == "training" else None

@@ -7,7 +7,7 @@ one domain to another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -89,6 +89,14 @@ class EvidenceCases:
     level_of: Tensor
     multiplicity: Tensor
     targets: Tensor | None = None
+
+    def among(self, catalogue: np.ndarray) -> EvidenceCases:
+        """The same questions with the items of a catalogue, bool [V], for answers: targets must be in it.
+
+        Candidates all have training events; so they must be in it too.
+        """
+        counted = torch.bincount(self.level_of[torch.from_numpy(catalogue)], minlength=len(self.levels))
+        return replace(self, multiplicity=counted.float())
 
     @cached_property
     def case_of(self) -> Tensor:
@@ -178,7 +186,7 @@ class EvidenceEpisode:
     """
 
     def __init__(self, train: Sequences, *, statistics: np.ndarray, asked: np.ndarray) -> None:
-        self.statistics = EvidenceStatistics(of_users(train, statistics))
+        self.statistics = EvidenceStatistics(train.take(statistics))
         self.train, self.asked = train, asked[train.lengths[asked] >= 2]
         if not len(self.asked):
             raise ValueError("asked must hold a user of two events at least")
@@ -194,10 +202,3 @@ class EvidenceEpisode:
         events = _csr.positions(begins + cut - taken, taken)
         histories = Sequences(_csr.offsets(taken), self.train.items[events], self.train.num_items)
         return self.statistics.cases(histories, self.train.items[begins + cut])
-
-
-def of_users(train: Sequences, users: np.ndarray) -> Sequences:
-    """The sequences of these users alone, under new numbers."""
-    lengths = train.lengths[users]
-    events = _csr.positions(train.offsets[:-1][users], lengths)
-    return Sequences(_csr.offsets(lengths), train.items[events], train.num_items)

@@ -164,13 +164,12 @@ def _count_before(sequences: Sequences, moment: float) -> np.ndarray:
 
 
 def _split(domain: Domain, train: Sequences, valid: Cases, test: Cases, words: str, max_history: int | None) -> Split:
-    trained = np.zeros(domain.num_items, bool)
-    trained[train.items] = True
+    split = Split(domain, train, valid, test, words)
     if max_history is not None:
         words += f"; at most the last {max_history} events as history"
     for name, cases in (("validation", valid), ("test", test)):
-        cold, empty = int((~trained[cases.targets]).sum()), int((cases.histories.lengths == 0).sum())
+        cold, empty = int((~split.trained_items[cases.targets]).sum()), int((cases.histories.lengths == 0).sum())
         words += f"; {len(cases):,} {name} cases, {cold:,} with a target item unseen in training"
         if empty:
             words += f", {empty:,} with an empty history"
-    return Split(domain, train, valid, test, words)
+    return replace(split, protocol=words)

@@ -1,5 +1,7 @@
 """Ranks by counting, tie-aware metrics, floors, and the protocols by name."""
 
+from metarec_fast.evaluation.best import best_items
+from metarec_fast.evaluation.catalogue import choice_catalogue, inside
 from metarec_fast.evaluation.evaluate import (
     Difference,
     evaluate,
@@ -24,11 +26,14 @@ __all__ = [
     "Scorer",
     "Transitions",
     "best_floor",
+    "best_items",
+    "choice_catalogue",
     "evaluate",
     "expected_metric",
     "fit_mixture",
     "floors",
     "holm",
+    "inside",
     "item_neighbours",
     "paired_bootstrap",
     "target_ranks",

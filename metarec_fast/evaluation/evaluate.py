@@ -10,32 +10,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec_fast.data import _csr
 from metarec_fast.data.domain import Cases, Sequences
-from metarec_fast.evaluation.metrics import Metrics
+from metarec_fast.evaluation.catalogue import Candidates
+from metarec_fast.evaluation.metrics import OUTSIDE, Metrics
 from metarec_fast.evaluation.ranks import TILE, NonFiniteScoresError, target_ranks
 from metarec_fast.evaluation.scorer import Scorer, ScoreTile
 
 
 def evaluate(
-    scorer: Scorer, cases: Cases, *, mask_history: bool, protocol: str, batch_size: int = 1024, tile: int = TILE
+    scorer: Scorer,
+    cases: Cases,
+    *,
+    mask_history: bool,
+    protocol: str,
+    catalogue: np.ndarray | None = None,
+    among_all: bool = False,
+    batch_size: int = 1024,
+    tile: int = TILE,
 ) -> Metrics:
-    """Rank each case's target among all items, ``batch_size`` cases and ``tile`` items at a time.
+    """Rank each case's target among all items or a catalogue's, ``batch_size`` cases and ``tile`` items at a time.
 
     mask_history: leave the items of a case's history out of its candidates (never the target).
     protocol: the split in words, kept beside the figures (``split.protocol``).
+    catalogue: bool [V], the items to rank (``split.candidates``), by default all. A target outside is a miss; histories
+        are read whole.
+    among_all: beside a catalogue, rank all items too; scorers prepare once for both.
 
     Memory does not grow with the catalogue beyond what the scorer needs. The figures do not depend on batch_size or
     tile, as far as the scorer's own rounding does not.
     Warns if ties decide the figures: more than one a case, and NDCG@10 a tenth higher at their best order than at their
     worst. Raises ValueError for no cases, another catalogue, or scores that are not finite.
     """
-    greater, equal = np.empty((2, len(cases)), np.int64)
+    candidates = None if catalogue is None else Candidates(catalogue, scorer.num_items)
+    chosen, whole = np.empty((2, 2, len(cases)), np.int64)
     for batch in batches(scorer.num_items, cases, batch_size, mask_history=mask_history):
         with torch.no_grad():
             score_tile = scorer.prepare(batch.histories, batch.users)
-        greater[batch.pick], equal[batch.pick] = _ranks(score_tile, batch, tile=tile)
-    metrics = Metrics(protocol, mask_history, scorer.num_items, cases.users, greater, equal)
+        if candidates is None or candidates.whole or among_all:
+            whole[:, batch.pick] = _ranks(score_tile, batch, tile=tile)
+        if candidates is not None and not candidates.whole:
+            chosen[:, batch.pick] = _ranks_among(candidates, score_tile, batch, tile=tile)
+    given = (protocol, mask_history, scorer.num_items, cases.users)
+    if candidates is None:
+        metrics = Metrics(*given, *whole)
+    else:
+        beside = Metrics(*given, *whole) if among_all else None
+        counts = whole if candidates.whole else chosen
+        metrics = Metrics(*given, *counts, num_ranked=len(candidates), among_all=beside)
     low, high = metrics.bounds("ndcg@10")
     if metrics.mean_equal > 1 and high > 1.1 * low:
         warnings.warn(
@@ -67,28 +88,36 @@ def batches(num_items: int, cases: Cases, batch_size: int, *, mask_history: bool
     order = np.argsort(cases.targets, kind="stable")
     for begin in range(0, len(cases), batch_size):
         pick = order[begin : begin + batch_size]
-        histories = _take(cases.histories, pick)
+        histories = cases.histories.take(pick)
         seen = (torch.from_numpy(histories.offsets), torch.from_numpy(histories.items)) if mask_history else None
         yield Batch(pick, histories, cases.users[pick], torch.from_numpy(cases.targets[pick]), seen)
 
 
-def _ranks(score_tile: ScoreTile, batch: Batch, *, tile: int = TILE) -> tuple[np.ndarray, np.ndarray]:
-    """`target_ranks` of a batch; scores that are not finite are laid to a user."""
+def _ranks(
+    score_tile: ScoreTile, batch: Batch, *, tile: int = TILE, candidates: Candidates | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`target_ranks` of a batch; scores that are not finite are laid to a user, and to an item by its own number."""
+    num_items = batch.histories.num_items if candidates is None else len(candidates)
     try:
-        counts = target_ranks(
-            score_tile, num_items=batch.histories.num_items, targets=batch.targets, seen=batch.seen, tile=tile
-        )
+        counts = target_ranks(score_tile, num_items=num_items, targets=batch.targets, seen=batch.seen, tile=tile)
     except NonFiniteScoresError as error:
+        if candidates is not None:
+            error = error.of_item(int(candidates.items[error.item]))
         raise ValueError(f"user {batch.users[error.case]}: {error}") from error
     greater, equal = (count.cpu().numpy() for count in counts)
     return greater, equal
 
 
-def _take(sequences: Sequences, rows: np.ndarray) -> Sequences:
-    """The sequences of these rows, without their times."""
-    lengths = sequences.lengths[rows]
-    events = _csr.positions(sequences.offsets[rows], lengths)
-    return Sequences(_csr.offsets(lengths), sequences.items[events], sequences.num_items)
+def _ranks_among(
+    candidates: Candidates, score_tile: ScoreTile, batch: Batch, *, tile: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_ranks` among the candidates; OUTSIDE for a target that is none of them."""
+    targets = candidates.places(batch.targets)
+    seen = None if batch.seen is None else candidates.seen(*batch.seen)
+    inner = batch._replace(targets=targets.clamp_min(0), seen=seen)
+    greater, equal = _ranks(candidates.scores(score_tile), inner, tile=tile, candidates=candidates)
+    missed = (targets < 0).numpy()
+    return np.where(missed, OUTSIDE, greater), np.where(missed, 0, equal)
 
 
 class Difference(NamedTuple):

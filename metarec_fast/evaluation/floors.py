@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from metarec_fast.data import _csr
-from metarec_fast.data.domain import Sequences, Split
+from metarec_fast.data.domain import Catalogue, Sequences, Split
 from metarec_fast.data.transitions import TransitionKernel
+from metarec_fast.evaluation.catalogue import choice_catalogue
 from metarec_fast.evaluation.evaluate import evaluate
 from metarec_fast.evaluation.metrics import Metrics
 from metarec_fast.evaluation.scorer import Scorer, ScoreTile
@@ -105,17 +106,22 @@ def floors(train: Sequences) -> dict[str, Scorer]:
     }
 
 
-def best_floor(split: Split, *, mask_history: bool) -> tuple[str, Scorer, dict[str, Metrics]]:
+def best_floor(
+    split: Split, *, mask_history: bool, catalogue: Catalogue = "training"
+) -> tuple[str, Scorer, dict[str, Metrics]]:
     """The floor with the highest NDCG@10 on validation: its name, the scorer, and what each reached there.
 
+    catalogue: what is ranked, see `Split.candidates`.
     The scorer is fitted to training events alone, also where it is then asked test questions.
     """
-    scorers = floors(split.train)
+    scorers, among = floors(split.train), choice_catalogue(split, catalogue)
     with warnings.catch_warnings():
         # floors tie in their tails by design, and the expectation over ties is exact
         warnings.filterwarnings("ignore", message=".* items tie with the target", category=RuntimeWarning)
         table = {
-            name: evaluate(scorer, split.valid, mask_history=mask_history, protocol=f"{split.protocol}; valid")
+            name: evaluate(
+                scorer, split.valid, mask_history=mask_history, protocol=f"{split.protocol}; valid", catalogue=among
+            )
             for name, scorer in scorers.items()
         }
     best = max(table, key=lambda name: table[name]["ndcg@10"])

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from metarec_fast.data.domain import Catalogue
+
 CUTOFFS = (5, 10, 20)
 NAMES = (*(f"recall@{k}" for k in CUTOFFS), *(f"ndcg@{k}" for k in CUTOFFS), "mrr")
+OUTSIDE = 2**31 - 1  # in place of the items above a target that is outside the catalogue: a miss by every metric
 
 
 def expected_metric(name: str, greater: np.ndarray, equal: np.ndarray) -> np.ndarray:
     """The metric of each case, its target equally likely at any of the ranks ``greater`` + 1 to + ``equal`` + 1.
 
-    name: "recall@K" (with one target the same as the hit rate), "ndcg@K" or "mrr". greater, equal: [N] counts.
+    name: "recall@K" (with one target the same as the hit rate), "ndcg@K" or "mrr". greater, equal: [N] counts;
+    greater is OUTSIDE for a target that is no candidate, whose metric is 0.
     Returns float64 [N]. NDCG agrees with the tie-averaged `sklearn.metrics.ndcg_score` (McSherry & Najork, 2008).
     """
     kind, _, cutoff = name.partition("@")
@@ -25,7 +29,8 @@ def expected_metric(name: str, greater: np.ndarray, equal: np.ndarray) -> np.nda
     if kind == "mrr":
         # sum of 1 / r over the ranks, as a difference of harmonic numbers
         gain = torch.digamma(torch.from_numpy(np.stack((best, worst)).astype(np.float64)) + 1).numpy()
-        return np.where(worst == best + 1, 1 / worst, (gain[1] - gain[0]) / (worst - best))
+        expected = np.where(worst == best + 1, 1 / worst, (gain[1] - gain[0]) / (worst - best))
+        return np.where(best == OUTSIDE, 0, expected)
     k = int(cutoff)
     gain = np.ones(k) if kind == "recall" else 1 / np.log2(np.arange(2, k + 2))
     until = np.concatenate(([0.0], np.cumsum(gain)))  # summed gain of ranks 1 to r
@@ -36,7 +41,9 @@ def expected_metric(name: str, greater: np.ndarray, equal: np.ndarray) -> np.nda
 class Metrics:
     """The outcome of an evaluation: two counts per case, from which every figure follows.
 
-    split: in words. users, greater, equal: int64 [N], in the order of the cases.
+    split: in words. users, greater, equal: int64 [N], in the order of the cases; greater is OUTSIDE where the target is
+    outside the catalogue. num_items: of the domain. num_ranked: of the catalogue, all items by default.
+    among_all: the same cases ranked among all items, where both were asked for.
     """
 
     split: str
@@ -45,6 +52,8 @@ class Metrics:
     users: np.ndarray
     greater: np.ndarray
     equal: np.ndarray
+    num_ranked: int | None = None
+    among_all: Metrics | None = None
 
     def __post_init__(self) -> None:
         if not len(self.users) == len(self.greater) == len(self.equal) > 0:
@@ -93,10 +102,26 @@ class Metrics:
         return float(self.equal.mean())
 
     @property
+    def catalogue(self) -> Catalogue:
+        """What was ranked: the items of training events, or all."""
+        return "all" if self.num_ranked is None else "training"
+
+    @property
+    def outside(self) -> int:
+        """Targets outside the catalogue: answers that could not be given, each a miss."""
+        return int((self.greater == OUTSIDE).sum())
+
+    @property
     def protocol(self) -> str:
         """In one line, to stand beside the figures."""
         history = "history masked" if self.history_masked else "history not masked"
-        return f"{self.split}; all {self.num_items:,} items ranked, {history}; {len(self):,} cases"
+        ranked = f"all {self.num_items:,} items ranked"
+        if self.num_ranked is not None:
+            ranked = (
+                f"the {self.num_ranked:,} items of training events ranked (of {self.num_items:,} known), "
+                f"{self.outside:,} targets outside the catalogue count as misses"
+            )
+        return f"{self.split}; {ranked}, {history}; {len(self):,} cases"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: protocol, means and tie statistics, without the values of users."""
@@ -105,11 +130,15 @@ class Metrics:
             "split": self.split,
             "history_masked": self.history_masked,
             "num_items": self.num_items,
+            "catalogue": self.catalogue,
+            "items_ranked": self.num_items if self.num_ranked is None else self.num_ranked,
+            "targets_outside": self.outside,
             "cases": len(self),
             "tie_rate": self.tie_rate,
             "mean_equal": self.mean_equal,
             "metrics": {name: self[name] for name in NAMES},
             "bounds": {name: self.bounds(name) for name in NAMES},
+            **({} if self.among_all is None else {"among_all": self.among_all.to_dict()}),
         }
 
     @staticmethod
@@ -123,4 +152,5 @@ class Metrics:
         return f"| {label} | {' | '.join(f'{self[name]:.4f}' for name in NAMES)} | {self.tie_rate:.1%} |"
 
     def __str__(self) -> str:
-        return "  ".join(f"{name} {self[name]:.4f}" for name in NAMES) + f"\n({self.protocol})"
+        text = "  ".join(f"{name} {self[name]:.4f}" for name in NAMES) + f"\n({self.protocol})"
+        return text if self.among_all is None else f"{text}\namong all items:\n{self.among_all}"

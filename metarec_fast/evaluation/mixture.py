@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metarec_fast.data.domain import Cases
+from metarec_fast.evaluation.catalogue import inside
 from metarec_fast.evaluation.evaluate import batches
 from metarec_fast.evaluation.scorer import MixtureScorer
 from metarec_fast.models.linear_scores import MixedScores
 
 _LOGITS = 1 << 19  # of a part at a time: few enough for caches, and several cases a pass over a large table
+_BATCH, _HELD = 1024, 4096  # cases prepared at a time, and those kept; of more, each pass prepares the others again
 _STEPS, _HALVINGS, _ENOUGH = 20, 10, 1e-6  # of Newton's method, and the gain of the mean loss that ends it
 
 
@@ -28,22 +31,20 @@ class FittedMixture:
 
 
 @torch.no_grad()
-def fit_mixture(questions: Sequence[tuple[MixtureScorer, Cases]]) -> FittedMixture:
+def fit_mixture(
+    questions: Sequence[tuple[MixtureScorer, Cases]], *, catalogue: np.ndarray | None = None
+) -> FittedMixture:
     """The weights, neither below 0, by which the answers are likeliest, scores taken as logits over the catalogue.
 
     The loss is convex in both, so that Newton's method finds the only minimum in a few passes. Two figures are fitted
     and no weight is favoured: an encoder too sure of itself is scaled down, where it would lose at any fixed scale.
 
     questions: scorers of one catalogue, each with the cases that it is to answer. What costs is prepared once.
+    catalogue: bool [V], the items that can be answers, by default all; cases with another answer do not count.
     Raises ValueError for no cases, or scores that are not finite.
     """
-    prepared = [
-        (scorer.parts(batch.histories), batch.targets)
-        for scorer, cases in questions
-        if len(cases)
-        for batch in batches(scorer.num_items, cases, 1024, mask_history=False)
-    ]
-    count = sum(len(targets) for _, targets in prepared)
+    prepared = _Prepared(questions, catalogue)
+    count = len(prepared)
     if not count:
         raise ValueError("questions must have at least one case, got none")
     alone = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -75,7 +76,38 @@ def fit_mixture(questions: Sequence[tuple[MixtureScorer, Cases]]) -> FittedMixtu
     return FittedMixture(float(weights[0]), float(weights[1]), loss, start)
 
 
-def _moments(prepared: list[tuple[MixedScores, Tensor]], weights: Tensor, count: int) -> tuple[float, Tensor, Tensor]:
+class _Prepared:
+    """What both say of all cases, a batch at a time, and the answers: kept between passes for the first _HELD cases."""
+
+    def __init__(self, questions: Sequence[tuple[MixtureScorer, Cases]], catalogue: np.ndarray | None) -> None:
+        asked = [(scorer, inside(cases, catalogue)) for scorer, cases in questions]
+        self._questions = [(scorer, cases) for scorer, cases in asked if len(cases)]
+        self._kept: list[tuple[MixedScores, Tensor]] = []
+        self._place = self.items = None
+        if catalogue is not None and not catalogue.all():
+            self.items = torch.from_numpy(np.flatnonzero(catalogue))
+            self._place = torch.from_numpy(np.cumsum(catalogue) - 1)
+
+    def __len__(self) -> int:
+        return sum(len(cases) for _, cases in self._questions)
+
+    def __iter__(self) -> Iterator[tuple[MixedScores, Tensor]]:
+        number = held = 0
+        for scorer, cases in self._questions:
+            for batch in batches(scorer.num_items, cases, _BATCH, mask_history=False):
+                held += len(batch.targets)
+                if number < len(self._kept):
+                    yield self._kept[number]
+                else:
+                    answers = batch.targets if self._place is None else self._place[batch.targets]
+                    made = scorer.parts(batch.histories), answers
+                    if held <= _HELD:
+                        self._kept.append(made)
+                    yield made
+                number += 1
+
+
+def _moments(prepared: _Prepared, weights: Tensor, count: int) -> tuple[float, Tensor, Tensor]:
     """Mean cross-entropy of the answers, with its gradient [2] and second derivatives [2, 2] by the weights."""
     loss, slope, curve = 0.0, torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     a, b = weights.tolist()
@@ -95,11 +127,13 @@ def _moments(prepared: list[tuple[MixedScores, Tensor]], weights: Tensor, count:
     return loss / count, slope / count, curve / count
 
 
-def _pieces(prepared: list[tuple[MixedScores, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pieces(prepared: _Prepared) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Both scores [b, V] of a few cases at a time, and their answers [b, 1]."""
     for parts, targets in prepared:
         V = len(parts.table)
         rows = max(1, _LOGITS // V)
         for begin in range(0, len(targets), rows):
             encoder, evidence = (s.rows(begin, begin + rows)(0, V) for s in (parts.encoder, parts.evidence))
+            if prepared.items is not None:
+                encoder, evidence = (s[:, prepared.items.to(s.device)] for s in (encoder, evidence))
             yield encoder, evidence, targets[begin : begin + rows, None].to(encoder.device)

@@ -22,6 +22,10 @@ class NonFiniteScoresError(ValueError):
             f"the first is {value} at case {case} of the batch, item {item}"
         )
 
+    def of_item(self, item: int) -> NonFiniteScoresError:
+        """The same of an item under another number."""
+        return NonFiniteScoresError(self.count, self.cases, self.case, item, self.value)
+
 
 @torch.no_grad()
 def target_ranks(

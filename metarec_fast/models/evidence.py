@@ -6,6 +6,7 @@ holds in the target as it stands.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,6 +20,8 @@ from metarec_fast.data.evidence import (
     EvidenceStatistics,
 )
 from metarec_fast.models.linear_scores import LinearScores
+
+CASES = 64  # asked about at a time: what is said of a case's candidates is many times as large as their scores
 
 Parameters = dict[str, Tensor]
 
@@ -82,6 +85,13 @@ class EvidencePath:
 
     @torch.no_grad()
     def prepare(self, histories: Sequences, users: object = None) -> LinearScores:
-        cases = self.statistics.cases(histories)
-        base, term = self.scorer(cases)
-        return LinearScores(base, self.items, None, (cases.offsets, cases.candidates, term))
+        bases, terms, candidates, counts = [], [], [], []
+        for begin in range(0, max(1, len(histories)), CASES):
+            cases = self.statistics.cases(histories.take(np.arange(begin, min(begin + CASES, len(histories)))))
+            base, term = self.scorer(cases)
+            bases.append(base)
+            terms.append(term)
+            candidates.append(cases.candidates)
+            counts.append(cases.offsets.diff())
+        offsets = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return LinearScores(torch.cat(bases), self.items, None, (offsets, torch.cat(candidates), torch.cat(terms)))

@@ -41,6 +41,18 @@ class LinearScores:
             added = (offsets - offsets[0], added[1][mine], added[2][mine])
         return LinearScores(self.states[begin:end], self.table, self.bias, added)
 
+    def of_items(self, items: Tensor) -> LinearScores:
+        """The scores of these items alone, int64 [C] rising, under new numbers: a copy of their part of the table."""
+        added = self.added
+        if added is not None:
+            place = torch.full((len(self.table),), -1, dtype=torch.int64, device=items.device)
+            place[items] = torch.arange(len(items), device=items.device)
+            place = place[added[1].long()]
+            kept = place >= 0
+            before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+            added = (before[added[0]], place[kept], added[2][kept])
+        return LinearScores(self.states, self.table[items], None if self.bias is None else self.bias[items], added)
+
 
 @dataclass(frozen=True, eq=False)
 class MixedScores:

@@ -27,9 +27,15 @@ def values(metrics: Metrics) -> dict[str, float]:
 
 
 def markdown(rows: Sequence[Row], *, columns: Sequence[str] = ("Recall@10", "NDCG@10", "MRR")) -> str:
-    """A Markdown table with the protocol under it."""
-    lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    """A Markdown table with the protocol under it; the last column is among all items, where those were ranked too."""
+    if not rows:
+        return ""
+    all_items = any(row.metrics.among_all is not None for row in rows)
+    heads = [*columns, *(("NDCG@10, all items",) if all_items else ())]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     for row in rows:
         cells = [f"{values(row.metrics)[c]:.4f}" for c in columns]
+        if all_items:
+            cells.append(f"{(row.metrics.among_all or row.metrics).ndcg[10]:.4f}")
         lines.append(f"| {row.method}{'' if row.trained else ' (untrained)'} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", rows[0].metrics.protocol]) if rows else ""
+    return "\n".join([*lines, "", rows[0].metrics.protocol])

@@ -51,8 +51,10 @@ def transfer_report(
         "metric": METRIC,
         "cases": len(alone),
         "protocol": alone.protocol,
+        "targets_outside": alone.outside,
         "transferred": transferred[METRIC],
         "target_only": baseline,
+        "all_items": _among_all(transferred, alone),
         "difference": difference.mean,
         "low": difference.low,
         "high": difference.high,
@@ -72,6 +74,13 @@ def transfer_report(
         "evidence": None if evidence is None else _evidence(evidence, sources),
         "code_overlap": None if codes is None else code_overlap(codes, codebook_size=codebook_size),
     }
+
+
+def _among_all(transferred: Metrics, alone: Metrics) -> dict[str, float] | None:
+    """The figures among all items, where both models were asked for them beside those of a catalogue."""
+    if transferred.among_all is None or alone.among_all is None:
+        return None
+    return {"transferred": transferred.among_all[METRIC], "target_only": alone.among_all[METRIC]}
 
 
 def verdict(validation: Mapping[str, Any], *, replaces: bool = True) -> str:
@@ -293,8 +302,12 @@ STYLE = (
 
 
 def _figures(validation: Mapping[str, Any]) -> str:
-    rows = [("transferred", validation["transferred"]), ("target only", validation["target_only"])]
-    table = _table(("model", "NDCG@10, validation"), [(name, f"{value:.4f}") for name, value in rows])
+    models = {"transferred": "transferred", "target_only": "target only"}
+    columns = {"NDCG@10, validation": validation}
+    if validation["all_items"] is not None:
+        columns["among all items"] = validation["all_items"]
+    rows = [(name, *(f"{figures[key]:.4f}" for figures in columns.values())) for key, name in models.items()]
+    table = _table(("model", *columns), rows)
     return f"{table}<p>{escape(validation['protocol'])}</p>"
 
 

@@ -158,7 +158,7 @@ class Study:
         facts = {
             "format": FORMAT,
             "floor": cell.arm.floor,
-            "configs": [dataclasses.asdict(config) for config in self.configs(cell)],
+            "configs": [_hashed(config) for config in self.configs(cell)],
             "target": fingerprints[cell.target],
             "kinds": kinds,
             "sources": [fingerprints[name] for name in sources],
@@ -209,6 +209,14 @@ class Study:
             return Study.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no study: {error}") from error
+
+
+def _hashed(config: Config) -> dict[str, Any]:
+    """All options, less the catalogue where it is all items: that of the cells made before there was a choice."""
+    options = dataclasses.asdict(config)
+    if config.data.catalogue == "all":
+        del options["data"]["catalogue"]
+    return options
 
 
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_")  # arms name files

@@ -14,19 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from metarec_fast.data.domain import Catalogue
 from metarec_fast.evaluation import Difference, expected_metric, holm, paired_bootstrap
 from metarec_fast.report.plot import Interval, Point, interval_chart, line_chart
 from metarec_fast.study.grid import Cell, Comparison, Study
-from metarec_fast.study.run import RANKS, cell_stem
+from metarec_fast.study.run import AMONG_ALL, RANKS, cell_stem
 from metarec_fast.train.checkpoint import write_atomically
 
 CUTOFF = 10
 METRICS = (f"ndcg@{CUTOFF}", f"recall@{CUTOFF}")
 MASKS = {"": "history not masked", "_masked": "history masked"}
+ALL_ITEMS = "_all_items"  # ends the columns of figures among all items, beside those among the cell's own catalogue
+FIGURES = tuple(metric + suffix for suffix in MASKS for metric in METRICS)
 COLUMNS = (
     *("arm", "group", "target", "fraction", "seed"),
-    *(metric + suffix for suffix in MASKS for metric in METRICS),
-    *("valid_ndcg@10", "seconds", "cpu_seconds", "steps", "peak_memory_mib", "threads"),
+    *FIGURES,
+    *(column + ALL_ITEMS for column in FIGURES),
+    *("catalogue", "targets_outside", "valid_ndcg@10", "seconds", "cpu_seconds", "steps", "peak_memory_mib", "threads"),
     *("config_hash", "code_version", "data_hash", "file"),
 )
 LEVEL = 0.05  # of p after Holm's adjustment
@@ -113,11 +117,10 @@ class Results:
                     "target": target,
                     "fraction": fraction,
                     "seed": seed,
-                    **{
-                        metric + suffix: facts["test"][mask]["metrics"][metric]
-                        for suffix, mask in MASKS.items()
-                        for metric in METRICS
-                    },
+                    **{column: figure(facts, column) for column in FIGURES},
+                    **{column + ALL_ITEMS: figure(facts, column + ALL_ITEMS) for column in FIGURES},
+                    "catalogue": catalogue_of(facts),
+                    "targets_outside": facts["test"]["history not masked"].get("targets_outside", 0),
                     "valid_ndcg@10": facts["valid"],
                     **{key: cost[key] for key in COLUMNS if key in cost},
                     "config_hash": facts["config_hash"],
@@ -130,10 +133,17 @@ class Results:
 
     def per_user(self, arm: str, target: str, fraction: float, seed: int, *, column: str = "ndcg@10") -> np.ndarray:
         """[cases] values of the test users, in the order of the target's users. column: a metric of COLUMNS."""
-        ranks = np.load(self._paths[arm, target, fraction, seed].with_suffix(".npy"), allow_pickle=False)
-        metric, masked, _ = column.partition("_masked")
-        at = RANKS.index("greater, history masked" if masked else "greater")
-        return expected_metric(metric, ranks[at], ranks[at + 1])
+        return expected_metric(column.partition("_")[0], *self._ranks(arm, target, fraction, seed, column=column))
+
+    def _ranks(self, arm: str, target: str, fraction: float, seed: int, *, column: str) -> np.ndarray:
+        """Items above and items equal to each target, [2, cases]."""
+        key = arm, target, fraction, seed
+        ranks = np.load(self._paths[key].with_suffix(".npy"), allow_pickle=False)
+        name = "greater, history masked" if "_masked" in column else "greater"
+        if column.endswith(ALL_ITEMS) and catalogue_of(self.facts[key]) == "training":
+            name += ", all items"
+        at = (*RANKS, *AMONG_ALL).index(name)
+        return ranks[at : at + 2]
 
     def values(self, arm: str, target: str, fraction: float, key: Callable[[dict[str, Any]], float]) -> list[float]:
         """A figure of each finished seed."""
@@ -163,6 +173,8 @@ class Results:
                 seeds = [s for s in self.study.seeds if all((a, target, fraction, s) in self.facts for a in both)]
                 if name is None or not seeds:
                     continue
+                if len({catalogue_of(self.facts[a, target, fraction, s]) for a in both for s in seeds}) > 1:
+                    column = column.removesuffix(ALL_ITEMS) + ALL_ITEMS  # what both arms have
                 a, b = (
                     np.mean([self.per_user(arm, target, fraction, seed, column=column) for seed in seeds], axis=0)
                     for arm in both
@@ -245,17 +257,19 @@ class Results:
             f"# Study {self.study.name}",
             f"{len(facts)} of {self.expected} cells, seeds {', '.join(map(str, self.study.seeds))}; code "
             f"{', '.join(versions)}, torch {', '.join(torches)}. Figures are means over seeds ± standard deviation, of "
-            "all test users over the whole catalogue; models are chosen by validation alone.",
+            f"all test users; {_ranked(facts)}; models are chosen by validation alone.",
         ]
         if len(versions) > 1:
             parts.append("**Cells of different code versions stand side by side.**")
-        for column in COLUMNS[5:9]:
-            metric, masked, _ = column.partition("_masked")
-            mask = MASKS["_masked" if masked else ""]
-            title = metric.replace("ndcg", "NDCG").replace("recall", "Recall")
+        columns = [*FIGURES]
+        if any(catalogue_of(f) == "training" for f in facts):
+            columns += [column + ALL_ITEMS for column in FIGURES]
+        for column in columns:
+            mask = MASKS["_masked" if "_masked" in column else ""]
+            title = column.partition("_")[0].replace("ndcg", "NDCG").replace("recall", "Recall")
             parts += [
-                f"## {title}, {mask}",
-                self._grid(lambda f, m=metric, k=mask: f["test"][k]["metrics"][m], lambda v: f"{v:.4f}", spread=True),
+                f"## {title}, {mask}{', among all items' if column.endswith(ALL_ITEMS) else ''}",
+                self._grid(lambda f, c=column: figure(f, c), lambda v: f"{v:.4f}", spread=True),
             ]
         parts += [
             "## Validation NDCG@10, by which models are chosen",
@@ -312,6 +326,28 @@ class Results:
         """
         found = self.values(arm, target, fraction, lambda f: _of_sources(f, key))
         return {name: mean(values[name] for values in found) for name in (found[0] if found else ())}
+
+
+def catalogue_of(facts: dict[str, Any]) -> Catalogue:
+    """What a cell ranked. Cells from before there was a choice ranked all items."""
+    return facts.get("catalogue", "all")
+
+
+def figure(facts: dict[str, Any], column: str) -> float:
+    """A cell's figure of a column of FIGURES, or of one among all items."""
+    found = facts["test"][MASKS["_masked" if "_masked" in column else ""]]
+    if column.endswith(ALL_ITEMS):
+        found = found.get("among_all", found)
+    return found["metrics"][column.partition("_")[0]]
+
+
+def _ranked(facts: Sequence[dict[str, Any]]) -> str:
+    """In words, what the tables' figures are among."""
+    kinds = {catalogue_of(f) for f in facts}
+    if kinds == {"all"}:
+        return "all items are ranked, also those known from held-out events alone"
+    words = "ranked are the items of training events, another target is a miss"
+    return words if kinds == {"training"} else f"{words} (in some cells all items)"
 
 
 def _of_sources(facts: dict[str, Any], key: str) -> dict[str, float]:

@@ -42,12 +42,13 @@ from metarec_fast.data import (
     shuffled_ties,
     synthetic,
 )
-from metarec_fast.evaluation import Metrics, Scorer, best_floor, evaluate, floors
+from metarec_fast.evaluation import Metrics, Scorer, best_floor, choice_catalogue, evaluate, floors
 from metarec_fast.study.grid import FORMAT, Cell, Study
 from metarec_fast.train.checkpoint import write_atomically
 from metarec_fast.train.trainer import Interrupted, Silent
 
 RANKS = ("users", "greater", "equal", "greater, history masked", "equal, history masked")  # rows of a cell's .npy
+AMONG_ALL = tuple(f"{name}, all items" for name in RANKS[1:])  # the rows after them, of a cell that ranks fewer
 TIE_SEED = 0  # one order of ties for all cells of a study
 
 
@@ -129,7 +130,7 @@ def _copy(target: Domain, config: Config, cell: Cell) -> Domain:
 
 
 class Outcome(NamedTuple):
-    """What a cell found: facts for JSON, and the counts of RANKS [5, cases] for every test user."""
+    """What a cell found: facts for JSON, and the counts of RANKS [5, cases] for every test user; or AMONG_ALL too."""
 
     facts: dict[str, Any]
     ranks: np.ndarray
@@ -165,6 +166,8 @@ class _Peak:
 def run_cell(study: Study, cell: Cell, domains: Domains, *, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Train, choose by validation, and rank every test user's target, history masked and not.
 
+    What is ranked is the catalogue of the cell's configuration, and all items beside it.
+
     Raises Interrupted if ``should_stop`` says so.
     """
     target = domains.load(study, cell.target)
@@ -184,18 +187,28 @@ def run_cell(study: Study, cell: Cell, domains: Domains, *, should_stop: Callabl
         "peak_memory_mib": peak.mebibytes(),
         "threads": torch.get_num_threads(),
     }
-    plain, masked = (
-        _quietly(chosen.scorer, chosen.split.test, mask_history=mask, protocol=f"{chosen.split.protocol}; test")
+    split, among = chosen.split, chosen.split.candidates(chosen.config.data.catalogue)
+    found = [
+        _quietly(
+            chosen.scorer,
+            split.test,
+            mask_history=mask,
+            protocol=f"{split.protocol}; test",
+            catalogue=among,
+            among_all=True,
+        )
         for mask in (False, True)
-    )
+    ]
     facts = {
         "valid": chosen.valid,
-        "test": {"history not masked": plain.to_dict(), "history masked": masked.to_dict()},
+        "catalogue": chosen.config.data.catalogue,
+        "test": {"history not masked": found[0].to_dict(), "history masked": found[1].to_dict()},
         "cost": cost,
         "config": dataclasses.asdict(chosen.config),
         **chosen.found,
     }
-    rows = [plain.users, plain.greater, plain.equal, masked.greater, masked.equal]
+    ranked = found + [metrics.among_all for metrics in found if metrics.among_all is not None]
+    rows = [found[0].users, *(counts for metrics in ranked for counts in (metrics.greater, metrics.equal))]
     return Outcome(facts, np.stack(rows).astype(np.int32))
 
 
@@ -208,14 +221,15 @@ class _Chosen(NamedTuple):
 
 
 def _fit_floor(name: str, split: Split, config: Config) -> _Chosen:
-    mask = config.data.mask_history
+    mask, catalogue = config.data.mask_history, config.data.catalogue
     if name == "best":
-        name, scorer, table = best_floor(split, mask_history=mask)
+        name, scorer, table = best_floor(split, mask_history=mask, catalogue=catalogue)
         return _Chosen(scorer, split, config, table[name]["ndcg@10"], {"floor": name})
     known = floors(split.train)
     if name not in known:
         raise ValueError(f"floor must be best or one of {', '.join(known)}, got {name!r}")
-    valid = _quietly(known[name], split.valid, mask_history=mask, protocol="")["ndcg@10"]
+    among = choice_catalogue(split, catalogue)
+    valid = _quietly(known[name], split.valid, mask_history=mask, protocol="", catalogue=among)["ndcg@10"]
     return _Chosen(known[name], split, config, valid, {"floor": name})
 
 
@@ -281,7 +295,7 @@ def save_cell(path: Path, study: Study, cell: Cell, domains: Domains, outcome: O
         "code_version": code_version(),
         "data": {name: domains.fingerprint(study, name) for name in names},
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "ranks": list(RANKS),
+        "ranks": [*RANKS, *AMONG_ALL][: len(outcome.ranks)],
         **outcome.facts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from metarec_fast.config import Config, MetaConfig
 from metarec_fast.data import select_cases
 from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.data.evidence import EvidenceCases, EvidenceEpisode, EvidenceStatistics
+from metarec_fast.evaluation import choice_catalogue
 from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step, similarity, source_weights
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
@@ -96,8 +97,12 @@ class EvidenceTrainer:
             for i, (name, split) in enumerate(sources.items())
         }
         self.folds = folds(target.train, users, config.evidence.folds, seed=(seed, len(sources)))
+        self.catalogue = choice_catalogue(target, config.data.catalogue)
         # like those who come later, users answer for statistics that leave them out
-        cases = np.random.default_rng((seed, len(sources) + 1)).permutation(len(target.valid))[:VALIDATED]
+        cases = np.random.default_rng((seed, len(sources) + 1)).permutation(len(target.valid))
+        if self.catalogue is not None:  # other answers cannot be given, however they are scored
+            cases = cases[self.catalogue[target.valid.targets[cases]]]
+        cases = cases[:VALIDATED]
         self.questions = [
             (
                 fold.statistics,
@@ -272,7 +277,7 @@ class EvidenceTrainer:
     def validation_loss(self) -> float:
         """Mean cross-entropy of the target's validation answers: less noisy than ranks where cases are few."""
         losses = [
-            mean_loss(self.scorer, self.averaged, statistics, cases) * len(cases)
+            mean_loss(self.scorer, self.averaged, statistics, cases, catalogue=self.catalogue) * len(cases)
             for statistics, cases in self.questions
         ]
         return sum(losses) / max(1, sum(len(cases) for _, cases in self.questions))
@@ -349,11 +354,19 @@ def copy_of(parameters: Parameters) -> Parameters:
 
 
 def mean_loss(
-    scorer: EvidenceScorer, parameters: Parameters, statistics: EvidenceStatistics, cases: Cases, *, batch: int = 256
+    scorer: EvidenceScorer,
+    parameters: Parameters,
+    statistics: EvidenceStatistics,
+    cases: Cases,
+    *,
+    catalogue: np.ndarray | None = None,
+    batch: int = 256,
 ) -> float:
+    """Mean cross-entropy of the answers over all items, or those of a catalogue, bool [V], that holds the answers."""
     total = 0.0
     for begin in range(0, len(cases), batch):
         part = select_cases(cases, np.arange(begin, min(begin + batch, len(cases))))
-        value = scorer.loss(parameters, {}, statistics.cases(part.histories, part.targets))
+        questions = statistics.cases(part.histories, part.targets)
+        value = scorer.loss(parameters, {}, questions if catalogue is None else questions.among(catalogue))
         total += float(value) * len(part)
     return total / max(len(cases), 1)

@@ -22,7 +22,7 @@ from metarec_fast.data.batch import BatchShape, PackedBatch
 from metarec_fast.data.domain import Split
 from metarec_fast.data.prefetch import Prefetch
 from metarec_fast.data.sampler import Sampler, draw
-from metarec_fast.evaluation import evaluate
+from metarec_fast.evaluation import choice_catalogue, evaluate
 from metarec_fast.meta.captured import CapturedStep
 from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Source, outer_step
@@ -156,6 +156,7 @@ class Trainer:
         self.profiler = profiler
         self.model, self.sources, self.target, self.config = model, sources, target, config
         self.folder, self.reporter, self.should_stop = folder, reporter or Silent(), should_stop
+        self.catalogue = choice_catalogue(target, config.data.catalogue)
         self.progress = Progress()
         self.averages = GradientAverages(config.meta.similarity_decay)
         self.noise = NoiseFloor()
@@ -346,7 +347,11 @@ class Trainer:
         self.model.eval()
         scorer = ModelScorer(self.model, self.target.domain.name)
         metrics = evaluate(
-            scorer, self.target.valid, mask_history=self.config.data.mask_history, protocol=self.target.protocol
+            scorer,
+            self.target.valid,
+            mask_history=self.config.data.mask_history,
+            protocol=self.target.protocol,
+            catalogue=self.catalogue,
         )
         return metrics.ndcg[10]
 

@@ -23,7 +23,6 @@ from metarec_fast.data.evidence import (
     EvidenceEpisode,
     EvidenceStatistics,
     evidence_graph,
-    of_users,
 )
 from metarec_fast.data.item_order import item_order
 from tests.data.test_transitions import packed, random_rows
@@ -174,9 +173,9 @@ def test_evidence_is_the_mean_over_each_group_of_ages():
         np.testing.assert_allclose(cases.evidence[mine].numpy(), np.log1p(expected[candidates]), rtol=1e-4, atol=1e-5)
 
 
-def test_of_users_takes_their_sequences_in_order():
+def test_sequences_of_some_users_are_taken_in_order():
     rows = random_rows(count=9)
-    part = of_users(packed(rows, V), np.array([5, 2, 2]))
+    part = packed(rows, V).take(np.array([5, 2, 2]))
     assert [part[u].tolist() for u in range(3)] == [rows[5], rows[2], rows[2]] and part.num_items == V
 
 

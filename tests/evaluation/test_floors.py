@@ -132,6 +132,6 @@ def test_the_choice_of_a_floor_warns_of_no_ties():
     unseen = replace(tied.valid, targets=tied.valid.targets + 30)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        best_floor(replace(tied, valid=unseen), mask_history=False)
+        best_floor(replace(tied, valid=unseen), mask_history=False, catalogue="all")
     with pytest.warns(RuntimeWarning, match="items tie with the target"):
         evaluate(Popularity(tied.train), unseen, mask_history=False, protocol="valid")

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import tarfile
+from pathlib import Path
 from statistics import mean
 from xml.etree import ElementTree
 
@@ -12,8 +13,19 @@ import pytest
 
 from metarec_fast.config import Config
 from metarec_fast.evaluation import Difference, holm, paired_bootstrap
-from metarec_fast.study import Contrast, Results, audit_study, audit_verdict, consistent, run, smoke
-from metarec_fast.study.results import COLUMNS, contrast_table, summary
+from metarec_fast.study import (
+    Arm,
+    Comparison,
+    Contrast,
+    Results,
+    Study,
+    audit_study,
+    audit_verdict,
+    consistent,
+    run,
+    smoke,
+)
+from metarec_fast.study.results import COLUMNS, FIGURES, contrast_table, summary
 from tests.study.problems import study
 from tests.tiny import config
 
@@ -48,9 +60,54 @@ def test_the_tidy_file_has_a_whole_row_for_every_cell(out):
 def test_values_of_users_give_the_figures_of_the_row(out):
     results = Results(study(), out)
     for row in results.rows():
-        for column in COLUMNS[5:9]:
+        for column in COLUMNS[5:13]:
             values = results.per_user(row["arm"], row["target"], row["fraction"], row["seed"], column=column)
             assert len(values) == 40 and values.mean() == pytest.approx(row[column])
+
+
+def test_published_cells_are_read_as_what_they_ranked(tmp_path):
+    published = Path(__file__).parents[2] / "bench" / "study" / "headline"
+    (tmp_path / "cells").mkdir()
+    with tarfile.open(published / "cells.tar.xz") as tar:
+        for member in (tar.next(), tar.next()):  # ranks and facts of a cell from before catalogues
+            tar.extract(member, tmp_path, filter="data")
+    (row,) = Results(Study.load(published / "study.json"), tmp_path).rows()
+    with open(published / "results.csv", newline="") as file:
+        (known,) = [r for r in csv.DictReader(file) if r["file"] == row["file"]]
+    assert row["catalogue"] == "all" and row["targets_outside"] == 0
+    for column in FIGURES:
+        assert row[column] == row[column + "_all_items"] == float(known[column])
+
+
+def cold_study(catalogue):
+    """Floors of a target of which training holds few items."""
+    data = {"catalogue": catalogue}
+    changed = {"target_items": 200, "target_users": 100, "source_users": 60, "source_items": 40}
+    arms = tuple(Arm(name=f, group="floor", floor=f, options={"data": data}) for f in ("popularity", "item-kNN"))
+    against = (Comparison(arm="item-kNN", against=("popularity",)),)
+    return study(arms=arms, comparisons=against, fractions=(0.1,), seeds=(0,), synthetic=changed)
+
+
+def test_tables_and_comparisons_say_what_was_ranked(tmp_path):
+    plan = cold_study("training")
+    assert run(plan, tmp_path) == []
+    results = Results(plan, tmp_path)
+    for row in results.rows():
+        assert row["catalogue"] == "training" and row["targets_outside"] > 0
+    comparison = plan.comparisons[0]
+    (own,) = results.contrasts(comparison, samples=50)
+    (everywhere,) = results.contrasts(comparison, column="ndcg@10_all_items", samples=50)
+    figures = {row["arm"]: row for row in results.rows()}
+    assert own.arm_mean == pytest.approx(figures["item-kNN"]["ndcg@10"])
+    assert everywhere.arm_mean == pytest.approx(figures["item-kNN"]["ndcg@10_all_items"])
+    text = results.markdown([(comparison, [own])])
+    assert "ranked are the items of training events, another target is a miss" in text
+    assert "## NDCG@10, history not masked, among all items" in text
+    # an arm that ranks all items is held against another by what both ranked
+    mixed = dataclasses.replace(plan, arms=(plan.arms[0], cold_study("all").arms[1]))
+    assert run(mixed, tmp_path) == []
+    (between,) = Results(mixed, tmp_path).contrasts(comparison, samples=50)
+    assert between.baseline_mean == everywhere.baseline_mean and between.arm_mean > 0
 
 
 def test_a_contrast_pools_seeds_by_user(out):

@@ -1,6 +1,7 @@
 """Cells are files that are whole or absent: a study goes on where it was stopped, however it was stopped."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from metarec_fast.config import Config
 from metarec_fast.data import leave_one_out, limit_users
 from metarec_fast.evaluation import best_floor, evaluate
 from metarec_fast.study import Arm, Cell, Domains, run
-from metarec_fast.study.run import RANKS, _load, cell_path, late_means, run_cell, sources_of
+from metarec_fast.study.run import AMONG_ALL, RANKS, _load, cell_path, late_means, run_cell, sources_of
 from metarec_fast.train.trainer import Interrupted
 from tests.study.problems import ARMS, study
 from tests.tiny import DOMAINS
@@ -79,18 +80,40 @@ def test_a_cell_is_what_the_library_gives(finished):
     split = limit_users(leave_one_out(DOMAINS.target), 0.5, seed=1)
     name, scorer, _ = best_floor(split, mask_history=False)
     assert facts["best-floor"]["floor"] == name
-    known = evaluate(scorer, split.test, mask_history=False, protocol="")
-    assert facts["best-floor"]["test"]["history not masked"]["metrics"]["ndcg@10"] == known["ndcg@10"]
+    known = evaluate(scorer, split.test, mask_history=False, protocol="", catalogue=split.trained_items)
+    everywhere = evaluate(scorer, split.test, mask_history=False, protocol="")
+    told = facts["best-floor"]["test"]["history not masked"]
+    assert told["metrics"]["ndcg@10"] == known["ndcg@10"] and facts["best-floor"]["catalogue"] == "training"
+    assert told["among_all"]["metrics"]["ndcg@10"] == everywhere["ndcg@10"]
 
 
 def test_ranks_of_every_user_are_kept(finished):
     out, told = finished
     cell, facts, *_ = told[3]
     path = cell_path(out, small(), cell, Domains())
-    ranks = dict(zip(RANKS, np.load(path.with_suffix(".npy")), strict=True))
+    names = [*RANKS, *AMONG_ALL]
+    ranks = dict(zip(names, np.load(path.with_suffix(".npy")), strict=True))
     assert ranks["users"].tolist() == list(range(40))
     assert (ranks["greater, history masked"] <= ranks["greater"]).all()
-    assert facts["ranks"] == list(RANKS)
+    assert (ranks["greater"] <= ranks["greater, all items"]).all()
+    assert facts["ranks"] == names
+
+
+def test_a_cell_that_ranks_all_items_is_what_cells_were_before_there_was_a_choice(tmp_path):
+    """Its hash, five rows of ranks, and no figures beside."""
+    every = small(options={**small().options, "data": {"catalogue": "all"}})
+    cell = Cell(ARMS[0], "target", 0.5, 0)
+    assert run(every, tmp_path, cells=[cell]) == []
+    path = cell_path(tmp_path, every, cell, Domains())
+    facts = json.loads(path.read_text())
+    assert np.load(path.with_suffix(".npy")).shape == (5, 40) and "among_all" not in facts["test"]["history masked"]
+    options = [dataclasses.asdict(config) for config in every.configs(cell)]
+    for given in options:
+        assert given["data"].pop("catalogue") == "all"
+    hashed = {"format": 1, "floor": "popularity", "configs": options, "target": facts["data"]["target"]}
+    hashed |= {"kinds": (), "sources": []}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    assert facts["config_hash"] == digest[:16] != cell_path(tmp_path, small(), cell, Domains()).stem[-16:]
 
 
 def test_finished_cells_are_not_run_again(finished, monkeypatch):
@@ -130,7 +153,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on(finished, tmp_path
     process.wait()
     for path in tmp_path.glob("cells/*.json"):
         assert json.loads(path.read_text())["format"] == 1
-        assert np.load(path.with_suffix(".npy")).shape == (5, 40)
+        assert np.load(path.with_suffix(".npy")).shape == (9, 40)
     assert run(small(), tmp_path) == []
     assert comparable(tmp_path) == comparable(finished[0])
 
