@@ -111,6 +111,7 @@ def target_ranks(
     rows = torch.arange(B, device=h.device)
     base = pair_scores(h, table, bias, rows, targets)
     own, left_out = base, rows * V + targets
+    of_targets = left_out
     if added_offsets is not None:
         added = _keys(added_offsets, added_items, rows, V)
         if len(added):
@@ -130,13 +131,15 @@ def target_ranks(
     scores = pair_scores(h, table, bias, left_out // V, left_out % V)
     _add(greater, equal, left_out // V, scores, own, -1)
     if added_offsets is not None:
-        fresh = ~torch.isin(added, left_out)
-        added, terms = added[fresh], added_terms[fresh]
+        others = ~torch.isin(added, of_targets)
+        added, terms = added[others], added_terms[others]
         cases = added // V
         scores = pair_scores(h, table, bias, cases, added % V)
+        nonfinite.index_add_(0, cases, (~(scores + terms).isfinite()).long() - (~scores.isfinite()).long())
+        fresh = ~torch.isin(added, left_out)
+        cases, scores, terms = cases[fresh], scores[fresh], terms[fresh]
         _add(greater, equal, cases, scores, own, -1)
         _add(greater, equal, cases, scores + terms, own, 1)
-        nonfinite.index_add_(0, cases, (~(scores + terms).isfinite()).long() - (~scores.isfinite()).long())
     return greater, equal, nonfinite
 
 

@@ -362,6 +362,7 @@ inline void correct(const RankProblem<T>& p, const RankCounts& out, uint64_t* me
     auto bit = [](int64_t item) { return uint64_t{1} << (item & 63); };
     int64_t items[kChains];
     const T* terms[kChains];
+    bool is_candidate[kChains];
     T scores[kChains];
 
     scores_of_row(p, b, p.targets + b, 1, scores);
@@ -385,16 +386,18 @@ inline void correct(const RankProblem<T>& p, const RankCounts& out, uint64_t* me
         int64_t taken = 0;
         for (; taken < kChains && i < added_end; ++i) {
             const int64_t item = p.added.items[i];
-            if (met[item >> 6] & bit(item)) continue;
+            if (item == p.targets[b]) continue;
+            is_candidate[taken] = !(met[item >> 6] & bit(item));
             terms[taken] = p.added_terms + i;
             items[taken++] = item;
         }
         if (taken > 0) scores_of_row(p, b, items, taken, scores);
         for (int64_t j = 0; j < taken; ++j) {
             const T whole = scores[j] + *terms[j];
+            nonfinite += is_finite(scores[j]) - is_finite(whole);  // of candidates and others
+            if (!is_candidate[j]) continue;
             count(scores[j], -1);
             count(whole, 1);
-            nonfinite += is_finite(scores[j]) - is_finite(whole);
         }
     }
     for (int64_t i = p.seen.offsets == nullptr ? 0 : p.seen.offsets[b]; i < seen_end; ++i) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
+from metarec_fast.ops._arrays import check_integer, span
 from metarec_fast.ops._codebook import add_head, check_pair
 from metarec_fast.ops._register import check_tensor, empty
 from metarec_fast.ops.nearest_codeword import nearest_codeword
@@ -47,7 +47,14 @@ class RowBounds:
 
     @staticmethod
     def empty(*, rows: int, heads: int, codes: int, dim: int, neighbours: int) -> RowBounds:
-        """Bounds of ``rows`` rows that nothing is known of yet. neighbours: B, at most ``codes``."""
+        """Bounds of ``rows`` rows that nothing is known of yet. neighbours: B, from 1 to ``codes``.
+
+        Raises ValueError for sizes out of range.
+        """
+        for name, value in (("rows", rows), ("heads", heads), ("codes", codes), ("dim", dim)):
+            check_integer(value, name, least=1)
+        if not 1 <= neighbours <= codes:
+            raise ValueError(f"neighbours must be in 1..{codes}, got {neighbours}")
         words = 6 + dim + 2 * neighbours
         return RowBounds(
             neighbours=neighbours,

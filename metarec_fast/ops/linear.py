@@ -17,6 +17,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not (x.numel() and len(weight)):  # oneDNN has no empty products
         return F.linear(x, weight, bias)
+    bias = bias if bias is None else bias.contiguous()  # oneDNN reads it as if it were (torch 2.13)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

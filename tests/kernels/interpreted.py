@@ -387,6 +387,9 @@ def test_target_ranks_count_what_is_not_finite():
     added = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([2, 30]), torch.tensor([float("inf"), float("nan")])
     *_, nonfinite = target_ranks.target_ranks(h, table, None, targets, None, None, *added)
     assert nonfinite.tolist() == [1, 90, 2, 2, 1]
+    seen = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([2, 30])  # what is no candidate counts too
+    *_, nonfinite = target_ranks.target_ranks(h, table, None, targets, *seen, *added)
+    assert nonfinite.tolist() == [1, 90, 2, 2, 1]
 
 
 @pytest.mark.parametrize("reverse", [False, True])

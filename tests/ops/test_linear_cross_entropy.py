@@ -133,6 +133,15 @@ def test_ignored_rows_are_not_looked_at():
     assert nothing.isnan()
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mean_over_no_rows_is_nan_and_a_sum_zero(backend, dtype):
+    h, table = torch.empty(0, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    arguments = (h, table, torch.empty(0, dtype=torch.int64))
+    assert linear_cross_entropy(*arguments, reduction="mean", backend=backend).isnan()
+    assert linear_cross_entropy(*arguments, reduction="sum", backend=backend) == 0
+
+
 def test_a_mean_scales_with_what_follows_it():
     """backward() takes the gradients of the forward pass as they are only if nothing follows the mean."""
     h, table, bias, targets, _ = problem(30, 200, 8)

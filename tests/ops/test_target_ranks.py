@@ -234,6 +234,17 @@ def test_terms_that_are_not_finite_are_counted(where):
     assert target_ranks(**arguments).nonfinite.tolist() == [0] * 4 + [1] + [0] * 15
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_terms_that_are_not_finite_are_counted_of_seen_items_too(backend, value):
+    h, table = torch.ones(2, 1), torch.full((4, 1), 3e38)
+    table[0] = 1.0
+    seen = csr([[2, 2, 0], [2]])
+    added = (*csr([[0, 2], [1, 2]]), torch.tensor([value, value, 0.0, value]))
+    ranks = target_ranks(h, table, torch.tensor([0, 3]), seen=seen, added=added, backend=backend)
+    assert ranks.nonfinite.tolist() == [1 if value == 3e38 else 2, 1]
+
+
 def test_overflow_is_counted_and_large_scores_are_not():
     h, table = torch.tensor([[1e19], [2e19]]), torch.tensor([[1e19], [3e19], [-3e19], [1.0]])
     assert target_ranks(h, table, torch.tensor([0, 3])).nonfinite.tolist() == [0, 2]

@@ -22,6 +22,7 @@ KERNELS = (
     "tests/ops/test_gather_evidence.py",
     "tests/ops/test_linear_cross_entropy.py::test_loss_and_gradients_match_float64",
     "tests/ops/test_linear_scan.py::test_matches_reference",
+    "tests/ops/test_memory_safety.py",
     "tests/ops/test_missed_steps.py",
     "tests/ops/test_nearest_codeword.py::test_equals_reference",
     "tests/ops/test_sample_negatives.py",
