@@ -14,6 +14,13 @@ def empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError for a tensor of another shape than a kernel takes it to be: it would read outside of it."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -136,9 +136,10 @@ def linear_cross_entropy(
     h: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, ignored: int
 ) -> tuple[Tensor, Tensor]:
     """float32. Returns loss: [T] and lse: [T], both 0 in ignored rows. Other targets are trusted to lie in [0, V)."""
+    (T, D), V = h.shape, table.shape[0]
+    _common.check_shapes(table=(table, (max(1, V), D)), targets=(targets, (T,)), bias=(bias, (V,)))
     h, table, targets = h.contiguous(), table.contiguous(), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
-    (T, D), V = h.shape, table.shape[0]
     keep = targets != ignored
     top, total, target_logit = (_common.empty((_SPLITS, T), dtype=h.dtype, device=h.device) for _ in range(3))
     if T:
@@ -165,10 +166,12 @@ def linear_cross_entropy_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of <grad, loss> in h, table and bias; those that are not needed are empty."""
+    (T, D), V = h.shape, table.shape[0]
+    _common.check_shapes(table=(table, (max(1, V), D)), targets=(targets, (T,)), bias=(bias, (V,)))
+    _common.check_shapes(grad=(grad, (T,)), lse=(lse, (T,)))
     h, table, targets, lse = h.contiguous(), table.contiguous(), targets.contiguous(), lse.contiguous()
     bias = None if bias is None else bias.contiguous()
     grad = grad.where(targets != ignored, 0.0).contiguous()
-    (T, D), V = h.shape, table.shape[0]
 
     def room(shape: tuple[int, ...], need: bool) -> Tensor:
         return _common.empty(shape if need else (0,), dtype=h.dtype, device=h.device)

@@ -90,6 +90,8 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor, segments: int, D: int,
 
 def linear_scan(a: Tensor, u: Tensor, offsets: Tensor, *, reverse: bool) -> Tensor:
     """a: [2, D], u: [T, 2, D], offsets: [B+1], which are trusted to rise from 0 to T. Returns h: [T, 2, D]."""
+    T, _, D = u.shape
+    _common.check_shapes(a=(a, (2, D)), u=(u, (T, 2, D)), offsets=(offsets, (max(1, offsets.numel()),)))
     a, u, offsets = a.contiguous(), u.contiguous(), offsets.contiguous()
     h = _common.empty(tuple(u.shape), dtype=u.dtype, device=u.device)
     _launch(_scan, a, u, offsets, h, segments=len(offsets) - 1, D=u.shape[2], reverse=reverse)
@@ -100,8 +102,11 @@ def linear_scan_backward(
     a: Tensor, h: Tensor, grad_h: Tensor, offsets: Tensor, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a and u. Segments are summed at the end, so that results repeat to the bit."""
+    T, _, D = h.shape
+    _common.check_shapes(a=(a, (2, D)), h=(h, (T, 2, D)), grad_h=(grad_h, (T, 2, D)))
+    _common.check_shapes(offsets=(offsets, (max(1, offsets.numel()),)))
     a, h, grad_h, offsets = a.contiguous(), h.contiguous(), grad_h.contiguous(), offsets.contiguous()
-    segments, D = len(offsets) - 1, h.shape[2]
+    segments = len(offsets) - 1
     grad_u = _common.empty(tuple(h.shape), dtype=h.dtype, device=h.device)
     partial = _common.empty((segments, 2, D), dtype=h.dtype, device=h.device)
     _launch(_backward, a, h, grad_h, offsets, grad_u, partial, segments=segments, D=D, reverse=reverse)

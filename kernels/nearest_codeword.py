@@ -359,8 +359,9 @@ def nearest_codeword(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tenso
 
 def search(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``nearest_codeword``, and how many rows [1] int32 the screen left to float64."""
+    (H, N, D), K = x_HND.shape, codebook_HKD.shape[1]
+    _common.check_shapes(codebook=(codebook_HKD, (H, max(1, K), D)))
     x, codebook = x_HND.contiguous(), codebook_HKD.contiguous()
-    (H, N, D), K = x.shape, codebook.shape[1]
     indices = _common.empty((H, N), dtype=torch.int64, device=x.device)
     margin = _common.empty((H, N), dtype=torch.float32, device=x.device)
     count = _common.empty((1,), dtype=torch.int32, device=x.device)

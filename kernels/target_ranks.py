@@ -105,6 +105,10 @@ def target_ranks(
     Items must lie in the table; those of added rise within a case.
     """
     (B, D), V = h.shape, table.shape[0]
+    _common.check_shapes(table=(table, (V, D)), targets=(targets, (B,)), bias=(bias, (V,)))
+    _common.check_shapes(seen_offsets=(seen_offsets, (B + 1,)), added_offsets=(added_offsets, (B + 1,)))
+    if added_offsets is not None:
+        _common.check_shapes(added_terms=(added_terms, added_items.shape))
     greater, equal, nonfinite = torch.zeros(3, B, dtype=torch.int64, device=h.device)
     if B == 0:
         return greater, equal, nonfinite

@@ -89,10 +89,13 @@ def vq_backward(
     grad_HND: Tensor | None, grad_error_HN: Tensor | None, x_HND: Tensor, quantized_HND: Tensor, *, rotation: bool
 ) -> Tensor:
     """Gradient to x of its quantized rows and of their squared errors; float32. See reference/vq_backward.py."""
+    H, N, D = x_HND.shape
+    _common.check_shapes(
+        grad=(grad_HND, (H, N, D)), grad_error=(grad_error_HN, (H, N)), quantized=(quantized_HND, (H, N, D))
+    )
     x, quantized = x_HND.contiguous(), quantized_HND.contiguous()
     grad, grad_error = (None if t is None else t.contiguous() for t in (grad_HND, grad_error_HN))
-    D = x.shape[-1]
-    N = x.numel() // D
+    N = H * N
     out = _common.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
     if N:
         BLOCK_D = _common.block_d(D, least=16, most=_common.MAX_BLOCK_D)

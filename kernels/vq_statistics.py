@@ -109,8 +109,9 @@ def vq_statistics(
 
     Returns counts_HK and sums_HKD, float32 and bit for bit the same at every run. Nothing waits for the device.
     """
+    H, N, D = x_HND.shape
+    _common.check_shapes(indices=(indices_HN, (H, N)))
     x, indices, K = x_HND.contiguous(), indices_HN.contiguous(), codebook_size
-    H, N, D = x.shape
     counts = _common.empty((H, K), dtype=torch.float32, device=x.device)
     sums = _common.empty((H, K, D), dtype=torch.float32, device=x.device)
     if sums.numel() == 0 or N == 0:

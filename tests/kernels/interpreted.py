@@ -433,3 +433,31 @@ def test_linear_cross_entropy(shape, bias):
                 torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-5)
             else:
                 assert f.numel() == 0
+
+
+SHAPES = {
+    "no code": lambda: nearest_codeword.nearest_codeword(torch.randn(1, 4, 3), torch.randn(1, 0, 3)),
+    "narrow codes": lambda: vq_commit.vq_commit(torch.randn(1, 4, 3), torch.randn(1, 5, 2)),
+    "few indices": lambda: vq_statistics.vq_statistics(torch.randn(1, 4, 3), torch.zeros(1, 3, dtype=torch.int64), 5),
+    "short gradient": lambda: vq_backward.vq_backward(
+        torch.randn(1, 3, 3), None, torch.randn(1, 4, 3), torch.randn(1, 4, 3), rotation=True
+    ),
+    "short factor": lambda: linear_scan.linear_scan(
+        torch.randn(2, 2), torch.randn(4, 2, 3), torch.tensor([0, 4]), reverse=False
+    ),
+    "no offsets": lambda: linear_scan.linear_scan(
+        torch.randn(2, 3), torch.randn(4, 2, 3), torch.zeros(0, dtype=torch.int64), reverse=False
+    ),
+    "short bias": lambda: linear_cross_entropy.linear_cross_entropy(
+        torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]), torch.randn(4), -100
+    ),
+    "short table": lambda: target_ranks.target_ranks(
+        torch.randn(2, 3), torch.randn(5, 2), None, torch.tensor([0, 1]), *[None] * 5
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_that_do_not_fit_are_refused(shape):
+    with pytest.raises(ValueError, match=r"must be \[.*\], got \["):
+        SHAPES[shape]()
