@@ -44,7 +44,7 @@ def span(array: np.ndarray | Tensor | None) -> tuple[int, int, str] | None:
     if array is None:
         return None
     if isinstance(array, Tensor):
-        if array.device.type != "cpu" or not array.is_contiguous() or array.is_conj() or array.is_neg():
+        if not (array.is_cpu and array.is_contiguous()) or array.is_neg():
             raise ValueError(f"tensor must be contiguous on the CPU, got {array.layout} on {array.device}")
         return array.data_ptr(), array.numel(), CODES.get(array.dtype) or str(array.dtype)
     if not (array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative):
