@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test sanitize lint format bench build clean
+.PHONY: demo test sanitize lint format bench build wheel clean
 
 demo: .venv/base.done
 	$(BIN)/metarec-fast demo
@@ -38,6 +38,16 @@ bench: .venv/bench.done
 
 build: .venv/base.done
 
+# sdist and wheel into dist/, then the wheel in an environment of its own, where the demo must run
+WHEEL_ENV := build/wheel-env
+wheel: .venv/wheel.done
+	rm -rf dist $(WHEEL_ENV)
+	$(BIN)/python -m build -o dist .
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/pip install -q "$(TORCH)"
+	$(WHEEL_ENV)/bin/pip install -q dist/*.whl
+	cd $(WHEEL_ENV) && bin/metarec-fast doctor && bin/metarec-fast demo --out demo
+
 clean:
 	rm -rf .venv build metarec_fast/_C*.so *.egg-info
 
@@ -51,8 +61,9 @@ clean:
 	$(BIN)/pip install -q -e .
 	@touch $@
 
+# what an extra names, beside the package that is installed: nothing is compiled again
 .venv/test.done: .venv/base.done
-	$(BIN)/pip install -q -e ".[test]"
+	$(BIN)/pip install -q "metarec-fast[test]"
 	@touch $@
 
 # what builds the extension, which pip otherwise keeps to itself
@@ -60,10 +71,14 @@ clean:
 	$(BIN)/pip install -q "pybind11>=3.0" "cmake>=3.24" ninja
 	@touch $@
 
+.venv/wheel.done: .venv/torch.done
+	$(BIN)/pip install -q build
+	@touch $@
+
 .venv/lint.done: .venv/base.done
-	$(BIN)/pip install -q -e ".[lint]"
+	$(BIN)/pip install -q "metarec-fast[lint]"
 	@touch $@
 
 .venv/bench.done: .venv/base.done
-	$(BIN)/pip install -q -e ".[bench]"
+	$(BIN)/pip install -q "metarec-fast[bench]"
 	@touch $@
