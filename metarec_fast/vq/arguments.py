@@ -29,6 +29,15 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(f"sync_update_v={given['sync_update_v']} needs learnable_codebook=True and ema_update=False")
     elif given["in_place_codebook_optimizer"] is not None and not given["orthogonal_reg_weight"]:
         raise ValueError("in_place_codebook_optimizer needs learnable_codebook=True and ema_update=False")
+    if given["codebook_weight"] is not None:
+        if given["codebook_weight"] < 0:
+            raise ValueError(f"codebook_weight must not be negative, got {given['codebook_weight']}")
+        if not given["learnable_codebook"]:
+            raise ValueError(
+                "codebook_weight needs learnable_codebook=True and ema_update=False: averages take no loss"
+            )
+        if given["commitment_use_cross_entropy_loss"]:
+            raise ValueError("codebook_weight needs commitment_use_cross_entropy_loss=False")
     if given["affine_param"] and given["use_cosine_sim"]:
         raise ValueError("affine_param=True needs use_cosine_sim=False")
     if given["accept_image_fmap"] and given["accept_3d_fmap"]:

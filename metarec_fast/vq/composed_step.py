@@ -43,7 +43,7 @@ class Call:
 
 class Step(NamedTuple):
     """codes [H, N, D] and indices [H, N], or [H, N, k, D] and [H, N, k]; losses: one number, commitment [H, N, k] for
-    a top-k. None: not asked for."""
+    a top-k. to_codes: the commitment's counterpart that pulls the codes alone. None: not asked for."""
 
     codes: Tensor
     indices: Tensor
@@ -51,6 +51,7 @@ class Step(NamedTuple):
     diversity: Tensor | None = None
     in_place: Tensor | None = None
     target: Tensor | None = None
+    to_codes: Tensor | None = None
 
 
 def composed_step(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> Step:
@@ -67,7 +68,11 @@ def composed_step(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> 
     if vq.training and vq.commitment_use_cross_entropy_loss:
         commitment = _mean_cross_entropy(scores, indices, keep)
     else:
-        commitment = _mean_square(call.committed, codes, keep, pulled=call.pulled or not vq.training)
+        pulled = (call.pulled and vq.codebook_weight is None) or not vq.training
+        commitment = mean_square(call.committed, codes, keep, pulled=pulled)
+    to_codes = None
+    if call.pulled and vq.training and vq.codebook_weight is not None:
+        to_codes = mean_square(call.committed.detach(), codes, keep, pulled=True)
     diversity = _diversity(vq, scores, keep, call) if vq.training and vq.has_codebook_diversity_loss else None
     target = None if call.targets is None else _mean_cross_entropy(scores, call.targets, keep)
     if call.routed:
@@ -76,7 +81,7 @@ def composed_step(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> 
             codes = step_towards(moving, codes, variance=vq.directional_reparam_variance)
         else:
             codes = rotate_to(moving, codes) if vq.rotation_trick else straight_through(moving, codes)
-    return Step(codes, indices, commitment, diversity, in_place, target)
+    return Step(codes, indices, commitment, diversity, in_place, target, to_codes)
 
 
 def _scores(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> CodeScores | TokenCodes:
@@ -129,7 +134,7 @@ def _optimize_in_place(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call
     with torch.enable_grad():
         scores = _scores(vq, rows, keep, call)
         indices, codes = _choose(vq, rows, scores, call)
-        loss = _mean_square(rows, codes, keep, pulled=True)
+        loss = mean_square(rows, codes, keep, pulled=True)
         vq._codebook.update(rows, indices, keep=keep, **call.update)
         loss.backward()
     if not vq.manual_in_place_optimizer_update:
@@ -137,7 +142,7 @@ def _optimize_in_place(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call
     return loss.detach()
 
 
-def _mean_square(rows: Tensor, codes: Tensor, keep: Tensor | None, *, pulled: bool) -> Tensor:
+def mean_square(rows: Tensor, codes: Tensor, keep: Tensor | None, *, pulled: bool) -> Tensor:
     """Mean over elements; for codes [H, N, k, D] the mean over D, [H, N, k], 0 in rows that do not count."""
     codes = codes if pulled else codes.detach()
     unweighted = None if keep is None else ~keep

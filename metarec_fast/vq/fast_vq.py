@@ -13,7 +13,7 @@ from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.affine_codebook import AffineCodebook
 from metarec_fast.vq.arguments import check_arguments
 from metarec_fast.vq.codebook import Codebook, EmaWeight
-from metarec_fast.vq.composed_step import Call, Step, composed_step
+from metarec_fast.vq.composed_step import Call, Step, composed_step, mean_square
 from metarec_fast.vq.health import CodebookHealth
 from metarec_fast.vq.layout import Layout
 from metarec_fast.vq.orthogonality import orthogonality_loss
@@ -45,6 +45,9 @@ class FastVQ(nn.Module):
     channel_last, accept_image_fmap, accept_3d_fmap: form of the input, see ``forward``.
     commitment_weight: of the mean squared distance between vector and code, or with
         commitment_use_cross_entropy_loss of the cross-entropy of the code under the softmax of minus the distances.
+    codebook_weight: with a learnable codebook, of the distance as it pulls the codes, commitment_weight then being of
+        the distance as it pulls the vectors: loss = commitment_weight * |x - sg(c)|^2 + codebook_weight * |sg(x) - c|^2.
+        None: commitment_weight pulls both.
     orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of the codes' non-orthogonality.
     codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the entropy of the mean soft assignment.
     stochastic_sample_codes, sample_codebook_temp: in training, draw codes by softmax(-distance / temperature).
@@ -125,6 +128,7 @@ class FastVQ(nn.Module):
         return_zeros_for_masked_padding: bool = True,
         route_gradients_to_input: bool = True,
         *,
+        codebook_weight: float | None = None,
         strict_upstream: bool = False,
     ) -> None:
         super().__init__()
@@ -151,6 +155,7 @@ class FastVQ(nn.Module):
         self.stochastic_sample_codes, self.sample_codebook_temp = stochastic_sample_codes, sample_codebook_temp
         self.commitment_weight = commitment_weight
         self.has_commitment_loss = commitment_weight > 0 and not directional_reparam
+        self.codebook_weight = codebook_weight
         self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
         self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
         self.has_codebook_diversity_loss = codebook_diversity_loss_weight > 0
@@ -332,17 +337,21 @@ class FastVQ(nn.Module):
         self, rows: Tensor, keep: Tensor | None, update: dict[str, Any] | None, *, pulled: bool, routed: bool
     ) -> Step:
         """Lookup, loss, statistics and the gradient's way past the lookup, for what nearly everyone runs."""
-        embed = self._codebook.embed
+        embed, pulled_by_commitment = self._codebook.embed, pulled and self.codebook_weight is None
         (codes, indices, commitment), health = vq_commit_with_health(
             rows,
-            embed.detach() if routed and not pulled else embed,
+            embed.detach() if routed and not pulled_by_commitment else embed,
             row_weight=keep,
-            codebook_grad=pulled,
+            codebook_grad=pulled_by_commitment,
             gradient=self._gradient if routed else None,
         )
+        to_codes = None
+        if pulled and self.training and self.codebook_weight is not None:
+            chosen = embed.gather(1, indices.unsqueeze(-1).expand_as(rows))
+            to_codes = mean_square(rows.detach(), chosen, keep, pulled=True)
         if update is not None:
             self._codebook.update(rows.detach(), indices, keep=keep, lookup=health, **update)
-        return Step(codes, indices, commitment)
+        return Step(codes, indices, commitment, to_codes=to_codes)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Codes of ``indices`` as ``forward`` returns them; 0 at -1.
@@ -478,5 +487,8 @@ class FastVQ(nn.Module):
         if self.training and not self.has_commitment_loss:
             off = off + x.reshape(-1)[:0].sum().to(dtype)  # 0, but part of the graph: callers may add to it in place
         loss = off + commitment * weight
+        if step.to_codes is not None:
+            pull = step.to_codes if not per_token else self._layout.indices_from_rows(step.to_codes, tokens)
+            loss = loss + pull.to(dtype) * self.codebook_weight
         loss = loss + diversity * self.codebook_diversity_loss_weight + orthogonality * self.orthogonal_reg_weight
         return loss, LossBreakdown(commitment, diversity, orthogonality, in_place)

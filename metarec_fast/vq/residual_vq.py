@@ -150,6 +150,11 @@ class FastResidualVQ(nn.Module):
         return self.layers[0].codebook_size
 
     @property
+    def vq_is_ema_updating(self) -> bool:
+        """Whether averages move the codes."""
+        return self.layers[0].ema_update
+
+    @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """The codes: [L, K, D], or a tuple of [K, D] if levels differ in size."""
         codebooks = tuple(layer.codebook for layer in self.layers)
