@@ -38,7 +38,7 @@ class AffineCodebook(Codebook):
             self.register_buffer(name, None)
         for name in _CODES:
             self.register_buffer(f"{name}_needs_init", torch.tensor(True))
-            self.register_buffer(name, torch.zeros(self.num_codebooks, 1, dim))
+            self.register_buffer(name, torch.zeros(self.num_codebooks, 1, dim, dtype=torch.float32))
 
     @property
     def compares_other_codes(self) -> bool:

@@ -34,7 +34,7 @@ class Beams:
         mask: Tensor | None,
         topk: int,
         width: int,
-        weight: Tensor,
+        weight: float,
         subtract: Callable[[Tensor], Tensor],
     ) -> None:
         """Let ``quantize`` give the ``topk`` best codes of each candidate, and keep the ``width`` best of all.

@@ -13,6 +13,7 @@ from metarec_fast.ops import vq_ema_update_
 from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.vq.health import Health
 from metarec_fast.vq.kmeans import start_by_kmeans_, statistics, traced_start_by_kmeans_
+from metarec_fast.vq.projection import project
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
 
 COSINE_EPS = 1e-6
@@ -61,12 +62,11 @@ class Codebook(nn.Module):
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
         self.holds_unused = holds_unused
 
-        if kmeans_init:
-            embed = torch.zeros(num_codebooks, codebook_size, dim)
-        else:
-            embed = self.transform_input(nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim)))
+        embed = torch.zeros(num_codebooks, codebook_size, dim, dtype=torch.float32)
+        if not kmeans_init:
+            embed = self.transform_input(nn.init.kaiming_uniform_(embed))
         self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
+        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size, dtype=torch.float32))
         self.register_buffer("embed_avg", embed.clone())
         if as_parameter:
             self.embed = nn.Parameter(embed)
@@ -88,11 +88,12 @@ class Codebook(nn.Module):
         """The codes [H, K, D] that rows [H, N, D] are compared with. keep: bool [N], rows that count."""
         if self.vq_bridge is None:
             return self.embed
-        return self.vq_bridge(self.embed.clone())  # its graph must not see the codes change in place
+        # a copy: the bridge's graph must not see the codes change in place
+        return project(self.vq_bridge, self.embed.clone()).to(self.embed.dtype)
 
     def codes_now(self) -> Tensor:
         """``codes_for`` the rows seen so far."""
-        return self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
+        return self.embed if self.vq_bridge is None else project(self.vq_bridge, self.embed).to(self.embed.dtype)
 
     @property
     def compares_other_codes(self) -> bool:
@@ -235,14 +236,26 @@ class Codebook(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._keep_float32()
         if not self.initted.is_meta:
             self.needs_kmeans = not bool(self.initted)
+
+    def _keep_float32(self) -> None:
+        """Make float32 what a load has assigned in another precision, and bring to it what no checkpoint holds."""
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                setattr(self, name, buffer.float())
+        if self._parameters.get("embed") is not None and self.embed.dtype != torch.float32:
+            # not in place: the tensor may be the caller's own
+            self.embed = nn.Parameter(self.embed.detach().float(), requires_grad=self.embed.requires_grad)
+        if self.health.counts.device != self.embed.device:
+            self.health.reset(self.embed.device)
 
 
 def _counts(indices: Tensor, codebook_size: int) -> Tensor:
     """How often each code is chosen, float32 [H, K], of indices [H, ...]; -1 is nothing."""
     at = indices.flatten(1) + 1
-    counts = torch.zeros(at.shape[0], codebook_size + 1, device=at.device)
+    counts = torch.zeros(at.shape[0], codebook_size + 1, dtype=torch.float32, device=at.device)
     return counts.scatter_add(1, at, torch.ones_like(at, dtype=counts.dtype))[:, 1:]
 
 

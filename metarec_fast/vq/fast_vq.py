@@ -15,8 +15,9 @@ from metarec_fast.vq.arguments import check_arguments
 from metarec_fast.vq.codebook import Codebook, EmaWeight
 from metarec_fast.vq.composed_step import Call, Step, composed_step, mean_square
 from metarec_fast.vq.health import CodebookHealth
-from metarec_fast.vq.layout import Layout
+from metarec_fast.vq.layout import Layout, and_finite, as_indices
 from metarec_fast.vq.orthogonality import orthogonality_loss
+from metarec_fast.vq.projection import project
 
 
 class LossBreakdown(NamedTuple):
@@ -78,6 +79,9 @@ class FastVQ(nn.Module):
         Never reproduced: a loss that is a buffer, averages in half precision, NaN rows in the codebook, inexact
         indices, -1 counted as code 0, whether to sync decided at construction, gradients from codes already moved.
 
+    mask_nonfinite: treat vectors that hold NaN or infinity as masked: quantized 0, index -1, no part in the loss.
+        False: they get index 0 and its code, as in VectorQuantize, and make the loss NaN. They never move codes.
+
     Raises ValueError for arguments out of range or at odds with each other.
     """
 
@@ -130,6 +134,7 @@ class FastVQ(nn.Module):
         *,
         codebook_weight: float | None = None,
         strict_upstream: bool = False,
+        mask_nonfinite: bool = False,
     ) -> None:
         super().__init__()
         codes_get_gradients = directional_reparam or vq_bridge is not None
@@ -141,7 +146,7 @@ class FastVQ(nn.Module):
 
         self.dim, self.codebook_size, self.heads = dim, codebook_size, heads
         self.separate_codebook_per_head = separate_codebook_per_head
-        self.strict_upstream = strict_upstream
+        self.strict_upstream, self.mask_nonfinite = strict_upstream, mask_nonfinite
         self._layout = Layout(
             dim, heads, separate_codebook_per_head, channel_last, image=accept_image_fmap, volume=accept_3d_fmap
         )
@@ -248,7 +253,7 @@ class FastVQ(nn.Module):
 
         x: [B, ..., dim], or channels second: [B, dim, N] with channel_last=False, [B, dim, H, W] with
             accept_image_fmap, [B, dim, D, H, W] with accept_3d_fmap; [B, dim] always.
-        indices: int64 as ``forward`` returns them, -1 for none: codes to compute a cross-entropy to.
+        indices: integers as ``forward`` returns them, -1 for none: codes to compute a cross-entropy to.
         mask: bool [B, N], True where x counts, or lens: [B]; for sequences only.
         topk: return the k best codes of each vector, and move no codes. Needs heads=1.
         sample_codebook_temp, freeze_codebook, ema_update: override the module's.
@@ -263,10 +268,11 @@ class FastVQ(nn.Module):
         Masked positions: quantized 0 (or x, without return_zeros_for_masked_padding), index -1, no part in loss and
         codebook. Under torch.vmap, and under torch.func.grad with dead-code replacement, freeze the codebook: torch
         cannot mutate buffers there.
-        Raises ValueError for shapes that do not fit.
+        Raises ValueError for shapes that do not fit, and TypeError for what is no tensor.
         """
         tokens = self._layout.tokens(x)
         mask = self._layout.token_mask(tokens, mask, lens)
+        mask = and_finite(tokens, mask) if self.mask_nonfinite else mask
         topk = None if topk is None else self._check_topk(int(topk))
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         pulled = self.learnable_codebook and not frozen
@@ -305,7 +311,7 @@ class FastVQ(nn.Module):
                 return self._layout.upstream_rows(codes, tokens).to(x.dtype), step.target
             loss, breakdown = self._losses(x, tokens, step, keep)
 
-        quantized = self._project_out(self._layout.from_rows(codes, tokens)).to(x.dtype)
+        quantized = project(self.project_out, self._layout.from_rows(codes, tokens)).to(x.dtype)
         out_indices = self._layout.indices_from_rows(step.indices, tokens)
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
@@ -354,21 +360,22 @@ class FastVQ(nn.Module):
         return Step(codes, indices, commitment, to_codes=to_codes)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes of ``indices`` as ``forward`` returns them; 0 at -1.
+        """Codes of ``indices``, of any integer dtype, as ``forward`` returns them; 0 at -1.
 
         [..., D], channels second where x is; [..., heads * D] with separate_codebook_per_head, [..., heads, D] with
         heads that share a codebook.
         """
-        codes = self._codes(indices)
+        codes = self._codes(as_indices(indices))
         if self.separate_codebook_per_head:
             codes = codes.flatten(-2)
         return codes.movedim(-1, 1) if self._layout.channels_second else codes
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returns in eval mode as quantized for ``indices`` that it returned."""
+        indices = as_indices(indices)
         codes = self._codes(indices).flatten(-2) if self.heads > 1 else self._codes(indices)
         known = (indices[..., 0] if self.heads > 1 else indices) >= 0
-        output = torch.where(known.unsqueeze(-1), self.project_out(codes), 0)
+        output = torch.where(known.unsqueeze(-1), project(self.project_out, codes), 0)
         return output.movedim(-1, 1) if self._layout.channels_second and output.dim() > 2 else output
 
     def update_indices(
@@ -386,7 +393,7 @@ class FastVQ(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self._codebook.update(
                 self._rows(tokens),
-                self._layout.indices_to_rows(indices),
+                self._targets(indices, tokens),
                 keep=None if mask is None else self._layout.row_mask(mask),
                 ema_update=ema_update,
                 weight=ema_update_weight,
@@ -433,7 +440,7 @@ class FastVQ(nn.Module):
     def _rows(self, tokens: Tensor) -> Tensor:
         """Tokens [..., dim] to rows [H, N, D] as they are compared with the codes, float32 or float64."""
         if self.has_projections:
-            tokens = self.project_in(tokens.to(self.project_out.weight.dtype))
+            tokens = project(self.project_in, tokens)
         return self._codebook.transform_input(self._rows_as_given(tokens))
 
     def _rows_as_given(self, tokens: Tensor) -> Tensor:
@@ -444,12 +451,10 @@ class FastVQ(nn.Module):
         """Whether the commitment loss takes rows of their own length though the codes have length 1."""
         return self.strict_upstream and masked and self.use_cosine_sim and self.heads == 1 and not self.has_projections
 
-    def _project_out(self, codes: Tensor) -> Tensor:
-        return self.project_out(codes.to(self.project_out.weight.dtype)) if self.has_projections else codes
-
     def _targets(self, indices: Tensor, tokens: Tensor) -> Tensor:
         expected = (*tokens.shape[:-1], self.heads) if self.heads > 1 else tokens.shape[:-1]
-        if indices.dtype != torch.int64 or indices.numel() != tokens.shape[:-1].numel() * self.heads:
+        indices = as_indices(indices)
+        if indices.numel() != tokens.shape[:-1].numel() * self.heads:
             raise ValueError(f"indices must be int64 {tuple(expected)}, got {indices.dtype} {tuple(indices.shape)}")
         return self._layout.indices_to_rows(indices)
 

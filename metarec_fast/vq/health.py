@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,11 +53,26 @@ class Health(nn.Module):
 
     def __init__(self, num_codebooks: int, codebook_size: int) -> None:
         super().__init__()
-        self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size), persistent=False)
-        self.register_buffer("dead", torch.zeros(num_codebooks, codebook_size, dtype=torch.bool), persistent=False)
+        for name, shape, dtype in (
+            ("counts", (num_codebooks, codebook_size), torch.float32),
+            ("dead", (num_codebooks, codebook_size), torch.bool),
+            ("margin", (num_codebooks,), torch.float32),
+            ("recheck_rate", (), torch.float32),
+        ):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype), persistent=False)
+        self.reset()
 
-        for name, shape in (("margin", (num_codebooks,)), ("recheck_rate", ())):
-            self.register_buffer(name, torch.full(shape, torch.nan), persistent=False)
+    def reset(self, device: torch.device | None = None) -> None:
+        """Forget the last pass. device: where to be from now on, None: where the module is."""
+        for name, value in (("counts", 0), ("dead", False), ("margin", torch.nan), ("recheck_rate", torch.nan)):
+            setattr(self, name, torch.full_like(getattr(self, name), value, device=device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Health:
+        was_meta = self.counts.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.counts.is_meta:
+            self.reset()  # to_empty leaves what memory held
+        return self
 
     def record(self, counts: Tensor, dead: Tensor) -> None:
         """Take in the statistics of one pass."""

@@ -3,9 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from metarec_fast.ops._register import transformed
+
+
+def check_is_tensor(value: Any, name: str) -> None:
+    """Raise TypeError, with what turns ``value`` into a tensor, if it is none."""
+    if isinstance(value, Tensor):
+        return
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    convert = "torch.from_numpy" if kind == "numpy.ndarray" else "torch.as_tensor"
+    raise TypeError(f"{name} must be a torch.Tensor, got {kind}: pass {convert}({name})")
+
+
+def as_indices(indices: Any, name: str = "indices") -> Tensor:
+    """Indices of any integer dtype as int64; -1 stands for none.
+
+    Raises TypeError for what is no tensor, and ValueError for what holds no integers or, on a CPU, numbers below -1:
+    an integer dtype too small for the codebook would have made them.
+    """
+    check_is_tensor(indices, name)
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"{name} must be int64 or another integer dtype, got {indices.dtype}")
+    wide = indices.long()
+    if indices.dtype != torch.int64 and _can_be_read(wide) and bool((wide < -1).any()):
+        raise ValueError(f"{name} must be at least -1, got {int(wide.min())}: is {indices.dtype} too small for them?")
+    return wide
+
+
+def and_finite(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """``mask`` without the tokens that hold NaN or infinity, bool [...]."""
+    finite = tokens.isfinite().all(-1)
+    return finite if mask is None else finite & mask
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Whether looking at values costs nothing: not on a device, nor while a program is traced."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+    return x.device.type == "cpu" and not traced and not transformed()
 
 
 @dataclass(frozen=True)
@@ -28,6 +67,7 @@ class Layout:
 
     def tokens(self, x: Tensor) -> Tensor:
         """The input with its channels last. Raises ValueError if it does not fit."""
+        check_is_tensor(x, "x")
         if not x.is_floating_point():
             raise ValueError(f"x must be of a floating dtype, got {x.dtype}")
         if self.image:
@@ -54,6 +94,7 @@ class Layout:
             raise ValueError("mask and lens exclude each other")
         if self.image or self.volume or tokens.dim() < 3:
             raise ValueError(f"mask and lens are for sequences of vectors, got x with tokens {tuple(tokens.shape)}")
+        check_is_tensor(mask if lens is None else lens, "mask" if lens is None else "lens")
         if lens is not None:
             if lens.shape != tokens.shape[:1]:
                 raise ValueError(f"lens must be [{tokens.shape[0]}], got {tuple(lens.shape)}")

@@ -20,10 +20,12 @@ def orthogonality_loss(codebook: Tensor, *, used: Tensor | None = None, max_code
             codes, K = codes[:, torch.randperm(K, device=codes.device)[:max_codes]], max_codes
         return _squared_cosines(codes) / (H * K**2) - 1 / K
     # Codes left out become zero rows: how many are in use stays on the device.
-    hits = torch.zeros(K + 1, device=codes.device).index_fill(0, used.reshape(-1) + 1, 1.0)
+    hits = torch.zeros(K + 1, dtype=codes.dtype, device=codes.device).index_fill(0, used.reshape(-1) + 1, 1.0)
     counted = hits[1:]
     if max_codes is not None and max_codes < K:
-        order = (torch.rand(K, device=codes.device) + counted).topk(max_codes).indices  # codes in use come first
+        order = (
+            (torch.rand(K, dtype=counted.dtype, device=codes.device) + counted).topk(max_codes).indices
+        )  # codes in use come first
         counted = counted * torch.zeros_like(counted).index_fill(0, order, 1.0)
     number = counted.sum().clamp_min(1)
     return _squared_cosines(codes * counted.unsqueeze(-1)) / number**2 - 1 / number

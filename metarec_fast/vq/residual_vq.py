@@ -18,7 +18,8 @@ from metarec_fast.ops.gradient_estimators import step_towards
 from metarec_fast.vq.beam_search import Beams
 from metarec_fast.vq.fast_vq import FastVQ
 from metarec_fast.vq.implicit_codebook import ImplicitCodebook
-from metarec_fast.vq.layout import Layout
+from metarec_fast.vq.layout import Layout, and_finite, as_indices, check_is_tensor
+from metarec_fast.vq.projection import project
 from metarec_fast.vq.residual_chain import residual_chain
 from metarec_fast.vq.sampling import world_size
 
@@ -111,6 +112,7 @@ class FastResidualVQ(nn.Module):
             volume=vq_kwargs.pop("accept_3d_fmap", False),
         )
         self.accept_image_fmap = accept_image_fmap
+        self.mask_nonfinite = vq_kwargs.pop("mask_nonfinite", False)
         self.has_projections = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if self.has_projections else nn.Identity()
         self.project_out = nn.Linear(self.codebook_dim, dim) if self.has_projections else nn.Identity()
@@ -131,7 +133,7 @@ class FastResidualVQ(nn.Module):
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         self.diveq, self.quant_grad_frac = diveq, 1.0 if diveq else quant_grad_frac
         self.beam_size, self.eval_beam_size = beam_size, beam_size if eval_beam_size is None else eval_beam_size
-        self.register_buffer("beam_score_weights", torch.tensor(weights), persistent=False)
+        self._beam_score_weights = tuple(map(float, weights))
         self.implicit_neural_codebook = implicit_neural_codebook
         self.mlps = None
         if implicit_neural_codebook:
@@ -143,6 +145,11 @@ class FastResidualVQ(nn.Module):
         if shared_codebook:
             for layer in self.layers[1:]:
                 layer._codebook = self.layers[0]._codebook
+
+    @property
+    def beam_score_weights(self) -> Tensor:
+        """``beam_score_quantizer_weights`` as a tensor [L], where the codes are."""
+        return torch.tensor(self._beam_score_weights, dtype=torch.float32, device=self.layers[0].codebook.device)
 
     @property
     def codebook_size(self) -> int:
@@ -174,17 +181,18 @@ class FastResidualVQ(nn.Module):
         """Quantize ``x``; in training also move the codebooks, unless frozen here or in the constructor.
 
         x: [B, ..., dim], or [B, dim, H, W] with accept_image_fmap. mask: bool [B, N], True where x counts.
-        indices: int64 [B, ..., L] (or L of [B, ...]), -1 for none: codes to compute a cross-entropy to.
+        indices: integers [B, ..., L] (or L of [B, ...]), -1 for none: codes to compute a cross-entropy to.
         return_all_codes: append what ``get_codes_from_indices`` gives. beam_size: overrides the module's.
         rand_quantize_dropout_fixed_seed: where to end under quantize_dropout follows from it. None: from torch's
             generator, which costs a number that the host reads, so torch.compile(fullgraph=True) needs a seed.
 
         Returns (quantized like x, indices int64 [B, ..., L], losses [L]). Levels that dropout leaves out have index -1
         and loss 0; masked positions have index -1. With ``indices``: (quantized, sum of the levels' cross-entropies).
-        Raises ValueError for shapes that do not fit.
+        Raises ValueError for shapes that do not fit, and TypeError for what is no tensor.
         """
         tokens = self._layout.tokens(x)
         mask = self._layout.token_mask(tokens, mask, None)
+        mask = and_finite(tokens, mask) if self.mask_nonfinite else mask
         targets = None if indices is None else self._targets(indices, tokens)
         levels = self.num_quantizers
         if self.training and self.quantize_dropout and indices is None:
@@ -195,7 +203,7 @@ class FastResidualVQ(nn.Module):
 
         with torch.autocast(x.device.type, enabled=False):
             # padding may hold anything, NaN too: read zeros there
-            inner = self._project_in(tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0))
+            inner = project(self.project_in, tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0))
             beams = beam_size is not None and beam_size > 1
             if targets is None and not beams and self._runs_fused(masked=mask is not None):
                 quantized, chosen, losses, inputs = self._fused_levels(inner, mask, levels, frozen=frozen)
@@ -213,8 +221,7 @@ class FastResidualVQ(nn.Module):
                 self._move_shared_codebook(inputs, mask)
             if self.diveq:
                 quantized = step_towards(inner, quantized, variance=_DIVEQ_VARIANCE)
-            if self.has_projections:
-                quantized = self.project_out(quantized.to(self.project_out.weight.dtype))
+            quantized = project(self.project_out, quantized)
         quantized = quantized.to(x.dtype)
         if mask is not None:
             padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
@@ -233,10 +240,11 @@ class FastResidualVQ(nn.Module):
         return quantized, chosen, losses
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes of ``indices`` [B, ..., l], as ``forward`` returns them: [L, B, ..., codebook_dim], 0 at -1.
+        """Codes of ``indices`` [B, ..., l], any integers, as ``forward`` returns them: [L, B, ..., codebook_dim], 0 at -1.
 
         Fewer levels than the module has may be given with quantize_dropout; the others count as left out.
         """
+        indices = as_indices(indices)
         given = indices.shape[-1]
         if given > self.num_quantizers or (given < self.num_quantizers and not self.quantize_dropout):
             fewer = " or fewer" if self.quantize_dropout else ""
@@ -256,7 +264,7 @@ class FastResidualVQ(nn.Module):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returns in eval mode as quantized for ``indices`` that it returned, in the form of x."""
-        output = self.project_out(self.get_codes_from_indices(indices).sum(0))
+        output = project(self.project_out, self.get_codes_from_indices(indices).sum(0))
         return output.movedim(-1, 1) if self._layout.channels_second and output.dim() > 2 else output
 
     def extra_repr(self) -> str:
@@ -346,7 +354,7 @@ class FastResidualVQ(nn.Module):
                 mask=mask,
                 topk=beam_size,
                 width=1 if level == levels - 1 else beam_size,
-                weight=self.beam_score_weights[level],
+                weight=self._beam_score_weights[level],
                 subtract=partial(_scale_gradient, share=self.quant_grad_frac),
             )
         quantized, indices, errors, inputs = beams.best()
@@ -378,13 +386,12 @@ class FastResidualVQ(nn.Module):
             rows = torch.cat([level.reshape(1, -1, self.codebook_dim) for level in inputs], 1)
             first._codebook.expire_codes_(rows, None if mask is None else mask.flatten().repeat(len(inputs)))
 
-    def _project_in(self, tokens: Tensor) -> Tensor:
-        return self.project_in(tokens.to(self.project_in.weight.dtype)) if self.has_projections else tokens
-
     def _targets(self, indices: Tensor | Sequence[Tensor], tokens: Tensor) -> Tensor:
-        indices = indices if isinstance(indices, Tensor) else torch.stack(tuple(indices), -1)
+        if isinstance(indices, (tuple, list)):
+            indices = torch.stack([as_indices(level) for level in indices], -1)
+        indices = as_indices(indices)
         expected = (*tokens.shape[:-1], self.num_quantizers)
-        if indices.dtype != torch.int64 or indices.shape != expected:
+        if indices.shape != expected:
             raise ValueError(f"indices must be int64 {expected}, got {indices.dtype} {tuple(indices.shape)}")
         return indices
 
@@ -434,6 +441,7 @@ class FastGroupedResidualVQ(nn.Module):
         Returns (quantized like x, indices [groups, B, ..., L], losses [groups, L]), and with return_all_codes a tuple
         of codes, one a group. With ``indices`` [groups, B, ..., L]: (quantized, sum of cross-entropies).
         """
+        check_is_tensor(x, "x")
         if x.shape[self.split_dim] != self.dim:
             raise ValueError(f"x must have {self.dim} channels in dimension {self.split_dim}, got {tuple(x.shape)}")
         if indices is not None and len(indices) != self.groups:

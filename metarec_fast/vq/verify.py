@@ -23,7 +23,9 @@ from torch import Tensor
 from metarec_fast.ops._codebook import add_head, check_pair
 from metarec_fast.ops._register import check_tensor
 from metarec_fast.reference.nearest_codeword import squared_distances
+from metarec_fast.vq.layout import check_is_tensor
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 CHUNK_ELEMENTS = 1 << 18  # scores held at a time, and elements of the pairs that are compared by the definition
 _LARGEST_NORM = 1e140  # squares of sums below this do not overflow
 
@@ -32,7 +34,7 @@ class Verification(NamedTuple):
     """What `verify` found. True in a condition if every index is right, as is ``ok``.
 
     checked: number of rows, over all heads. wrong: number of those whose index is not the definition's.
-    rows: int64 [wrong], or [wrong, 2] of (head, row) if x has heads, ascending.
+    rows: int64 [wrong], or [wrong, d] of places in ``indices`` if it has d > 1 dimensions, ascending.
     expected: int64 [wrong], the right indices.
     excess: float64 [wrong], how much larger the squared distance to the given code is: 0 at a tie that should have gone
         to a lower index, infinite for an index out of range or a code that is not finite.
@@ -56,24 +58,36 @@ class Verification(NamedTuple):
 def verify(x: Tensor, codebook: Tensor, indices: Tensor) -> Verification:
     """Whether ``indices`` are the lowest k of least real-valued ||x - c_k||^2, with float64 as the referee near ties.
 
-    x: [N, D] or [H, N, D], float32, float16, bfloat16 or float64: the values that were quantized (for cosine
-        similarity the normalized rows). codebook: [K, D] or [H, K, D]; K >= 1. indices: int64 or int32, [N] or [H, N].
+    x: [..., D], float32, float16, bfloat16 or float64: the values that were quantized (for cosine similarity the
+        normalized rows). codebook: [K, D], or [H, K, D] for x [H, N, D]; K >= 1. indices: integers [...].
 
     Returns a `Verification`, true if no index is wrong; wrong are those that ``reference.nearest_codeword`` does not
     give. Holds a chunk of the distances at a time, besides float64 copies of the codebook. An index outside [0, K) is
     counted as wrong. Raises TypeError or ValueError for arguments of another dtype, shape or device.
     """
+    check_is_tensor(x, "x")
+    check_is_tensor(codebook, "codebook")
+    check_is_tensor(indices, "indices")
+    if codebook.dim() == 2 and x.dim() > 2:
+        found = verify(x.flatten(0, -2), codebook, _matching(indices, x).flatten())
+        return found._replace(rows=torch.stack(torch.unravel_index(found.rows, x.shape[:-1]), -1))
     check_pair(x, codebook)
-    check_tensor(indices, "indices", dtypes=(torch.int64, torch.int32), dims=x.dim() - 1, device=x.device)
-    if indices.shape != x.shape[:-1]:
-        raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {tuple(indices.shape)}")
-    given_HN = indices.long() if x.dim() == 3 else indices.long()[None]
+    indices = _matching(indices, x)
+    given_HN = indices if x.dim() == 3 else indices[None]
     found = [_verify_head(*head) for head in zip(add_head(x), add_head(codebook), given_HN, strict=True)]
     rows, expected, excess = _concatenate(found, x.device)
     if x.dim() == 3:
         wrong = torch.tensor([len(rows) for rows, _, _ in found], dtype=torch.int64, device=x.device)
         rows = torch.stack((torch.arange(len(found), device=x.device).repeat_interleave(wrong), rows), -1)
     return Verification(indices.numel(), len(rows), rows, expected, excess)
+
+
+def _matching(indices: Tensor, x: Tensor) -> Tensor:
+    """``indices`` as int64, checked to be one for each row of ``x``."""
+    check_tensor(indices, "indices", dtypes=_INTEGERS, dims=x.dim() - 1, device=x.device)
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(f"indices must be {list(x.shape[:-1])} to match x, got {tuple(indices.shape)}")
+    return indices.long()
 
 
 def _concatenate(outcomes: list[tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, ...]:

@@ -1,11 +1,14 @@
 import copy
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from metarec_fast.vq import FastVQ
+from metarec_fast.vq import FastGroupedResidualVQ, FastResidualVQ, FastVQ, verify
 
 
 def state(module):
@@ -516,3 +519,201 @@ def test_import_brings_in_neither_triton_nor_polars_nor_the_compiler():
     code = f"import sys; from metarec_fast import FastVQ; sys.exit(str([m for m in {heavy} if m in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stderr.strip() == "[]"
+
+
+# -- precision of statistics, whatever made or loaded them
+
+EXTRAS = {
+    "plain": {},
+    "affine": {"affine_param": True},
+    "orthogonal": {"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True},
+    "learnable": {"learnable_codebook": True, "ema_update": False},
+    "dead_codes": {"threshold_ema_dead_code": 2, "codebook_dim": 4},
+    "diversity": {"codebook_diversity_loss_weight": 1.0},
+}
+
+
+def _made_under(dtype, options):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return FastVQ(8, 20, **options)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _assigned(dtype, options):
+    vq, source = FastVQ(8, 20, **options), FastVQ(8, 20, **options)
+    source(torch.randn(2, 9, 8))
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    vq.load_state_dict(state, assign=True)
+    assert all(v.dtype in (dtype, torch.bool) for v in state.values())  # the caller's own stay
+    return vq
+
+
+@pytest.mark.parametrize("make", [_made_under, _assigned])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", EXTRAS)
+def test_statistics_are_float32_whatever_made_or_loaded_them(name, dtype, make):
+    vq = make(dtype, EXTRAS[name])
+    for x in (torch.randn(2, 9, 8), torch.randn(2, 9, 8, dtype=dtype)):
+        quantized, indices, loss = vq(x.requires_grad_())
+        (quantized.sum() + loss).backward()
+        assert quantized.dtype == x.grad.dtype == x.dtype
+        assert vq.get_output_from_indices(indices).isfinite().all()
+    tensors = {k: v.dtype for k, v in vq._codebook.state_dict().items() if v.is_floating_point()}
+    assert set(tensors.values()) == {torch.float32}, tensors
+    assert {b.dtype for b in vq._codebook.health.buffers()} == {torch.float32, torch.bool}
+
+
+def test_a_module_without_storage_gets_it_by_loading_or_by_to_empty():
+    trained = FastVQ(8, 20, codebook_dim=4)
+    trained(torch.randn(2, 9, 8))
+    x = torch.randn(2, 9, 8)
+    for materialise in (lambda vq: vq, lambda vq: vq.to_empty(device="cpu")):
+        with torch.device("meta"):
+            vq = FastVQ(8, 20, codebook_dim=4)
+        vq = materialise(vq)
+        vq.load_state_dict(copy.deepcopy(trained.state_dict()), assign=True)
+        assert not any(b.is_meta for b in vq._codebook.buffers())
+        assert vq.stats().usage == 0 and math.isnan(vq.stats().margin)
+        torch.testing.assert_close(vq.eval()(x), trained.eval()(x), rtol=0, atol=0)
+        vq.train()(x), trained.train()(x)
+        assert vq.stats() == trained.stats()
+
+
+# -- projections, indices and inputs of other kinds
+
+
+class IntegerLinear(nn.Module):
+    """What 8-bit layers look like: an integer weight and a scale, a floating bias."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.detach().half())
+
+    def forward(self, x):
+        assert x.dtype == torch.float16
+        return (nn.functional.linear(x.float(), self.weight * self.scale) + self.bias.float()).half()
+
+
+def test_integer_projections_say_by_their_bias_what_to_compute_in():
+    vq = FastVQ(16, 32, codebook_dim=8, layernorm_after_project_in=False).eval()
+    x = torch.randn(2, 5, 16)
+    expected = vq(x)
+    vq.project_in, vq.project_out = IntegerLinear(vq.project_in), IntegerLinear(vq.project_out)
+    quantized, indices, _ = vq(x)
+    assert quantized.dtype == torch.float32 and (indices == expected[1]).float().mean() > 0.7
+    torch.testing.assert_close(vq.get_output_from_indices(indices), quantized, check_dtype=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FastVQ(16, 32, codebook_dim=8, layernorm_after_project_in=True),
+        lambda: FastResidualVQ(dim=16, codebook_size=32, num_quantizers=2, codebook_dim=8),
+        lambda: FastResidualVQ(dim=16, codebook_size=32, num_quantizers=2, implicit_neural_codebook=True),
+    ],
+)
+def test_projections_with_dynamic_int8_weights(build):
+    vq, x = build().eval(), torch.randn(2, 5, 16)
+    fast = torch.ao.quantization.quantize_dynamic(copy.deepcopy(vq), {nn.Linear})
+    assert any("quantized" in type(m).__module__ for m in fast.modules())
+    quantized, indices = fast(x)[:2]
+    assert (indices[..., 0] == vq(x)[1][..., 0]).float().mean() > 0.6
+    torch.testing.assert_close(fast.get_output_from_indices(indices), quantized, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_indices_of_any_integer_dtype(dtype):
+    vq, x = FastVQ(8, 200, heads=2, separate_codebook_per_head=True, codebook_dim=4), torch.randn(2, 9, 8)
+    vq.eval()
+    indices = vq(x)[1]
+    small = indices.to(dtype)
+    assert torch.equal(vq.get_codes_from_indices(small), vq.get_codes_from_indices(indices))
+    assert torch.equal(vq.get_output_from_indices(small), vq.get_output_from_indices(indices))
+    assert torch.equal(vq(x, indices=small)[1], vq(x, indices=indices)[1])
+    other = copy.deepcopy(vq)
+    vq.train().update_indices(x, small), other.train().update_indices(x, indices)
+    assert torch.equal(vq.codebook, other.codebook)
+    for module in (vq, FastResidualVQ(dim=8, codebook_size=200, num_quantizers=2)):
+        with pytest.raises(ValueError, match=r"at least -1, got -56: is torch.int8 too small"):
+            module.get_output_from_indices(torch.full((2, 9, 2), 200).to(torch.int8))
+        with pytest.raises(TypeError, match=r"indices must be a torch.Tensor, got list: pass torch.as_tensor"):
+            module.get_codes_from_indices([1, 2])
+
+
+def test_what_is_no_tensor_is_told_how_to_become_one():
+    x = np.zeros((2, 3, 8), np.float32)
+    for module in (
+        FastVQ(8, 4),
+        FastResidualVQ(dim=8, codebook_size=4, num_quantizers=2),
+        FastGroupedResidualVQ(dim=8, codebook_size=4, num_quantizers=2, groups=2),
+    ):
+        with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got numpy.ndarray: pass torch.from_numpy\(x\)"):
+            module(x)
+        with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list: pass torch.as_tensor\(x\)"):
+            module(x.tolist())
+    with pytest.raises(TypeError, match=r"mask must be a torch.Tensor, got numpy.ndarray"):
+        FastVQ(8, 4)(torch.from_numpy(x), mask=np.ones((2, 3), bool))
+    with pytest.raises(TypeError, match=r"lens must be a torch.Tensor, got list"):
+        FastVQ(8, 4)(torch.from_numpy(x), lens=[1, 2])
+
+
+def test_verify_takes_what_a_module_took_and_gave():
+    vq, x = FastVQ(8, 20).eval(), torch.randn(3, 9, 8)
+    indices = vq(x)[1]
+    assert verify(x, vq.codebook, indices).checked == 27 and verify(x, vq.codebook, indices.to(torch.int16))
+    wrong = indices.clone()
+    wrong[2, 4] = (wrong[2, 4] + 1) % 20
+    found = verify(x, vq.codebook, wrong)
+    assert found.rows.tolist() == [[2, 4]] and found.expected.tolist() == [indices[2, 4]]
+    with pytest.raises(ValueError, match=r"indices must be \[3, 9\] to match x, got \(9, 3\)"):
+        verify(x, vq.codebook, indices.mT)
+
+
+# -- rows that are not finite
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **o: FastVQ(8, 20, **o),
+        lambda **o: FastVQ(8, 20, heads=2, codebook_dim=3, **o),
+        lambda **o: FastVQ(8, 20, stochastic_sample_codes=True, freeze_codebook=True, **o),
+        lambda **o: FastResidualVQ(dim=8, codebook_size=20, num_quantizers=2, codebook_dim=4, **o),
+        lambda **o: FastResidualVQ(dim=8, codebook_size=20, num_quantizers=2, beam_size=2, **o),
+    ],
+)
+def test_rows_that_are_not_finite_have_index_0_or_count_as_masked(build, training):
+    x = torch.randn(2, 9, 8)
+    x[0, 3, 5], x[1, 0, 0] = torch.nan, torch.inf
+    mask = x.isfinite().all(-1)
+    assert (build().eval()(x)[1][0, 3] == 0).all()
+    torch.manual_seed(0)
+    masking = build(mask_nonfinite=True).train(training)
+    plain = copy.deepcopy(masking)
+    for module in (plain, *plain.modules()):
+        if hasattr(module, "mask_nonfinite"):
+            module.mask_nonfinite = False
+    results = []
+    for module, given in ((masking, None), (plain, mask)):
+        torch.manual_seed(1)
+        results.append(module(x, mask=given))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    quantized, indices, loss = results[0]
+    assert (indices[~mask] == -1).all() and (indices[mask] >= 0).all()
+    assert not quantized[~mask].any() and quantized.isfinite().all() and loss.isfinite().all()
+    torch.testing.assert_close(state(masking), state(plain), rtol=0, atol=0)
+
+
+def test_pixels_that_are_not_finite():
+    vq, x = FastVQ(8, 20, accept_image_fmap=True, mask_nonfinite=True), torch.randn(2, 8, 3, 4)
+    x[1, 2, 0, 3] = -torch.inf
+    quantized, indices, loss = vq(x)
+    assert indices[1, 0, 3] == -1 and (indices >= 0).sum() == 23
+    assert not quantized[1, :, 0, 3].any() and loss.isfinite()

@@ -454,3 +454,37 @@ def test_layers_are_fast_vq():
 
 def test_opcheck_of_the_snapshot():
     torch.library.opcheck(torch.ops.metarec_fast.vq_snapshot.default, (torch.randn(2, 5, 3),))
+
+
+def test_beams_of_a_module_that_was_made_without_storage():
+    options = {"beam_size": 3, "beam_score_quantizer_weights": [1.0, 0.5, 0.25]}
+    trained = build(**options)
+    with torch.device("meta"):
+        module = build(**options)
+    module.load_state_dict(trained.state_dict(), assign=True)
+    x = torch.randn(2, 9, 8)
+    torch.testing.assert_close(module.eval()(x), trained.eval()(x), rtol=0, atol=0)
+    assert module.beam_score_weights.tolist() == [1.0, 0.5, 0.25] and module.beam_score_weights.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"codebook_dim": 4, "beam_size": 2}, {"implicit_neural_codebook": True}, {"diveq": True}]
+)
+def test_made_under_another_default_dtype_or_assigned(dtype, options):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        made = build(**options)
+    finally:
+        torch.set_default_dtype(before)
+    assigned = build(**options)
+    assigned.load_state_dict(
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in assigned.state_dict().items()}, assign=True
+    )
+    for module in (made, assigned):
+        for x in (torch.randn(2, 9, 8), torch.randn(2, 9, 8, dtype=dtype)):
+            quantized, indices, losses = module(x.requires_grad_())
+            (quantized.sum() + losses.sum()).backward()
+            assert quantized.dtype == x.dtype and module.get_output_from_indices(indices).isfinite().all()
+        assert all(layer._codebook.embed.dtype == torch.float32 for layer in module.layers)

@@ -151,7 +151,11 @@ def test_ties_do_need_it(settled):
     ("change", "error", "message"),
     [
         ({"indices": [0, 1]}, TypeError, "indices must be a torch.Tensor, got list"),
-        ({"indices": torch.ones(11)}, TypeError, "indices must be int64 or int32, got float32"),
+        (
+            {"indices": torch.ones(11)},
+            TypeError,
+            "indices must be int64 or int32 or .* uint8, got float32",
+        ),
         ({"indices": torch.ones(10).long()}, ValueError, r"indices must be \[11\] to match x, got \(10,\)"),
         ({"indices": torch.ones(1, 11).long()}, ValueError, "indices must have 1 dimensions"),
         ({"codebook": torch.ones(6, 3)}, ValueError, r"codebook must be \[K, 4\] to match x, got \(6, 3\)"),
