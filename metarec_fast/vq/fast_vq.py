@@ -80,7 +80,8 @@ class FastVQ(nn.Module):
         indices, -1 counted as code 0, whether to sync decided at construction, gradients from codes already moved.
 
     mask_nonfinite: treat vectors that hold NaN or infinity as masked: quantized 0, index -1, no part in the loss.
-        False: they get index 0 and its code, as in VectorQuantize, and make the loss NaN. They never move codes.
+        False: they get index 0 and its code, as in VectorQuantize (with top-k or beams any code), and make the loss
+        NaN. They never move codes.
 
     Raises ValueError for arguments out of range or at odds with each other.
     """

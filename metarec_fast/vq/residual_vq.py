@@ -240,7 +240,7 @@ class FastResidualVQ(nn.Module):
         return quantized, chosen, losses
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes of ``indices`` [B, ..., l], any integers, as ``forward`` returns them: [L, B, ..., codebook_dim], 0 at -1.
+        """Codes of integers ``indices`` [B, ..., l], as ``forward`` returns them: [L, B, ..., codebook_dim], 0 at -1.
 
         Fewer levels than the module has may be given with quantize_dropout; the others count as left out.
         """
