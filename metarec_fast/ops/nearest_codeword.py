@@ -11,6 +11,7 @@ from metarec_fast import _C
 from metarec_fast.ops._arrays import span
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair
 from metarec_fast.ops._register import Backend, choose_backend, define, empty
+from metarec_fast.ops.portable_lookup import leaves_python, portable_nearest
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 
 
@@ -98,6 +99,8 @@ def nearest_codeword(
     rows, codes = add_head(x.detach().to(dtype)), add_head(codebook.detach().to(dtype))
     if chosen == "reference":
         indices, margin = reference_nearest_codeword(rows, codes)
+    elif leaves_python() and not with_margin:
+        indices, margin = portable_nearest(rows, codes), None
     elif with_margin:
         indices, margin = _op(rows, codes)
     else:

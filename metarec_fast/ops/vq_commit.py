@@ -15,6 +15,7 @@ from metarec_fast.ops._register import Backend, choose_backend, define, empty, t
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
 from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
+from metarec_fast.ops.portable_lookup import leaves_python, portable_nearest
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 from metarec_fast.reference.vq_backward import row_difference
@@ -209,7 +210,8 @@ def vq_commit_with_health(
 ) -> tuple[VQCommit, Health | None]:
     """`vq_commit`, and what its pass over the codes tells of their health.
 
-    Health is None where there is none to be had: from the reference, and in a torch.func transform that is compiled.
+    Health is None where there is none to be had: from the reference, in a torch.func transform that is compiled, and in
+    a program that is traced or exported.
     """
     dtype = check_pair(x, codebook)
     check_row_weight(row_weight, x)
@@ -220,12 +222,14 @@ def vq_commit_with_health(
         return VQCommit(*reference_vq_commit(x, codebook, **options)), None
     x_HND, codebook_HKD = add_head(x.to(dtype)), add_head(codebook.to(dtype))
     # codes that learn must reach the loss past the estimator, which then is a step of its own
-    fused = gradient is not None and not codebook_grad and not traced_transform()
+    composed = leaves_python() or traced_transform()
+    fused = gradient is not None and not codebook_grad and not composed
     health = None
-    if traced_transform():
+    if composed:
+        nearest = portable_nearest if leaves_python() else nearest_index
         unweighted = None if row_weight is None else row_weight == 0
         quantized, indices, row_error = _composed(
-            x_HND, codebook_HKD, nearest_index, codebook_grad=codebook_grad, unweighted=unweighted
+            x_HND, codebook_HKD, nearest, codebook_grad=codebook_grad, unweighted=unweighted
         )
     else:
         outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None)

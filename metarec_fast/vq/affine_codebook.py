@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.vq.codebook import Codebook
 from metarec_fast.vq.sampling import sum_over_ranks
 
@@ -18,7 +19,8 @@ class AffineCodebook(Codebook):
     """Codes scaled and shifted from their own mean and variance to the input's, each per dimension.
 
     Keeps moving averages [H, 1, D] of both: of the codes in training, of the input at every call, as VectorQuantize
-    does. ``batch_mean`` and ``batch_variance`` exist from the first call on. Source: arXiv 2305.08842, section 4.1.
+    does. ``batch_mean`` and ``batch_variance`` exist from the first call on. A traced or exported program keeps
+    nothing: each of its calls follows the averages as they were. Source: arXiv 2305.08842, section 4.1.
     """
 
     def __init__(
@@ -45,41 +47,44 @@ class AffineCodebook(Codebook):
         return True
 
     def codes_for(self, rows: Tensor, keep: Tensor | None) -> Tensor:
-        self._follow_codes()
-        self._follow_batch(rows.detach().float(), keep)
-        return self._carry(super().codes_for(rows, keep))
+        averages = self._follow_codes() | self._follow_batch(rows.detach().float(), keep)
+        return self._carry(super().codes_for(rows, keep), **averages)
 
     def codes_now(self) -> Tensor:
-        return super().codes_now() if self.batch_mean is None else self._carry(super().codes_now())
+        if self.batch_mean is None:
+            return super().codes_now()
+        return self._carry(super().codes_now(), **{name: getattr(self, name) for name in (*_CODES, *_BATCH)})
 
     def rows_to_average(self, rows: Tensor) -> Tensor:
         if self.batch_mean is None:
             return rows
-        return (rows - self.batch_mean) / self._scale() + self.codebook_mean
+        return (rows - self.batch_mean) / _scale(self.batch_variance, self.codebook_variance) + self.codebook_mean
 
-    def _carry(self, codes: Tensor) -> Tensor:
-        # copies: the averages move in place before a gradient asks for them
-        return (codes - self.codebook_mean.clone()) * self._scale() + self.batch_mean
-
-    def _scale(self) -> Tensor:
-        batch, codes = (v.clamp_min(_LEAST_VARIANCE).sqrt() for v in (self.batch_variance, self.codebook_variance))
-        return batch / codes
+    @staticmethod
+    def _carry(
+        codes: Tensor, codebook_mean: Tensor, codebook_variance: Tensor, batch_mean: Tensor, batch_variance: Tensor
+    ) -> Tensor:
+        # a copy: the average moves in place before a gradient asks for it
+        return (codes - codebook_mean.clone()) * _scale(batch_variance, codebook_variance) + batch_mean
 
     @torch.no_grad()
-    def _follow_codes(self) -> None:
-        embed = self.embed.detach()
+    def _follow_codes(self) -> dict[str, Tensor]:
+        embed, averages = self.embed.detach(), {}
         for name, now in zip(
             _CODES, (embed.mean(1, keepdim=True), embed.var(1, keepdim=True, correction=0)), strict=True
         ):
             average, first = getattr(self, name), getattr(self, f"{name}_needs_init")
             # before the first training step the averages hold nothing yet
             moved = now.lerp(average, self.affine_param_codebook_decay) if self.training else average
-            average.copy_(torch.where(first, now, moved))
+            averages[name] = torch.where(first, now, moved)
+            if not leaves_python():
+                average.copy_(averages[name])
             if self.training:
                 first.fill_(False)
+        return averages
 
     @torch.no_grad()
-    def _follow_batch(self, rows: Tensor, keep: Tensor | None) -> None:
+    def _follow_batch(self, rows: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
         sync = self.sync_affine_param and self._syncs
         valid = self.valid_rows(rows, keep).unsqueeze(-1)
         rows = torch.where(valid, rows, 0)
@@ -87,12 +92,21 @@ class AffineCodebook(Codebook):
         mean = sum_over_ranks(rows.sum(1, keepdim=True), sync=sync) / number
         spread = torch.where(valid, rows - mean, 0).square().sum(1, keepdim=True)
         variance = sum_over_ranks(spread, sync=sync) / number
+        averages = {}
         for name, now in zip(_BATCH, (mean, variance), strict=True):
             average = getattr(self, name)
-            setattr(self, name, now if average is None else now.lerp(average, self.affine_param_batch_decay))
+            averages[name] = now if average is None else now.lerp(average, self.affine_param_batch_decay)
+            if not leaves_python():
+                setattr(self, name, averages[name])
+        return averages
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in _BATCH:
             stored = state_dict.get(prefix + name)
             setattr(self, name, None if stored is None else torch.empty_like(stored, device=self.embed.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _scale(batch_variance: Tensor, codebook_variance: Tensor) -> Tensor:
+    batch, codes = (v.clamp_min(_LEAST_VARIANCE).sqrt() for v in (batch_variance, codebook_variance))
+    return batch / codes

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast.ops._register import define, traced_transform
+from metarec_fast.ops.portable_lookup import leaves_python, stable_order
 
 CHUNK_ELEMENTS = 1 << 20  # scores held at a time
 _LEAST_SQUARED_DISTANCE = 1e-8
@@ -49,7 +50,7 @@ class CodeScores:
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
         """-log softmax(scores) [H, N] at targets [H, N]; 0 where the target is -1."""
-        if traced_transform():
+        if leaves_python() or traced_transform():
             return _cross_entropy.__wrapped__(self.rows, self.codes, targets, self.cosine)
         return _CrossEntropy.apply(self.rows, self.codes, targets, self.cosine)
 
@@ -78,7 +79,7 @@ class CodeScores:
 def _scores(rows: Tensor, codes: Tensor, cosine: bool) -> Tensor:
     """[H, n, D] and [H, K, D] -> [H, n, K]."""
     if cosine:
-        return rows @ codes.mT
+        return rows @ codes.transpose(1, 2)
     return -_squared_distances(rows, codes).clamp_min(_LEAST_SQUARED_DISTANCE).sqrt()
 
 
@@ -86,7 +87,7 @@ def _squared_distances(rows: Tensor, codes: Tensor) -> Tensor:
     centre = codes.detach().mean(1, keepdim=True)  # a common offset would only cost digits
     rows, codes = rows - centre, codes - centre
     square = rows.square().sum(-1).unsqueeze(-1) + codes.square().sum(-1).unsqueeze(-2)
-    return square - 2 * (rows @ codes.mT)
+    return square - 2 * (rows @ codes.transpose(1, 2))
 
 
 def _pull_back(grad: Tensor, scores: Tensor, rows: Tensor, codes: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
@@ -100,6 +101,8 @@ def _pull_back(grad: Tensor, scores: Tensor, rows: Tensor, codes: Tensor, cosine
 
 
 def _chunks(rows: Tensor, codes: Tensor) -> Iterator[slice]:
+    if leaves_python():  # a program that serves any number of rows has one chunk
+        return iter((slice(None),))
     H, N, _ = rows.shape
     step = max(1, CHUNK_ELEMENTS // max(1, H * codes.shape[1]))
     return (slice(start, start + step) for start in range(0, max(1, N), step))
@@ -110,7 +113,7 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _as_operator(schema: str, fake: Callable) -> Callable:
-    """The function as one operator to a tracer, so that the number of chunks is not part of the trace."""
+    """The function as one operator to a compiler, so that the number of chunks is not part of the trace."""
 
     def register(function: Callable) -> Callable:
         def run(*args: Any) -> Any:
@@ -121,7 +124,7 @@ def _as_operator(schema: str, fake: Callable) -> Callable:
 
         @wraps(function)  # what it wraps is differentiable, the operator is not
         def call(*args: Any) -> Any:
-            return (operator if torch.compiler.is_compiling() else function)(*args)
+            return (operator if torch.compiler.is_compiling() and not leaves_python() else function)(*args)
 
         return call
 
@@ -159,7 +162,9 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
     found = []
     for part in _chunks(rows, codes):
         chunk = rows[:, part].double()
-        scores = (chunk @ codes.mT if cosine else -_squared_distances(chunk, codes)).nan_to_num(nan=-torch.inf)
+        scores = (chunk @ codes.transpose(1, 2) if cosine else -_squared_distances(chunk, codes)).nan_to_num(
+            nan=-torch.inf
+        )
         nearest = scores.topk(candidates, -1).indices.sort(-1).values
         H, n, _ = nearest.shape
         near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(
@@ -167,7 +172,7 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
         )
         chunk = chunk.unsqueeze(-2)
         distance = -(chunk * near).sum(-1) if cosine else (chunk - near).square().sum(-1)
-        found.append(nearest.gather(-1, distance.sort(dim=-1, stable=True).indices[..., :k]))
+        found.append(nearest.gather(-1, stable_order(distance)[..., :k]))
     return torch.cat(found, 1)
 
 

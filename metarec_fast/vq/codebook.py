@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metarec_fast.ops import vq_ema_update_
+from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.vq.health import Health
 from metarec_fast.vq.kmeans import start_by_kmeans_, statistics, traced_start_by_kmeans_
@@ -196,6 +197,11 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def init_kmeans_(self, rows: Tensor, keep: Tensor | None = None) -> None:
         """Start the codes at the k-means centres of ``rows`` [H, N, D]; waits for a batch that has valid rows."""
+        if leaves_python():
+            raise RuntimeError(
+                "a codebook that k-means has not started yet cannot be traced or exported; "
+                "train the model, load its weights, or call it once on data first"
+            )
         state = (self.embed.detach(), self.embed_avg, self.cluster_size)
         rows, valid = rows.float(), self.valid_rows(rows, keep)
         sync = self._syncs and self.sync_kmeans

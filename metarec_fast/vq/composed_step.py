@@ -125,7 +125,7 @@ def _largest_product(rows: Tensor, codes: Tensor) -> Tensor:
     """
     square = codes.detach().double().square().sum(-1, keepdim=True)
     column = (square.amax(1, keepdim=True) - square).sqrt().to(codes.dtype)
-    return nearest_codeword(F.pad(rows, (0, 1)), torch.cat((codes, column), -1)).indices
+    return nearest_codeword(F.pad(rows, (0, 1)), torch.cat((codes, column), -1), with_margin=False).indices
 
 
 def _optimize_in_place(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metarec_fast.ops.portable_lookup import check_leaves_in_eval
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.affine_codebook import AffineCodebook
 from metarec_fast.vq.arguments import check_arguments
@@ -269,8 +271,10 @@ class FastVQ(nn.Module):
         Masked positions: quantized 0 (or x, without return_zeros_for_masked_padding), index -1, no part in loss and
         codebook. Under torch.vmap, and under torch.func.grad with dead-code replacement, freeze the codebook: torch
         cannot mutate buffers there.
-        Raises ValueError for shapes that do not fit, and TypeError for what is no tensor.
+        Raises ValueError for shapes that do not fit, TypeError for what is no tensor, and RuntimeError if traced or
+        exported in training mode.
         """
+        check_leaves_in_eval(self)
         tokens = self._layout.tokens(x)
         mask = self._layout.token_mask(tokens, mask, lens)
         mask = and_finite(tokens, mask) if self.mask_nonfinite else mask
@@ -369,7 +373,7 @@ class FastVQ(nn.Module):
         codes = self._codes(as_indices(indices))
         if self.separate_codebook_per_head:
             codes = codes.flatten(-2)
-        return codes.movedim(-1, 1) if self._layout.channels_second else codes
+        return codes.movedim(codes.dim() - 1, 1) if self._layout.channels_second else codes
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returns in eval mode as quantized for ``indices`` that it returned."""
@@ -377,7 +381,7 @@ class FastVQ(nn.Module):
         codes = self._codes(indices).flatten(-2) if self.heads > 1 else self._codes(indices)
         known = (indices[..., 0] if self.heads > 1 else indices) >= 0
         output = torch.where(known.unsqueeze(-1), project(self.project_out, codes), 0)
-        return output.movedim(-1, 1) if self._layout.channels_second and output.dim() > 2 else output
+        return self._layout.like_input(output, output)
 
     def update_indices(
         self,
@@ -455,7 +459,7 @@ class FastVQ(nn.Module):
     def _targets(self, indices: Tensor, tokens: Tensor) -> Tensor:
         expected = (*tokens.shape[:-1], self.heads) if self.heads > 1 else tokens.shape[:-1]
         indices = as_indices(indices)
-        if indices.numel() != tokens.shape[:-1].numel() * self.heads:
+        if indices.numel() != math.prod(expected):
             raise ValueError(f"indices must be int64 {tuple(expected)}, got {indices.dtype} {tuple(indices.shape)}")
         return self._layout.indices_to_rows(indices)
 

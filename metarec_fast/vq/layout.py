@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +81,11 @@ class Layout:
             form, fits = f"[B, ..., {self.dim}]", x.dim() >= 2
         if not fits or x.shape[1 if self.channels_second else -1] != self.dim:
             raise ValueError(f"x must be {form}, got {tuple(x.shape)}")
-        return x.movedim(1, -1) if self.channels_second and x.dim() > 2 else x
+        return x.movedim(1, x.dim() - 1) if self.channels_second and x.dim() > 2 else x
 
     def like_input(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Tokens, channels last, back to the form of ``x``; further dimensions before the channels come last."""
-        return tokens.movedim(-1, 1) if self.channels_second and x.dim() > 2 else tokens
+        return tokens.movedim(tokens.dim() - 1, 1) if self.channels_second and x.dim() > 2 else tokens
 
     def token_mask(self, tokens: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
         """bool [B, ...], True where a token counts; None if all do. Raises ValueError for what does not fit."""
@@ -135,13 +136,13 @@ class Layout:
     def positions(self, tokens: Tensor) -> int:
         """Places of a token in the batch's items: the length of a sequence, the pixels of an image."""
         if self.image or self.volume:
-            return tokens.shape[1:-1].numel()
+            return math.prod(tokens.shape[1:-1])
         return tokens.shape[-2] if tokens.dim() > 2 else 1
 
     def by_position(self, rows: Tensor, *, tokens: Tensor) -> Tensor:
         """[H, N, ...], or [1, N, ...], to [H, P, N / P, ...]: the rows at each position of the batch's items."""
         heads = 1 if self.separate else self.heads
-        items = tokens.shape[0] if self.image or self.volume or tokens.dim() == 2 else tokens.shape[:-2].numel()
+        items = tokens.shape[0] if self.image or self.volume or tokens.dim() == 2 else math.prod(tokens.shape[:-2])
         rows = rows.reshape(rows.shape[0], items, self.positions(tokens), heads, *rows.shape[2:])
         return rows.transpose(1, 2).flatten(2, 3)
 

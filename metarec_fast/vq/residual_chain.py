@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metarec_fast.ops._register import define
+from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.codebook import COSINE_EPS, Codebook
@@ -52,7 +53,7 @@ def residual_chain(
     Between levels only the residual lives: backward finds it again from rows, indices and codes, so that memory does
     not grow by N x D with each level.
     """
-    needs_grad = torch.is_grad_enabled() and rows.requires_grad
+    needs_grad = torch.is_grad_enabled() and rows.requires_grad and not leaves_python()
     cosine = codebooks[0].use_cosine_sim
     residual, total, codes = rows.detach(), None, None
     indices, commitments, inputs = [], [], []

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from metarec_fast.ops._register import traced_transform
 from metarec_fast.ops.gradient_estimators import step_towards
+from metarec_fast.ops.portable_lookup import check_leaves_in_eval
 from metarec_fast.vq.beam_search import Beams
 from metarec_fast.vq.fast_vq import FastVQ
 from metarec_fast.vq.implicit_codebook import ImplicitCodebook
@@ -188,8 +189,10 @@ class FastResidualVQ(nn.Module):
 
         Returns (quantized like x, indices int64 [B, ..., L], losses [L]). Levels that dropout leaves out have index -1
         and loss 0; masked positions have index -1. With ``indices``: (quantized, sum of the levels' cross-entropies).
-        Raises ValueError for shapes that do not fit, and TypeError for what is no tensor.
+        Raises ValueError for shapes that do not fit, TypeError for what is no tensor, and RuntimeError if traced or
+        exported in training mode.
         """
+        check_leaves_in_eval(self)
         tokens = self._layout.tokens(x)
         mask = self._layout.token_mask(tokens, mask, None)
         mask = and_finite(tokens, mask) if self.mask_nonfinite else mask
@@ -265,7 +268,7 @@ class FastResidualVQ(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What ``forward`` returns in eval mode as quantized for ``indices`` that it returned, in the form of x."""
         output = project(self.project_out, self.get_codes_from_indices(indices).sum(0))
-        return output.movedim(-1, 1) if self._layout.channels_second and output.dim() > 2 else output
+        return self._layout.like_input(output, output)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_quantizers={self.num_quantizers}, codebook_size={self.codebook_sizes}"

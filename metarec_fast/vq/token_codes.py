@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metarec_fast.ops.portable_lookup import stable_order
 from metarec_fast.vq.code_scores import entropy, gumbel_noise, score_cross_entropy
 
 _PAIRWISE_EPS = 1e-6  # added to each difference, as torch.nn.functional.pairwise_distance does
@@ -41,7 +42,7 @@ class TokenCodes:
         scores = self.scores.detach()
         if temperature is not None:
             scores = scores / temperature + gumbel_noise(scores)
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        return stable_order(-scores)[..., :k]
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
         return score_cross_entropy(self.scores, targets)
