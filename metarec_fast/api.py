@@ -204,6 +204,8 @@ class MetaRec:
             "best_validation_ndcg@10": progress.best,
             "best_at": progress.best_at,
             "skipped_steps": progress.skipped,
+            "skipped_by_stage": dict(progress.left_out.by_stage),
+            "stages_not_run": list(progress.left_out.not_run),
             "transfer": progress.trace,
         }
         if config.model.evidence == "transitions":
@@ -225,6 +227,8 @@ class MetaRec:
             "transfer": self.history["transfer"],
             "transfer_report": report,
             "seconds": self.history["seconds"] + alone.history["seconds"],
+            # of both: what is returned need not be what had them
+            "skipped_steps": self.history["skipped_steps"] + alone.history["skipped_steps"],
         }
         return chosen
 
@@ -239,12 +243,17 @@ class MetaRec:
             method=self.config.train.method,
             sources=sources,
             mixtures={"transferred": self._mixture(), "target_only": alone._mixture()},
+            left_out={"transferred": self._left_out(), "target_only": alone._left_out()},
             trace=self.history["transfer"],
             evidence=self.history.get("evidence"),
             codes=codes,
             codebook_size=self.config.model.codebook_size,
             replaces=replaces,
         )
+
+    def _left_out(self) -> dict[str, Any]:
+        """Training steps that were not finite."""
+        return {name: self.history[name] for name in ("skipped_by_stage", "stages_not_run")}
 
     def _mixture(self) -> dict[str, Any]:
         """What scores are made of."""
@@ -260,7 +269,10 @@ class MetaRec:
             sources, self.split, self.config, start=start, reporter=run.reporter, should_stop=run.should_stop
         )
         self.evidence = trainer.run()
-        self.history["evidence"] = trainer.found.to_dict()
+        self.history["evidence"] = found = trainer.found.to_dict()
+        for name in ("skipped_steps", "stages_not_run"):
+            self.history[name] += found[name]
+        self.history["skipped_by_stage"] |= found["skipped_by_stage"]
         self.model.eval()
         encoder = ModelScorer(self.model, self.domain.name)
         asked = [(EvidencePath(self.evidence.scorer, known), cases) for known, cases in trainer.questions if len(cases)]

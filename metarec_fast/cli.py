@@ -585,10 +585,12 @@ def run_study(
 
     def show(cell: Cell, facts: dict, done: int, total: int) -> None:
         cost = facts["cost"]
+        left_out = facts.get("history", {}).get("skipped_steps", 0)
+        skipped = f" ({left_out:,} left out, not finite)" if left_out else ""
         memory = "" if cost["peak_memory_mib"] is None else f", {cost['peak_memory_mib']:,.0f} MiB"
         console.print(
             f"{done}/{total}  {cell}: NDCG@10 {figure(facts, 'ndcg@10'):.4f} (validation {facts['valid']:.4f})  "
-            f"{cost['seconds']:.0f} s, {cost['steps']:,} steps{memory}",
+            f"{cost['seconds']:.0f} s, {cost['steps']:,} steps{skipped}{memory}",
             highlight=False,
             soft_wrap=True,
             markup=False,

@@ -13,6 +13,7 @@ from metarec_fast.evaluation.metrics import Metrics, expected_metric
 from metarec_fast.evaluation.mixture import FittedMixture, fit_mixture
 from metarec_fast.evaluation.ranks import NonFiniteScoresError, target_ranks
 from metarec_fast.evaluation.scorer import LinearScorer, MixtureScorer, Scorer, ScoreTile
+from metarec_fast.evaluation.verdict import no_verdict
 
 __all__ = [
     "Difference",
@@ -35,6 +36,7 @@ __all__ = [
     "holm",
     "inside",
     "item_neighbours",
+    "no_verdict",
     "paired_bootstrap",
     "target_ranks",
 ]

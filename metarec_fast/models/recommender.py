@@ -208,6 +208,8 @@ class Recommender(nn.Module):
         """
         table = self.table(domain)
         rows = spectral_table(train, self.config.dim, seed=seed)
+        if not rows.isfinite().all():
+            raise ValueError(f"the spectral start of {domain!r} is not finite")
         if self.config.start == "aligned":
             own = moments(rows, item_descriptors(train))
             if self.shared.frame.any():
@@ -233,6 +235,13 @@ class Recommender(nn.Module):
             return
         generator = torch.Generator().manual_seed(seed)
         H, K, d = self.shared.codebook.shape
+        for name in domains:
+            bad = ~self.table(name).weight.isfinite().all(1)
+            if bad.any():
+                raise ValueError(
+                    f"codes cannot start from {name!r}: {int(bad.sum()):,} of {len(bad):,} rows of its table "
+                    "are not finite"
+                )
         rows = [F.layer_norm(self.table(name).weight, (self.config.dim,)) for name in domains]
         for head in range(H):
             which = torch.arange(K) % len(rows)

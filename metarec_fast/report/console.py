@@ -17,6 +17,8 @@ def describe(facts: dict[str, Any]) -> str:
     parts = [f"{name} {loss:.3f}" for name, loss in facts["losses"].items()]
     if "weights" in facts:
         parts.append("weights " + " ".join(f"{weight:.2f}" for weight in facts["weights"].values()))
+    if "skipped" in facts:
+        parts.append(f"{facts['skipped']} steps left out, not finite")
     return "  ".join(parts)
 
 
@@ -69,6 +71,11 @@ class ConsoleReporter:
             self._stage = (self.title, stage)
             self._task = self._bars.add_task(stage, total=total, title=self.title, facts="")
         text = describe(facts) + self._ndcg
+        if facts.get("skipped") == 1:  # the first of its stage, whatever else is shown
+            reason = "a loss or gradient is not finite; such steps are left out and counted"
+            self.console.print(
+                f"{self.title} {stage} step {step}: {reason}", highlight=False, soft_wrap=True, markup=False
+            )
         self._bars.update(self._task, completed=step, facts=text)
         if not self.console.is_terminal and time.monotonic() - self._last > self.every_seconds:
             self._last = time.monotonic()

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from metarec_fast.evaluation import Metrics, paired_bootstrap
+from metarec_fast.evaluation import Metrics, no_verdict, paired_bootstrap
+from metarec_fast.evaluation.verdict import FEWEST
 from metarec_fast.report.plot import Band, Interval, Point, heat_map, interval_chart, line_chart
 
 METRIC = "ndcg@10"
@@ -28,6 +29,7 @@ def transfer_report(
     evidence: Mapping[str, Any] | None = None,
     codes: Mapping[str, np.ndarray] | None = None,
     codebook_size: int = 0,
+    left_out: Mapping[str, Mapping[str, Any]] | None = None,
     replaces: bool = True,
 ) -> dict[str, Any]:
     """What transfer gave over the target-only model of the same budget, and what each source had to do with it.
@@ -38,15 +40,26 @@ def transfer_report(
     trace: of the encoder's meta stage (``Trainer.progress.trace``), empty without one.
     evidence: what training the evidence scorer found out (``train.evidence.Found.to_dict``), None without one.
     codes: of each domain's items, [H, V] each; the target is the last.
+    left_out: training steps of both models that were not finite: "skipped_by_stage", and "stages_not_run", those of
+        which every step was.
     replaces: whether the target-only model takes the place of one that is not better; otherwise only the words say so.
+
+    There is no verdict, and no p, where few cases or the order of ties decide (`evaluation.no_verdict`) or where a
+    stage did not run. What is returned is then still what has the higher NDCG@10 on validation, ties as their
+    expectation; the target-only model, if a stage of the other did not run.
     """
+    left_out = left_out or {}
+    not_run = {name: list(of["stages_not_run"]) for name, of in left_out.items() if of["stages_not_run"]}
     difference = paired_bootstrap(transferred.per_user(METRIC), alone.per_user(METRIC), seed=0)
     baseline = alone[METRIC]
     relative = {
         key: value / baseline if baseline else None
         for key, value in (("gain", difference.mean), ("gain_low", difference.low), ("gain_high", difference.high))
     }
-    better = difference.mean > 0
+    better = difference.mean > 0 and "transferred" not in not_run
+    reason = _not_run(not_run) or no_verdict(
+        [(transferred.greater, transferred.equal)], [(alone.greater, alone.equal)], difference, metric=METRIC
+    )
     validation = {
         "metric": METRIC,
         "cases": len(alone),
@@ -58,7 +71,8 @@ def transfer_report(
         "difference": difference.mean,
         "low": difference.low,
         "high": difference.high,
-        "p": difference.p,
+        "p": None if reason else difference.p,
+        "no_verdict": reason,
         **relative,
     }
     returned = "target_only" if replaces and not better else "transferred"
@@ -66,11 +80,12 @@ def transfer_report(
         "method": method,
         "better": "transferred" if better else "target_only",
         "returned": returned,
-        "verdict": verdict(validation, replaces=replaces),
+        "verdict": verdict(validation, better=better, replaces=replaces),
         "mixture": {name: dict(mixture) for name, mixture in mixtures.items()},
         "returned_parts": parts_in_words(mixtures[returned]),
         "validation": validation,
         **_meta_stage(trace, sources),
+        "left_out": {name: dict(of["skipped_by_stage"]) for name, of in left_out.items()},
         "evidence": None if evidence is None else _evidence(evidence, sources),
         "code_overlap": None if codes is None else code_overlap(codes, codebook_size=codebook_size),
     }
@@ -83,11 +98,29 @@ def _among_all(transferred: Metrics, alone: Metrics) -> dict[str, float] | None:
     return {"transferred": transferred.among_all[METRIC], "target_only": alone.among_all[METRIC]}
 
 
-def verdict(validation: Mapping[str, Any], *, replaces: bool = True) -> str:
-    """One sentence on the validation figures of a report."""
+def _not_run(stages: Mapping[str, Sequence[str]]) -> str | None:
+    names = {"transferred": "with sources", "target_only": "on the target alone"}
+    told = [f"{names[name]} no step of {', '.join(of)} was finite" for name, of in stages.items()]
+    return "; ".join(told) or None
+
+
+def verdict(validation: Mapping[str, Any], *, better: bool | None = None, replaces: bool = True) -> str:
+    """One sentence on the validation figures of a report, or why there is none.
+
+    better: whether the transferred model is, by default as its NDCG@10 says.
+    """
+    better = validation["difference"] > 0 if better is None else better
+    if validation.get("no_verdict") is not None:
+        model = "transferred" if better or not replaces else "target-only"
+        choice = f"The {model} model is returned; that its figure is higher may be chance."
+        if not better and validation["difference"] > 0:
+            choice = "The target-only model is returned." if replaces else "The target-only model is the one to take."
+        elif not replaces:
+            choice = "Which of the two is better is open."
+        return f"No verdict on transfer: {validation['no_verdict']}. {choice}"
     figures = f"{_change(validation)} against target only on the same budget"
     clear = validation["p"] < LEVEL
-    if validation["difference"] > 0:
+    if better:
         if clear:
             return f"Transfer helped on validation: {figures}."
         return f"No clear evidence that transfer helped: {figures}. It is not worse, so the transferred model is kept."
@@ -191,7 +224,7 @@ def code_overlap(codes: Mapping[str, np.ndarray], *, codebook_size: int) -> dict
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The key figures under the verdict, for a terminal."""
-    told = [f"  {report['returned_parts']}", *_source_lines("encoder", report)]
+    told = [f"  {report['returned_parts']}", *_left_out_lines(report), *_source_lines("encoder", report)]
     evidence = report["evidence"]
     if evidence is not None:
         told += [
@@ -208,6 +241,16 @@ def lines(report: Mapping[str, Any]) -> list[str]:
         listed = ", ".join(f"{name} {share:.2f}" for name, share in zip(others, shared, strict=False))
         told.append(f"  overlap of codes with {target}: {listed}")
     return told
+
+
+def _left_out_lines(report: Mapping[str, Any]) -> list[str]:
+    """Of each model the steps that were left out, by stage; none if all were taken."""
+    return [
+        f"  {name.replace('_', ' ')}: steps left out because they were not finite: "
+        + ", ".join(f"{stage} {count:,}" for stage, count in of.items())
+        for name, of in report["left_out"].items()
+        if of
+    ]
 
 
 def _source_lines(part: str, stage: Mapping[str, Any]) -> list[str]:
@@ -261,6 +304,8 @@ NOTES = {
     "Overlap of codes": "the sum over codes of the smaller of two domains' shares of items, mean over the heads of the "
     "codebook. 1: the same use of codes. Catalogues smaller than the codebook overlap less for that alone.",
     "Interval": "paired bootstrap over validation users, 10,000 resamples. Validation also chose both models' steps.",
+    "No verdict": f"given where fewer than {FEWEST} cases have their target within the cutoff or make the difference, "
+    "where the order of ties alone decides its sign, or where a stage of training did not run.",
 }
 
 
@@ -268,8 +313,9 @@ def html(report: Mapping[str, Any], *, title: str) -> str:
     """The report as one file: no script, nothing loaded from elsewhere."""
     validation = report["validation"]
     words = f"<p><strong>{escape(report['verdict'])}</strong></p><p>{escape(report['returned_parts'])}</p>"
+    words += "".join(f"<p>{escape(line.strip())}</p>" for line in _left_out_lines(report))
     parts = [words, _figures(validation)]
-    if validation["gain"] is not None:
+    if validation["gain"] is not None and validation["no_verdict"] is None:
         gain = Interval(
             "transferred against target only",
             *(validation[key] for key in ("gain", "gain_low", "gain_high")),

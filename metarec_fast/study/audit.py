@@ -73,16 +73,22 @@ def audit_verdict(results: Results) -> list[str]:
     helps, order, content = (found["ours", name] for name in (ALONE, "shuffled-sources", "random-sources"))
     copy = found["target-copy", ALONE]
     sentences = [f"The sources {_effect(helps)} the target: {_figures(helps)} against target only."]
-    if copy.difference.mean > 0 and copy.difference.p < LEVEL:
+    if helps.no_verdict is not None:
+        sentences = [f"No verdict on the sources against target only: {helps.no_verdict}."]
+    if copy.no_verdict is not None:
+        sentences.append(f"No verdict on what an ideal source, a copy of the target, could give: {copy.no_verdict}.")
+    elif copy.wins:
         sentences.append(f"A copy of the target as source gives {_figures(copy)}: what an ideal source could give.")
     else:
         sentences.append(
             f"Even a copy of the target as source gives no clear gain ({_figures(copy)}): with this configuration and "
             "this much target data there is nothing for a source to add."
         )
-    if helps.difference.mean > 0 and helps.difference.p < LEVEL:
+    if helps.wins:
         for control, what in ((order, "the order of their events"), (content, "what their users choose together")):
-            if control.difference.mean > 0 and control.difference.p < LEVEL:
+            if control.no_verdict is not None:
+                sentences.append(f"No verdict on whether the gain is due to {what}: {control.no_verdict}.")
+            elif control.wins:
                 sentences.append(f"The gain is due to {what}: {_figures(control)} over sources without it.")
             else:
                 sentences.append(
@@ -90,12 +96,15 @@ def audit_verdict(results: Results) -> list[str]:
                 )
     for name in ("shuffled-sources", "random-sources"):
         control = found[name, ALONE]
-        if control.difference.p < LEVEL:
+        if control.clear:
             verb = _effect(control)
             sentences.append(f"Caution: {name} should equal target only, and {verb} it: {_figures(control)}.")
     parts = [found["ours", arm.name] for arm in study.arms if arm.without]
-    for part, p in zip(parts, holm([part.difference.p for part in parts]), strict=True):
+    for part, p in zip(parts, holm([part.p for part in parts]), strict=True):
         source = part.baseline.removeprefix("without-")
+        if part.no_verdict is not None:
+            sentences.append(f"No verdict on {source} beside the other sources: {part.no_verdict}.")
+            continue
         what = f"{_figures(part, p)} with it over training without it"
         if p >= LEVEL:
             sentences.append(f"It cannot be told that {source} matters beside the other sources: {what}.")
@@ -111,7 +120,7 @@ def audit_verdict(results: Results) -> list[str]:
 
 
 def _effect(contrast: Contrast) -> str:
-    if contrast.difference.p >= LEVEL:
+    if not contrast.clear:
         return "make no difference that can be told to"
     return "help" if contrast.difference.mean > 0 else "harm"
 

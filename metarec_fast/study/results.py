@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from metarec_fast.data.domain import Catalogue
-from metarec_fast.evaluation import Difference, expected_metric, holm, paired_bootstrap
+from metarec_fast.evaluation import Difference, expected_metric, holm, no_verdict, paired_bootstrap
+from metarec_fast.evaluation.verdict import FEWEST
 from metarec_fast.report.plot import Interval, Point, interval_chart, line_chart
 from metarec_fast.study.grid import Cell, Comparison, Study
 from metarec_fast.study.run import AMONG_ALL, RANKS, cell_stem
@@ -30,7 +31,17 @@ COLUMNS = (
     *("arm", "group", "target", "fraction", "seed"),
     *FIGURES,
     *(column + ALL_ITEMS for column in FIGURES),
-    *("catalogue", "targets_outside", "valid_ndcg@10", "seconds", "cpu_seconds", "steps", "peak_memory_mib", "threads"),
+    *(
+        "catalogue",
+        "targets_outside",
+        "skipped_steps",
+        "valid_ndcg@10",
+        "seconds",
+        "cpu_seconds",
+        "steps",
+        "peak_memory_mib",
+        "threads",
+    ),
     *("config_hash", "code_version", "data_hash", "file"),
 )
 LEVEL = 0.05  # of p after Holm's adjustment
@@ -52,7 +63,9 @@ class Contrast:
     baseline_mean: float
     difference: Difference
     p: float
-    """After Holm's adjustment over the cells of the comparison."""
+    """After Holm's adjustment over the cells of the comparison; 1 without a verdict."""
+    no_verdict: str | None = None
+    """Why the difference says nothing, whatever its interval (`evaluation.no_verdict`)."""
 
     @property
     def gain(self) -> float:
@@ -66,7 +79,16 @@ class Contrast:
 
     @property
     def wins(self) -> bool:
-        return self.difference.mean > 0 and self.p < LEVEL
+        return self.difference.mean > 0 and self.clear
+
+    @property
+    def loses(self) -> bool:
+        return self.difference.mean < 0 and self.clear
+
+    @property
+    def clear(self) -> bool:
+        """Whether there is a verdict, and p is below .05."""
+        return self.no_verdict is None and self.p < LEVEL
 
     def _relative(self, value: float) -> float:
         return value / self.baseline_mean if self.baseline_mean else 0.0
@@ -121,6 +143,7 @@ class Results:
                     **{column + ALL_ITEMS: figure(facts, column + ALL_ITEMS) for column in FIGURES},
                     "catalogue": catalogue_of(facts),
                     "targets_outside": facts["test"]["history not masked"].get("targets_outside", 0),
+                    "skipped_steps": facts.get("history", {}).get("skipped_steps", 0),
                     "valid_ndcg@10": facts["valid"],
                     **{key: cost[key] for key in COLUMNS if key in cost},
                     "config_hash": facts["config_hash"],
@@ -175,15 +198,25 @@ class Results:
                     continue
                 if len({catalogue_of(self.facts[a, target, fraction, s]) for a in both for s in seeds}) > 1:
                     column = column.removesuffix(ALL_ITEMS) + ALL_ITEMS  # what both arms have
-                a, b = (
-                    np.mean([self.per_user(arm, target, fraction, seed, column=column) for seed in seeds], axis=0)
-                    for arm in both
-                )
+                metric = column.partition("_")[0]
+                ranks = [[self._ranks(arm, target, fraction, seed, column=column) for seed in seeds] for arm in both]
+                a, b = (np.mean([expected_metric(metric, *one) for one in of], axis=0) for of in ranks)
                 difference = paired_bootstrap(a, b, seed=0, samples=samples)
+                reason = self._not_run(both, target, fraction, seeds)
+                reason = reason or no_verdict(*ranks, difference, metric=metric)
                 means = float(a.mean()), float(b.mean())
-                found.append(Contrast(target, fraction, *both, len(seeds), *means, difference, difference.p))
+                p = 1.0 if reason else difference.p
+                found.append(Contrast(target, fraction, *both, len(seeds), *means, difference, p, reason))
         adjusted = holm([contrast.p for contrast in found])
         return [replace(c, p=float(p)) for c, p in zip(found, adjusted, strict=True)]
+
+    def _not_run(self, arms: Sequence[str], target: str, fraction: float, seeds: Sequence[int]) -> str | None:
+        """In words, the first stage of these cells of which no step was finite; None if all ran."""
+        for arm in arms:
+            for seed in seeds:
+                for stage in self.facts[arm, target, fraction, seed].get("history", {}).get("stages_not_run", ()):
+                    return f"no step of {stage} was finite in {arm}, seed {seed}"
+        return None
 
     # files
 
@@ -264,6 +297,13 @@ class Results:
         columns = [*FIGURES]
         if any(catalogue_of(f) == "training" for f in facts):
             columns += [column + ALL_ITEMS for column in FIGURES]
+        left_out = [
+            f"{row['skipped_steps']:,} of {row['arm']} on {row['target']}, {row['fraction']:.0%}, seed {row['seed']}"
+            for row in self.rows()
+            if row["skipped_steps"]
+        ]
+        if left_out:
+            parts.append(f"**Training steps were left out because they were not finite**: {', '.join(left_out)}.")
         for column in columns:
             mask = MASKS["_masked" if "_masked" in column else ""]
             title = column.partition("_")[0].replace("ndcg", "NDCG").replace("recall", "Recall")
@@ -286,7 +326,9 @@ class Results:
             parts.append(
                 "Paired bootstrap over users, 10,000 resamples, each user's values averaged over seeds first; p after "
                 "Holm's adjustment over the cells of a comparison. Of several baselines, the one that validation likes "
-                "best. Consistent: at least 80 % of the cells won with p < .05 and none lost by more than 1 %."
+                f"best. No verdict where fewer than {FEWEST} cases have a hit or make the difference, where the order "
+                "of ties alone decides its sign, or where a training stage did not run. Consistent: at least 80 % of "
+                "the cells won with p < .05 and none lost by more than 1 %."
             )
         for comparison, contrasts in compared:
             parts += [f"### {label(comparison)}", contrast_table(contrasts), summary(contrasts)]
@@ -369,7 +411,8 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
     lines.append("|---|---|--:|--:|--:|---|--:|")
     for c in contrasts:
         low, high = c.interval
-        figures = f"{c.arm_mean:.4f} | {c.baseline_mean:.4f} | {c.gain:+.1%} | {low:+.1%} to {high:+.1%} | {c.p:.4f}"
+        p = f"{c.p:.4f}" if c.no_verdict is None else f"no verdict: {c.no_verdict}"
+        figures = f"{c.arm_mean:.4f} | {c.baseline_mean:.4f} | {c.gain:+.1%} | {low:+.1%} to {high:+.1%} | {p}"
         lines.append(f"| {_place(c)} | {c.baseline} | {figures} |")
     return "\n".join(lines)
 
@@ -385,23 +428,27 @@ def summary(contrasts: Sequence[Contrast]) -> str:
 
 def _summary(contrasts: Sequence[Contrast]) -> str:
     wins = sum(c.wins for c in contrasts)
-    losses = sum(c.difference.mean < 0 and c.p < LEVEL for c in contrasts)
+    losses, open_ = sum(c.loses for c in contrasts), sum(c.no_verdict is not None for c in contrasts)
     verdict = "consistent" if consistent(contrasts) else "not consistent"
     return (
-        f"Wins {wins} and loses {losses} of {len(contrasts)} cells with p < .05; mean gain "
+        f"Wins {wins} and loses {losses} of {len(contrasts)} cells with p < .05"
+        f"{f', {open_} without a verdict' if open_ else ''}; mean gain "
         f"{mean(c.gain for c in contrasts):+.1%}, worst {min(c.gain for c in contrasts):+.1%}: {verdict}."
     )
 
 
 CONTRAST_COLUMNS = (
     *("comparison", "target", "fraction", "arm", "baseline", "seeds", "arm_ndcg@10", "baseline_ndcg@10"),
-    *("difference", "low", "high", "p", "p_holm", "gain", "gain_low", "gain_high", "wins"),
+    *("difference", "low", "high", "p", "p_holm", "gain", "gain_low", "gain_high", "wins", "no_verdict"),
 )
 
 
 def _row(comparison: Comparison, c: Contrast) -> dict[str, Any]:
     values = (label(comparison), c.target, c.fraction, c.arm, c.baseline, c.seeds, c.arm_mean, c.baseline_mean)
-    return dict(zip(CONTRAST_COLUMNS, (*values, *c.difference, c.p, c.gain, *c.interval, c.wins), strict=True))
+    given = c.no_verdict is None
+    *interval, p = c.difference
+    figures = (*interval, p if given else "", c.p if given else "", c.gain, *c.interval, c.wins, c.no_verdict or "")
+    return dict(zip(CONTRAST_COLUMNS, (*values, *figures), strict=True))
 
 
 def _csv(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:

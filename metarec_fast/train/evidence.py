@@ -23,6 +23,7 @@ from metarec_fast.evaluation import choice_catalogue
 from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step, similarity, source_weights
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
+from metarec_fast.train.left_out import LeftOut, reason
 from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_step, decayed_and_free
 
 ASKED = 4000  # users of a source, at most
@@ -49,9 +50,14 @@ class Found:
     best: float = math.inf
     best_at: str = "start"
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
-    skipped: int = 0  # steps left out for non-finite numbers
+    left_out: LeftOut = field(default_factory=LeftOut)  # steps, for numbers that are not finite
     trace: list[dict[str, Any]] = field(default_factory=list)  # as ``meta.keep_trace`` keeps it
     untraced: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out, of all stages."""
+        return sum(self.left_out.by_stage.values())
 
     def to_dict(self) -> dict[str, Any]:
         losses = [list(entry) for entry in self.losses]  # as JSON has them
@@ -61,6 +67,8 @@ class Found:
             "best_at": self.best_at,
             "sources": self.sources,
             "skipped_steps": self.skipped,
+            "skipped_by_stage": dict(self.left_out.by_stage),
+            "stages_not_run": list(self.left_out.not_run),
             "transfer": self.trace,
         }
 
@@ -178,6 +186,10 @@ class EvidenceTrainer:
             found = torch.stack([similarity(d, of_target, like=read, config=m) for d in of_sources])
             if found.isfinite().all():
                 starts.append(found)
+            else:
+                count = self.found.left_out.by_stage.get(TITLES["similarity"], 0)
+                self.found.left_out.by_stage[TITLES["similarity"]] = count + 1
+        self.found.left_out.end(TITLES["similarity"], e.similarity_starts)
         if not starts:
             return  # as heavy as each other
         drawn = torch.stack(starts)
@@ -198,7 +210,7 @@ class EvidenceTrainer:
         self.averaged = copy_of(views_of(self.scorer)) if decay else views_of(self.scorer)
         turn = turns([1 / (len(self.episodes) + 1)] * (len(self.episodes) + 1) if joint else self.weights.tolist())
         patience = max(1, round(e.patience * e.finetune_lr / lr)) if lr else e.patience  # larger steps need fewer
-        waited = 0
+        waited = taken = 0
         for step in range(steps):
             if self.should_stop():
                 raise Interrupted(f"stopped in {TITLES[stage]} at step {step} of {steps}")
@@ -207,6 +219,7 @@ class EvidenceTrainer:
                 if stage == "finetune" and waited >= patience:
                     break
             facts = self._step(stage, step, turn, optimizer)
+            taken = step + 1
             if decay and "skipped" not in facts:
                 for name, value in views_of(self.scorer).items():
                     self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
@@ -215,6 +228,7 @@ class EvidenceTrainer:
             self.reporter.step(TITLES[stage], step + 1, steps, facts)
         else:
             self._keep_if_better(stage, steps)
+        self.found.left_out.end(TITLES[stage], taken)
 
     def _step(self, stage: str, step: int, turn: Iterator[int], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
@@ -227,11 +241,16 @@ class EvidenceTrainer:
         clip = self.config.train.clip
         if not clip_and_step(self.scorer.parameters(), [optimizer], facts["losses"].values(), clip=clip):
             self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
-            self.found.skipped += 1
-            facts["skipped"] = True
-        elif stage == "meta":
+            facts["skipped"] = self.found.left_out.add(TITLES[stage], step, self._reason(facts["losses"]))
+            return facts
+        self.found.left_out.took()
+        if stage == "meta":
             keep_trace(step + 1, facts, trace=self.found.trace, untraced=self.found.untraced)
         return facts
+
+    def _reason(self, losses: dict[str, float]) -> str:
+        named = {f"the evidence scorer's {name}": p for name, p in self.scorer.named_parameters()}
+        return reason(losses, named | {f"the gradient of {name}": p.grad for name, p in named.items()})
 
     def _plain(self, pool: list[EvidenceEpisode], stage: str, step: int) -> dict[str, Any]:
         """Gradients of one domain's loss."""

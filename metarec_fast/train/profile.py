@@ -150,7 +150,8 @@ def _in_range(run: Callable, part: str) -> Callable:
 class StepProfiler:
     """Profiles the steps after the first ``skip`` of each stage: ``steps`` by the clock, then as many traced.
 
-    Nothing is changed while no step is traced. ``stages`` holds what was found.
+    Steps that are left out for numbers that are not finite do not count. Nothing is changed while no step is traced.
+    ``stages`` holds what was found.
     """
 
     def __init__(self, *, skip: int = 3, steps: int = 5) -> None:
@@ -172,13 +173,16 @@ class StepProfiler:
         if len(clock) < self.skip + self.steps:
             begin = time.perf_counter()
             facts = trainer.train_step(stage, step)
-            clock.append(time.perf_counter() - begin)
+            if "skipped" not in facts:  # which is shorter than a step that is taken
+                clock.append(time.perf_counter() - begin)
             return facts
         if len(traced) == self.steps:
             return trainer.train_step(stage, step)
         tracer = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
         with self._ranges(trainer), tracer, record_function(_RANGE + "step"):
             facts = trainer.train_step(stage, step)
+        if "skipped" in facts:
+            return facts
         events = tracer.events()
         root = next(event for event in events if event.name == _RANGE + "step")
         parts = account(list(events), root)

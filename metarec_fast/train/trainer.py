@@ -10,7 +10,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Sour
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.train import checkpoint
+from metarec_fast.train.left_out import LeftOut, NonFiniteTrainingError, not_finite, reason
 from metarec_fast.train.optimizer import TableAdamW
 from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
@@ -115,8 +116,18 @@ def clip_and_step(
     *,
     clip: float,
 ) -> bool:
-    """Clip the gradients of ``parameters`` to norm ``clip`` and step; no step, and False, if anything is not finite."""
+    """Clip the gradients of ``parameters`` to norm ``clip`` and step.
+
+    No step, and False, if a loss or any gradient is not finite, also of parameters that are moved and not clipped.
+    """
+    parameters, optimizers = list(parameters), list(optimizers)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    clipped = {id(p) for p in parameters}
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is not None and id(p) not in clipped:
+                values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                norm = norm + 0 * torch.linalg.vector_norm(values)
     if not all(map(math.isfinite, [float(norm), *losses])):
         return False
     for optimizer in optimizers:
@@ -133,9 +144,14 @@ class Progress:
     best: float = -1.0  # validation NDCG@10
     best_at: str = ""
     waited: int = 0  # evaluations since the best
-    skipped: int = 0  # steps left out for non-finite numbers
+    left_out: LeftOut = field(default_factory=LeftOut)  # steps, for numbers that are not finite
     trace: list[dict[str, Any]] = field(default_factory=list)  # an entry every TRACE_EVERY meta steps
     untraced: list[dict[str, Any]] = field(default_factory=list)  # noise and descents of the steps since
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out, of all stages."""
+        return sum(self.left_out.by_stage.values())
 
 
 class Trainer:
@@ -307,7 +323,10 @@ class Trainer:
         }
 
     def train_step(self, stage: str, step: int) -> dict[str, Any]:
-        """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
+        """One optimizer step; left out, and counted, if a loss or gradient is not finite.
+
+        Raises NonFiniteTrainingError with the reason when this happens IN_A_ROW times one after the other.
+        """
         # dropout is a function of where the run stands
         torch.manual_seed((self.config.train.seed << 40) + (self.progress.stage << 32) + step)
         self.model.train()
@@ -320,12 +339,20 @@ class Trainer:
         updated = self._update(facts["losses"])
         if updated and rates_grad is not None:
             self.rates.update(rates_grad, lr=self.config.meta.lr_of_inner_lr)
-        if not updated:
+        if updated:
+            self.progress.left_out.took()
+        else:
             self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
-            self.progress.skipped += 1
-            facts["skipped"] = True
+            facts["skipped"] = self.progress.left_out.add(stage, step, reason(facts["losses"], self._tensors()))
         facts["data_wait_share"] = round(self._prefetch[1].wait_share, 5)
         return facts
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        """Parameters and gradients by names that people know: of a domain's table, or of what all domains share."""
+        named = {f"the shared {name}": p for name, p in self.model.shared_parameters().items()}
+        for domain in self.model.domains:
+            named |= {f"{domain}'s table {name}": p for name, p in self.model.private_parameters(domain).items()}
+        return named | {f"the gradient of {name}": p.grad for name, p in named.items()}
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [o for o in (self.optimizer, self.table_optimizer) if o is not None]
@@ -346,13 +373,19 @@ class Trainer:
         self._flush_tables()
         self.model.eval()
         scorer = ModelScorer(self.model, self.target.domain.name)
-        metrics = evaluate(
-            scorer,
-            self.target.valid,
-            mask_history=self.config.data.mask_history,
-            protocol=self.target.protocol,
-            catalogue=self.catalogue,
-        )
+        try:
+            metrics = evaluate(
+                scorer,
+                self.target.valid,
+                mask_history=self.config.data.mask_history,
+                protocol=self.target.protocol,
+                catalogue=self.catalogue,
+            )
+        except ValueError as error:
+            broken = "; ".join(not_finite(self._tensors()))
+            if not broken:
+                raise
+            raise NonFiniteTrainingError(f"the model cannot be validated: {broken} ({error})") from error
         return metrics.ndcg[10]
 
     def _keep_if_better(self, stage: str) -> None:
@@ -404,6 +437,7 @@ class Trainer:
             if stage.validated and p.waited < self.config.train.patience:
                 self._keep_if_better(stage.name)
             self._flush_tables()
+            p.left_out.end(stage.name, p.step)
             if stage.name == TABLE:  # what comes after starts from the best table
                 self.model.load_state_dict(self.best_state)
                 p.waited = 0
@@ -427,7 +461,7 @@ class Trainer:
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         if self.table_optimizer is not None:  # rows stay behind, so that a run that goes on rounds as if not stopped
             tensors |= checkpoint.optimizer_tensors(self.table_optimizer, prefix="table_optimizer")
-        facts = {**vars(self.progress), "config": self.config.to_json()}
+        facts = {**asdict(self.progress), "config": self.config.to_json()}
         done = sum(s.steps for s in self.stages[: self.progress.stage]) + self.progress.step
         checkpoint.save(self.folder, tensors, facts, step=done)
 
@@ -443,7 +477,7 @@ class Trainer:
         if facts.pop("config") != self.config.to_json():
             raise ValueError(f"checkpoint in {self.folder} belongs to another configuration; use another run folder")
         facts.pop("file")
-        self.progress = Progress(**facts)
+        self.progress = Progress(**facts | {"left_out": LeftOut(**facts["left_out"])})
 
         def pick(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

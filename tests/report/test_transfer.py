@@ -1,5 +1,6 @@
 """The transfer report: whole, plain, and in words that its figures bear out."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -20,6 +21,9 @@ def metrics(ranks) -> Metrics:
 
 
 GOOD, POOR = metrics([0] * 30 + [20] * 10), metrics([0] * 10 + [20] * 30)
+
+
+ONE, OTHER = metrics([0] * 12 + [30] * 11), metrics([30] * 12 + [0] * 11)  # 12 users against 11
 
 
 def entry(step, a, b):
@@ -147,14 +151,9 @@ def test_words_name_the_parts_of_the_returned_model(beside, encoder, evidence, w
             "transferred",
             r"^Transfer helped on validation: \+200\.0% NDCG@10 \(\+\d.* to \+\d.*%, p 0.0002",
         ),
-        (metrics([0, 1, 5, 9]), metrics([0, 1, 5, 30]), "transferred", r"^No clear evidence .* It is not worse"),
+        (ONE, OTHER, "transferred", r"^No clear evidence .* It is not worse"),
         (GOOD, GOOD, "target_only", r"^No evidence that transfer helped: \+0\.0% .*target-only model is returned\.$"),
-        (
-            metrics([0, 1, 5, 30]),
-            metrics([0, 1, 5, 9]),
-            "target_only",
-            r"^No evidence .* -\d.*target-only model is ret",
-        ),
+        (OTHER, ONE, "target_only", r"^No evidence .* -\d.*target-only model is ret"),
         (POOR, GOOD, "target_only", r"^Transfer harmed on validation: -66\.7% .*target-only model is returned\.$"),
         (
             GOOD,
@@ -173,6 +172,61 @@ def test_the_better_on_validation_is_returned_and_words_say_how_sure_it_is(trans
     assert kept["returned"] == "transferred" and kept["better"] == returned
     assert ("is the one to take" in kept["verdict"]) == (returned == "target_only")
     assert kept["verdict"] == verdict(kept["validation"], replaces=False)
+
+
+FEW, FEWER = metrics([0] * 9 + [30] * 31), metrics([30] * 40)
+TIED = Metrics("valid", False, 50, np.arange(40), np.zeros(40, np.int64), np.full(40, 30))
+
+
+@pytest.mark.parametrize(
+    ("transferred", "alone", "better", "reason"),
+    [
+        (FEW, FEWER, "transferred", "9.0 of 40 targets are expected among the first 10 of either model, fewer than 10"),
+        (FEWER, FEW, "target_only", "9.0 of 40 targets are expected among the first 10"),
+        (metrics([0] * 40), metrics([0] * 33 + [9] * 7), "transferred", "7.0 of 40 cases make the difference"),
+        (TIED, metrics([5] * 40), "target_only", r"the order of ties alone moves the difference in ndcg@10 from -0.3"),
+        (metrics([5] * 40), TIED, "transferred", "the order of ties alone moves the difference"),
+    ],
+)
+def test_where_few_cases_or_ties_decide_there_is_no_verdict(transferred, alone, better, reason):
+    """The bootstrap is sure in all of them."""
+    assert paired_bootstrap(transferred.per_user("ndcg@10"), alone.per_user("ndcg@10"), seed=0).p < 0.01
+    found = report(transferred, alone)
+    assert found["validation"]["p"] is None and reason in found["validation"]["no_verdict"]
+    assert found["verdict"].startswith(f"No verdict on transfer: {found['validation']['no_verdict']}. The ")
+    assert found["returned"] == found["better"] == better and "may be chance" in found["verdict"]
+    assert "%" not in found["verdict"] and ", p " not in found["verdict"]
+    text = html(found, title="t")
+    assert found["verdict"] in text and "Gain in NDCG@10" not in text and json.loads(json.dumps(found)) == found
+    kept = report(transferred, alone, replaces=False)
+    assert kept["returned"] == "transferred" and kept["verdict"].endswith("Which of the two is better is open.")
+
+
+def test_a_stage_that_did_not_run_gets_no_verdict_and_steps_left_out_are_told():
+    ran = {"skipped_by_stage": {}, "stages_not_run": []}
+    broken = {"skipped_by_stage": {"meta": 4, "finetune": 1}, "stages_not_run": ["meta"]}
+    found = report(GOOD, POOR, left_out={"transferred": broken, "target_only": ran})
+    assert found["returned"] == "target_only" and found["validation"]["p"] is None
+    assert found["verdict"] == (
+        "No verdict on transfer: with sources no step of meta was finite. The target-only model is returned."
+    )
+    told = "transferred: steps left out because they were not finite: meta 4, finetune 1"
+    assert f"  {told}" in lines(found) and told in html(found, title="t")
+    kept = report(GOOD, POOR, left_out={"transferred": broken, "target_only": ran}, replaces=False)
+    assert kept["returned"] == "transferred" and kept["verdict"].endswith("The target-only model is the one to take.")
+    alone = report(GOOD, POOR, left_out={"transferred": ran, "target_only": broken})
+    assert alone["returned"] == "transferred" and "on the target alone no step of meta was finite" in alone["verdict"]
+    # some steps alone leave the verdict as it is
+    some = report(GOOD, POOR, left_out={"transferred": ran | {"skipped_by_stage": {"meta": 4}}, "target_only": ran})
+    assert some["verdict"] == report()["verdict"] and len(lines(some)) == len(lines(report())) + 1
+
+
+def test_the_report_has_the_figures_among_all_items_beside():
+    both = [dataclasses.replace(m, num_ranked=40, among_all=other) for m, other in ((GOOD, POOR), (POOR, FEWER))]
+    found = report(*both)
+    assert found["validation"]["all_items"] == {"transferred": 0.25, "target_only": 0.0}
+    assert "among all items" in html(found, title="t") and "the 40 items of training events" in html(found, title="t")
+    assert report()["validation"]["all_items"] is None and "among all items" not in html(report(), title="t")
 
 
 def test_without_a_meta_stage_or_codes_nothing_is_made_up():

@@ -223,6 +223,53 @@ def made(gain, p, fraction=0.1, baseline="b"):
     return Contrast("t", fraction, "a", baseline, 3, 0.1 * (1 + gain), 0.1, Difference(0.1 * gain, 0, 0, p), p)
 
 
+def without(contrast, reason="9.0 of 40 targets are expected among the first 10"):
+    return dataclasses.replace(contrast, p=1.0, no_verdict=reason)
+
+
+def test_a_cell_without_a_verdict_is_neither_won_nor_lost():
+    open_ = [without(made(gain, 0.001)) for gain in (0.5, -0.5)]
+    assert not any(c.wins or c.loses or c.clear for c in open_)
+    text = summary([*open_, made(0.2, 0.01)])
+    assert text.startswith("Wins 1 and loses 0 of 3 cells with p < .05, 2 without a verdict; mean gain")
+    table = contrast_table(open_[:1])
+    assert "no verdict: 9.0 of 40 targets" in table and "0.0010" not in table
+
+
+def test_ties_and_few_cases_leave_a_contrast_open(out, monkeypatch, tmp_path):
+    results = Results(study(), out)
+    first = study().comparisons[0]
+    ranks = {
+        "ours": np.stack((np.zeros(40, int), np.full(40, 30))),
+        "alone": np.stack((np.full(40, 5), np.zeros(40, int))),
+    }
+    monkeypatch.setattr(results, "_ranks", lambda arm, *_, **__: ranks[arm])
+    for contrast in results.contrasts(first, samples=200):
+        assert contrast.difference.p < 0.05 and contrast.p == 1 and not contrast.loses
+        assert contrast.no_verdict.startswith("the order of ties alone moves the difference")
+    ranks["ours"] = np.stack((np.where(np.arange(40) < 9, 0, 30), np.zeros(40, int)))
+    ranks["alone"] = np.full((2, 40), (30,)) * np.array([[1], [0]])
+    assert "9.0 of 40 targets" in results.contrasts(first, samples=200)[0].no_verdict
+    monkeypatch.setattr(results, "out", tmp_path)
+    monkeypatch.setattr(results, "rows", list)
+    results.study = dataclasses.replace(study(), comparisons=(first,))
+    results.write()
+    with open(tmp_path / "comparisons.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            assert row["p"] == row["p_holm"] == "" and row["wins"] == "False" and "9.0 of 40" in row["no_verdict"]
+
+
+def test_cells_tell_of_steps_left_out_and_get_no_verdict_where_a_stage_did_not_run(out, monkeypatch):
+    results = Results(study(), out)
+    key = ("ours", "target", 0.5, 1)
+    history = results.facts[key]["history"] | {"skipped_steps": 12, "stages_not_run": ["meta"]}
+    monkeypatch.setitem(results.facts, key, results.facts[key] | {"history": history})
+    half, whole = results.contrasts(study().comparisons[0], samples=50)
+    assert half.no_verdict == "no step of meta was finite in ours, seed 1" != whole.no_verdict
+    assert "12 of ours on target, 50%, seed 1" in results.markdown([])
+    assert [row["skipped_steps"] for row in results.rows() if row["skipped_steps"]] == [12]
+
+
 def test_consistent_needs_most_wins_and_no_loss():
     win, tie, loss = made(0.2, 0.01), made(0.01, 0.5), made(-0.02, 0.6)
     assert consistent([win] * 4 + [tie])
@@ -265,7 +312,9 @@ class Known:
 
     def contrasts(self, comparison):
         (against,) = comparison.against
-        return [made(*self.gains.get((comparison.arm, against), (0.0, 0.9)), baseline=against)]
+        gain, p, *reason = self.gains.get((comparison.arm, against), (0.0, 0.9))
+        contrast = made(gain, p, baseline=against)
+        return [without(contrast, *reason) if reason else contrast]
 
     def source_means(self, *asked):
         return {"target copy": 0.2, "source0": 0.5, "source0 random": 0.3}
@@ -290,6 +339,22 @@ def test_the_verdict_in_words():
     assert nothing[1].startswith("Even a copy of the target as source gives no clear gain")
     assert len(nothing) == 3
     assert audit_verdict(Known({("ours", "target-only"): (-0.2, 0.001)}))[0].startswith("The sources harm the target")
+
+
+def test_an_audit_gives_no_verdict_where_there_is_none():
+    pairs = [("ours", "target-only"), ("target-copy", "target-only"), ("random-sources", "target-only")]
+    pairs += [("shuffled-sources", "target-only"), ("ours", "without-source0")]
+    sentences = audit_verdict(Known(dict.fromkeys(pairs, (0.785, 0.0002, "ties decide")), leave_out=True))
+    assert sentences[:2] == [
+        "No verdict on the sources against target only: ties decide.",
+        "No verdict on what an ideal source, a copy of the target, could give: ties decide.",
+    ]
+    assert sentences[2] == "No verdict on source0 beside the other sources: ties decide."
+    assert not any("Caution" in s or "+78.5%" in s for s in sentences)
+    helped = {pairs[0]: (0.2, 0.001), ("ours", "shuffled-sources"): (0.1, 0.01, "ties decide")}
+    assert "No verdict on whether the gain is due to the order of their events: ties decide." in audit_verdict(
+        Known(helped)
+    )
 
 
 def test_an_audit_trains_without_each_source_and_adjusts_for_their_number(tmp_path):
