@@ -13,6 +13,8 @@ from torch import Tensor
 from metarec_fast.data import _csr
 from metarec_fast.data.domain import Sequences
 
+_PAIRS = 1 << 23  # counted at a time, where counts are whole numbers
+
 
 @dataclass(frozen=True, eq=False)
 class TransitionKernel:
@@ -30,7 +32,8 @@ class TransitionKernel:
     def fit(cls, train: Sequences, *, first: int = 1, window: int = 5, decay: float = 0.8) -> TransitionKernel:
         """Count every pair (item, later item) from ``first`` to ``window`` events apart, by decay**(lag - 1).
 
-        Time and memory are of the order of window x events; no part of it is dense in the catalogue.
+        Time is of the order of window x events, and so is memory; without decay that of the pairs that differ. No part
+        of it is dense in the catalogue.
         """
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
@@ -41,6 +44,10 @@ class TransitionKernel:
         V = train.num_items
         if V * V * window >= 2**63:
             raise ValueError(f"num_items squared times window must stay below 2**63, got {V} items, window {window}")
+        if decay == 1:
+            pair, counts = _counts(train, first, window)
+            offsets = np.searchsorted(pair, np.arange(V + 1) * V)
+            return cls(offsets, (pair % V).astype(train.items.dtype), counts.astype(np.float32))
         # The lag rides in the low digits of the key, so that one sort of plain integers does for values and weights.
         keys = []
         for lag in range(first, window + 1):
@@ -159,3 +166,20 @@ class TransitionKernel:
     def rows_of_entries(self) -> np.ndarray:
         """The row of each column and weight."""
         return np.repeat(np.arange(self.num_items), np.diff(self.offsets))
+
+
+def _counts(train: Sequences, first: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair ``first`` to ``window`` events apart, as earlier * V + later, rising, and how often it occurred."""
+    pair = counts = np.zeros(0, np.int64)
+    held: list[np.ndarray] = []
+    for lag in range(first, window + 1):
+        earlier, later = train.pairs(lag)
+        held.append(earlier.astype(np.int64) * train.num_items + later)
+        if lag == window or sum(map(len, held)) >= _PAIRS:
+            found, times = np.unique(np.concatenate(held), return_counts=True)
+            both, held = np.concatenate((pair, found)), []
+            order = np.argsort(both, kind="stable")  # of two runs that rise: they are merged
+            starts = np.flatnonzero(np.diff(both[order], prepend=-1))
+            times = np.concatenate((counts, times))[order]
+            pair, counts = both[order][starts], np.add.reduceat(times, starts) if len(starts) else times
+    return pair, counts

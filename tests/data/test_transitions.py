@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from metarec_fast.data import transitions
 from metarec_fast.data.domain import Sequences
 from metarec_fast.data.transitions import TransitionKernel
 
@@ -50,6 +51,17 @@ def test_fit_counts_pairs_within_the_window(window, decay):
     assert kernel.columns.dtype == np.int32
     assert kernel.weights.dtype == np.float32
     np.testing.assert_allclose(dense(kernel.transposed()), dense(kernel).T)
+
+
+@pytest.mark.parametrize("pairs", [1, 500])
+def test_counts_are_the_same_however_many_pairs_are_held(pairs, monkeypatch):
+    events = packed(random_rows(), 23)
+    together = TransitionKernel.fit(events, window=14, decay=1)
+    monkeypatch.setattr(transitions, "_PAIRS", pairs)
+    apart = TransitionKernel.fit(events, window=14, decay=1)
+    for name in ("offsets", "columns", "weights"):
+        ours, theirs = getattr(apart, name), getattr(together, name)
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("first", "window", "decay"), [(1, 1, 1.0), (2, 3, 1.0), (4, 10, 0.7), (20, 20, 0.9)])
