@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,12 @@ def check_leaves_in_eval(module: nn.Module) -> None:
         )
 
 
-def portable_nearest(x_HND: Tensor, codebook_HKD: Tensor, *, by_product: bool = False) -> Tensor:
+def portable_nearest(
+    x_HND: Tensor, codebook_HKD: Tensor, metric: Literal["distance", "product"] = "distance"
+) -> Tensor:
     """The indices that `reference.nearest_codeword` gives, int64 [H, N]; holds H x N x K float64 values, twice.
 
-    by_product: the lowest code of largest inner product instead of the nearest.
+    metric: "product" for the lowest code of largest inner product instead of the nearest.
     A float64 product gives every pair a score whose error is bounded. The pairs that can still be the best, mostly one
     for each row, are measured as the reference does: element after element. Pairs that tie take 8 D bytes each.
     """
@@ -32,7 +36,7 @@ def portable_nearest(x_HND: Tensor, codebook_HKD: Tensor, *, by_product: bool = 
     x, codes = x_HND.detach().double(), codebook_HKD.detach().double()
     square_HN1, square_HK = x.square().sum(-1, keepdim=True), codes.square().sum(-1)
     product_HNK = x @ codes.transpose(1, 2)
-    score_HNK = -product_HNK if by_product else square_HK.unsqueeze(1) - 2 * product_HNK
+    score_HNK = -product_HNK if metric == "product" else square_HK.unsqueeze(1) - 2 * product_HNK
     # infinite or NaN: never the best
     score_HNK = torch.where(score_HNK.abs() < torch.inf, score_HNK, torch.inf)
     # D roundings in a score and as many in a distance, each below half an ulp of (|x| + |c|)^2
@@ -41,7 +45,7 @@ def portable_nearest(x_HND: Tensor, codebook_HKD: Tensor, *, by_product: bool = 
     possible_HNK = (score_HNK <= score_HNK.amin(-1, keepdim=True) + slack_HN1) & (score_HNK < torch.inf)
     head, row, code = possible_HNK.nonzero().unbind(1)
     of_rows, of_codes = x.reshape(-1, D)[head * N + row], codes.reshape(-1, D)[head * K + code]
-    terms = -of_rows * of_codes if by_product else (of_rows - of_codes).square()
+    terms = -of_rows * of_codes if metric == "product" else (of_rows - of_codes).square()
     best = terms.cumsum(-1)[:, -1]
     return torch.full_like(score_HNK, torch.inf).index_put((head, row, code), best).argmin(-1)
 

@@ -208,9 +208,9 @@ def largest_product(x, codes):
 @pytest.mark.parametrize("data", DATA)
 def test_portable_largest_product(data, shape):
     x, codes = DATA[data](*shape)
-    assert torch.equal(portable_nearest(x[None], codes[None], by_product=True)[0], largest_product(x, codes))
+    assert torch.equal(portable_nearest(x[None], codes[None], metric="product")[0], largest_product(x, codes))
     codes[::3] = 0
-    assert torch.equal(portable_nearest(x[None], codes[None], by_product=True)[0], largest_product(x, codes))
+    assert torch.equal(portable_nearest(x[None], codes[None], metric="product")[0], largest_product(x, codes))
 
 
 def test_public_lookup_is_traced_too():
