@@ -8,7 +8,9 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -166,6 +168,8 @@ class StudyRun:
     """smoke, short, published, or a JSON file that describes a study."""
     folder: Path = Path(os.environ.get("METAREC_FAST_DATA", "."))
     """Where named domains lie; METAREC_FAST_DATA sets the default."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: stop with file, line and reason, or skip and count them."""
     out: Path | None = None
     """Folder of the cells and results; runs/study-<name> if not given. Finished cells in it are not run again."""
     processes: int = 1
@@ -197,6 +201,8 @@ class AuditTransfer(Config):
     """Column of user ids; found by its usual names if not given."""
     item: str | None = None
     time: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    """Rows that cannot be read: stop with file, line and reason, or skip and count them."""
     seeds: tuple[int, ...] = (0, 1, 2)
     weights: bool = True
     """One more arm with all kinds of sources together, for the weights that they get."""
@@ -430,9 +436,28 @@ def load_named(name: str, command: Train | Adapt) -> Domain:
     if path.is_dir():
         domain = load_domain(path)
     else:
-        domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
-    Console().print(escape(domain.summary()), highlight=False)
+        with notes_in_report():
+            domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
+    show_domain(domain)
     return domain
+
+
+def show_domain(domain: Domain) -> None:
+    """Its summary; and what its report says, if rows were left out or are repeated, or a column was guessed."""
+    lines = [domain.summary()]
+    if domain.report is not None and domain.report.remarkable:
+        lines.append(str(domain.report))
+    Console().print(escape("\n".join(lines)), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def notes_in_report() -> Iterator[None]:
+    """Readers' warnings are left to the report, which is printed."""
+    from metarec_fast.data import DataWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        yield
 
 
 def train(command: Train) -> int:
@@ -521,7 +546,8 @@ def import_(command: Import) -> int:
                 counted = f"{progress.rows:,} rows" + (f", {rate:,.0f} a second" if progress.stage == "reading" else "")
                 line.update(f"{progress.stage}{share}: {counted}")
 
-            domain = import_file(command.file, command.folder, **options, progress=show)
+            with notes_in_report():
+                domain = import_file(command.file, command.folder, **options, progress=show)
     except KeyboardInterrupt:
         print("metarec-fast: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -630,7 +656,14 @@ def study(command: StudyRun) -> int:
         status, results = 0, Results(plan, out)
         results.write()
     else:
-        status, results = run_study(plan, out, Domains(command.folder), command.processes, list(chosen.cells()))
+        domains, cells = Domains(command.folder, on_error=command.on_error), list(chosen.cells())
+        if plan.synthetic is None:
+            with notes_in_report():
+                for name in dict.fromkeys(
+                    name for c in cells for name in (c.target, *plan.sources_of(c.target, c.arm))
+                ):
+                    show_domain(domains.load(plan, name))
+        status, results = run_study(plan, out, domains, command.processes, cells)
     if command.archive:
         results.archive()
     for comparison in plan.comparisons:
@@ -654,9 +687,10 @@ def audit_transfer(command: AuditTransfer) -> int:
         leave_out=command.leave_out,
     )
     columns = tuple((role, getattr(command, role)) for role in ("user", "item", "time"))
-    domains = Domains(command.folder, columns)
-    for name in (command.target, *command.source):
-        print(domains.load(plan, name).summary())
+    domains = Domains(command.folder, columns, command.on_error)
+    with notes_in_report():
+        for name in (command.target, *command.source):
+            show_domain(domains.load(plan, name))
     out = command.out or Path("runs") / f"audit-{domains.load(plan, command.target).name}"
     status, results = run_study(plan, out, domains, command.processes)
     if results.complete:

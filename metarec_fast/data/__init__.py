@@ -8,7 +8,7 @@ from metarec_fast.data.folder import find_domain, is_domain, load_domain, save_d
 from metarec_fast.data.importing import Progress, import_file
 from metarec_fast.data.mixture import Mixture
 from metarec_fast.data.prefetch import Prefetch, PrefetchError
-from metarec_fast.data.read import read
+from metarec_fast.data.read import DataWarning, read
 from metarec_fast.data.sampler import BatchBuffers, Sampler, batch_buffers, draw
 from metarec_fast.data.split import leave_one_out, limit_users, select_cases, time_cut
 from metarec_fast.data.synthetic import SyntheticDomains, synthetic
@@ -19,6 +19,7 @@ __all__ = [
     "BatchBuffers",
     "BatchShape",
     "Cases",
+    "DataWarning",
     "Domain",
     "Mixture",
     "PackedBatch",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from metarec_fast.data._columns import Columns
 from metarec_fast.data._pieces import LONGEST, Piece
-from metarec_fast.data._tables import SAMPLE, QuotesMislead, Rejects, Table, choose_columns
+from metarec_fast.data._tables import SAMPLE, QuotesMislead, Rejects, Table
 
 NEWLINE, QUOTE, CARRIAGE_RETURN = b'\n"\r'
 DIGIT = np.isin(np.arange(256), list(b"0123456789"))  # of a byte
@@ -30,7 +31,8 @@ class Delimited:
         self._quoted = quoted
         self._by_line = by_line
         self._breaks_in_quotes = False  # in a table given so far
-        self._columns: list[str] | None = None
+        self._header: list[str] | None = None
+        self._columns: Columns | None = None
         self._names: dict[str, str] = {}  # role -> our name of its column
 
     def record_end(self, data: bytes) -> int:
@@ -55,13 +57,13 @@ class Delimited:
 
     def table(self, piece: Piece) -> Table:
         data = piece.data if piece.data.endswith(b"\n") else piece.data.removesuffix(b"\r")
-        headed = self._columns is None
+        headed = self._header is None
         if headed:
             self._read_header(data[: data.find(b"\n")] if b"\n" in data else data)
         table = self._regular(data, piece.line, headed)
         if table is None:
             table = self._any(data, piece.line, headed)
-        table.read = piece.read
+        table.read, table.columns = piece.read, self._columns
         return table
 
     def _read_header(self, line: bytes) -> None:
@@ -71,11 +73,24 @@ class Delimited:
             header = line.decode()
         except UnicodeDecodeError:
             raise ValueError(f"{self._path}:1: the header is not UTF-8") from None
-        self._columns = header.split(self._separator)
-        if self._quoted and '"' in header:
-            self._columns = next(csv.reader([header], delimiter=self._separator), [])
-        chosen = choose_columns(self._path, self._columns, self._wanted)
-        self._names = {role: f"f{self._columns.index(column)}" for role, column in chosen.items()}
+        self._header = self._fields(header, 1)
+        self._columns = Columns(self._path, self._header, self._wanted)
+        self._names = {role: f"f{self._header.index(column)}" for role, column in self._columns.chosen.items()}
+
+    def _fields(self, record: str, line: int) -> list[str]:
+        if not self._quoted or '"' not in record:
+            return record.split(self._separator)
+        try:
+            return next(csv.reader(io.StringIO(record, newline=""), delimiter=self._separator), [])
+        except csv.Error as error:
+            raise ValueError(f"{self._path}:{line}: {error}") from None
+
+    def _look(self, records: Iterator[tuple[bytes, int]]) -> None:
+        """Show columns that are not used the first records, without line ends, and their lines."""
+        at = [self._header.index(name) for name in self._columns.unused]
+        while self._columns.wants_rows and (record := next(records, None)) is not None:
+            fields = self._fields(record[0].decode(), record[1])
+            self._columns.look([[fields[i] for i in at]])
 
     def _regular(self, data: bytes, line: int, headed: bool) -> Table | None:
         """The table of rows among which none can be bad for its form; None where that takes a closer look."""
@@ -85,7 +100,7 @@ class Delimited:
             data, line = data[data.find(b"\n") + 1 :] if b"\n" in data else b"", line + 1
         buffer = np.frombuffer(data if data.endswith(b"\n") or not data else data + b"\n", np.uint8)
         ends = np.flatnonzero((buffer == ord(self._separator)) | (buffer == NEWLINE))
-        width = len(self._columns)
+        width = len(self._header)
         if len(ends) % width:
             return None
         ends = ends.reshape(-1, width)
@@ -101,6 +116,9 @@ class Delimited:
         frame = self._parse(data, integers)
         if len(frame) != len(ends):
             return None
+        if self._columns.wants_rows:
+            first = data.split(b"\n", SAMPLE)[: min(SAMPLE, len(ends))]
+            self._look((record, line + i) for i, record in enumerate(first))
         return Table(frame, np.arange(line, line + len(ends)), unit="line", text=TEXT)
 
     def _any(self, data: bytes, line: int, headed: bool) -> Table:
@@ -120,25 +138,27 @@ class Delimited:
             rejects.add(lines[fresh], reason if isinstance(reason, str) else lambda i: reason(fresh[i]))
             bad[fresh] = True
 
-        width = len(self._columns)
+        width = len(self._header)
         reject(records.misquoted, "misplaced quote")
-        reject(records.fields != width, lambda r: f"expected {width} fields, got {records.fields[r]}")
         if b"\r" in data:
             stray = (records.buffer == CARRIAGE_RETURN) & records.outside
             reject(records.count(stray) > 0, "carriage return in the row")
+        reject(records.fields != width, lambda r: f"expected {width} fields, got {records.fields[r]}")
         if not data.isascii():
             reject(records.not_utf8(), "not UTF-8")
 
         good = body[~bad[body]]
         frame = self._parse(records.bytes_of(good), [])
         if len(frame) != len(good):
-            raise RuntimeError(f"{self._path}: {len(good)} rows were expected and {len(frame)} parsed")
+            raise ValueError(f"{self._path}: {len(good)} rows were expected and {len(frame)} parsed")
+        if self._columns.wants_rows:
+            self._look((data[records.starts[r] : records.ends[r]], int(lines[r])) for r in good[:SAMPLE].tolist())
         return Table(frame, lines[good], unit="line", text=TEXT, rejects=rejects)
 
     def _parse(self, body: bytes, integers: list[str]) -> pl.DataFrame:
         """Our columns of good rows: strings, but integers where all of those named are."""
         # Our own header: the file's may repeat a name, and what polars names columns without one has changed.
-        own = self._separator.join(f"f{i}" for i in range(len(self._columns))).encode() + b"\n"
+        own = self._separator.join(f"f{i}" for i in range(len(self._header))).encode() + b"\n"
         names = list(self._names.values())
         kinds = dict.fromkeys(names, pl.String) | dict.fromkeys(integers, pl.Int64)
         try:

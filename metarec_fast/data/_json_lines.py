@@ -7,16 +7,19 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from metarec_fast.data._columns import Columns
 from metarec_fast.data._pieces import LONGEST, Piece, pieces
-from metarec_fast.data._tables import SAMPLE, Rejects, Table, choose_columns
+from metarec_fast.data._tables import SAMPLE, SHOWN, Rejects, Table
 
 NEWLINE = ord("\n")
+DEEP = 500  # levels of nesting
 POLARS_TYPE = {str: pl.String, int: pl.Int64, float: pl.Float64}
 
 
@@ -34,12 +37,19 @@ def json_tables(path: Path, wanted: dict[str, str | None], size: int | None) -> 
             sample += _rows(piece.data, SAMPLE - len(sample))
             if len(sample) < SAMPLE and sum(len(p.data) for p in head) <= LONGEST:
                 continue
-            reader = _JsonLines(path, wanted, sample)
+            reader = _JsonLines(path, wanted, sample, head)
             yield from map(reader.table, head)
         else:
             yield reader.table(piece)
     if reader is None:
-        yield from map(_JsonLines(path, wanted, sample).table, head)
+        yield from map(_JsonLines(path, wanted, sample, head).table, head)
+
+
+def _first_defects(path: Path, pieces: list[Piece]) -> str:
+    """What is wrong with the first lines, none of which holds an object."""
+    numbered = ((n, line) for piece in pieces for n, line in enumerate(io.BytesIO(piece.data), piece.line))
+    bad = ((n, _json_object(line)[1]) for n, line in numbered if line.strip())
+    return "".join(f"\n{path}:{n}: {reason}" for n, reason in itertools.islice(bad, SHOWN))
 
 
 def _rows(data: bytes, most: int) -> list[dict]:
@@ -49,12 +59,14 @@ def _rows(data: bytes, most: int) -> list[dict]:
 
 
 class _JsonLines:
-    """Pieces -> tables. sample: the first rows, for names and types of columns."""
+    """Pieces -> tables. sample: the first rows, for names and types of columns; head: the pieces that they are of."""
 
-    def __init__(self, path: Path, wanted: dict[str, str | None], sample: list[dict]):
+    def __init__(self, path: Path, wanted: dict[str, str | None], sample: list[dict], head: list[Piece]):
         if not sample:
-            raise ValueError(f"{path}: expected one JSON object a line, found none")
-        self._chosen = choose_columns(path, list(dict.fromkeys(key for row in sample for key in row)), wanted)
+            raise ValueError(f"{path}: expected one JSON object a line, found none{_first_defects(path, head)}")
+        self._columns = Columns(path, list(dict.fromkeys(key for row in sample for key in row)), wanted)
+        self._columns.look([row.get(name) for name in self._columns.unused] for row in sample)
+        self._chosen = self._columns.chosen
         self._expected = {role: _kind(role, column, sample) for role, column in self._chosen.items()}
         self._kinds: dict[str, type] = {}  # of the ids of earlier rows
 
@@ -62,7 +74,7 @@ class _JsonLines:
         table = self._fast(piece)
         if table is None:
             table = self._by_row(piece)
-        table.read = piece.read
+        table.read, table.columns = piece.read, self._columns
         return table
 
     def _fast(self, piece: Piece) -> Table | None:
@@ -78,12 +90,17 @@ class _JsonLines:
         # polars turns numbers into strings where strings are expected, and takes the first of repeated keys: every
         # occurrence of a key must be followed by a value of the expected kind, and there must be one a row.
         for column, kind in schema.items():
+            if not _is_unicode(column) or _spelt_otherwise(column, data):
+                return None
             key = json.dumps(column, ensure_ascii=False).encode()
             if len(re.findall(re.escape(key) + rb"\s*:", data)) != len(numbers):
                 return None
             if kind == pl.String and len(re.findall(re.escape(key) + rb'\s*:\s*"', data)) != len(numbers):
                 return None
         if re.search(rb"\\u[dD][89a-fA-F]", data):  # polars turns a lone surrogate into NUL
+            return None
+        # Python's parser and polars' end at different depths.
+        if data.count(b"[") + data.count(b"{") > len(numbers) + DEEP and _deepest(data, ends) > DEEP:
             return None
         try:
             frame = pl.read_ndjson(io.BytesIO(data), schema=schema)
@@ -108,6 +125,8 @@ class _JsonLines:
             if row is not None:
                 found = {role: row.get(column) for role, column in self._chosen.items()}
                 reason = next(filter(None, (_json_defect(role, v, kinds) for role, v in found.items())), None)
+                if twice := [column for column in self._chosen.values() if column in row.repeated]:
+                    reason = f"a key appears twice: {twice[0]!r}"
             if reason is not None:
                 rejects.add(np.array([number]), reason)
                 continue
@@ -122,6 +141,21 @@ class _JsonLines:
         return Table(frame, np.array(kept, np.int64), unit="line", text=integers, rejects=rejects)
 
 
+def _spelt_otherwise(key: str, data: bytes) -> bool:
+    """Whether the text holds an escape of a character of the key, so that the key may be there in other words."""
+    units = {f"{unit:04x}" for c in key for unit in memoryview(c.encode("utf-16-le")).cast("H")}
+    escapes = [rb"\\u(?i:" + "|".join(sorted(units)).encode() + rb")"] + [rb"\\/"] * ("/" in key)
+    return re.search(b"|".join(escapes), data) is not None
+
+
+def _deepest(data: bytes, ends: np.ndarray) -> int:
+    """A bound on how deep values are nested: the most brackets that open in a line."""
+    buffer = np.frombuffer(data, np.uint8)
+    opening = ((buffer == ord("[")) | (buffer == ord("{"))).view(np.uint8)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    return int(np.add.reduceat(opening, starts, dtype=np.int64).max(initial=0))
+
+
 def _kind(role: str, column: str, sample: list[dict]) -> type | None:
     """The type of a column's values, or None if they have several, or one that is not expected."""
     values = [row.get(column) for row in sample]
@@ -133,38 +167,48 @@ def _kind(role: str, column: str, sample: list[dict]) -> type | None:
     return kind if kind is not float or all(map(math.isfinite, values)) else None
 
 
-def _json_object(line: bytes) -> tuple[dict | None, str | None]:
+class _Object(dict):
+    """A JSON object; of a key that appears several times, the last value, and the key is among the repeated ones."""
+
+    def __init__(self, pairs: list[tuple[str, object]]):
+        super().__init__(pairs)
+        self.repeated: frozenset[str] = frozenset()
+        if len(self) != len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            self.repeated = frozenset(key for key, count in counts.items() if count > 1)
+
+
+def _json_object(line: bytes) -> tuple[_Object | None, str | None]:
     """(the object of a line, None), or (None, why there is none)."""
-
-    def distinct(pairs):
-        row = dict(pairs)
-        if len(row) != len(pairs):
-            raise ValueError("a key appears twice")
-        return row
-
     try:
-        row = json.loads(line.decode(), object_pairs_hook=distinct)
+        row = json.loads(line.decode(), object_pairs_hook=_Object)
     except UnicodeDecodeError:
         return None, "not UTF-8"
     except RecursionError:
         return None, "not JSON: nested too deep"
     except ValueError as error:
         return None, f"not JSON: {error}"
-    return (row, None) if isinstance(row, dict) else (None, f"expected a JSON object, got {type(row).__name__}")
+    return (row, None) if isinstance(row, _Object) else (None, f"expected a JSON object, got {type(row).__name__}")
 
 
 def _json_defect(role: str, value: object, kinds: dict[str, type]) -> str | None:
     if value is None:
         return f"missing {role}"
+    if isinstance(value, str) and not _is_unicode(value):
+        return f"{role} is not valid Unicode"
     if role == "time":
         return None if type(value) in (int, float, str) else f"time is a {type(value).__name__}"
     if type(value) not in (int, str):
         return f"{role} is a {type(value).__name__}, expected a string or an integer"
     if kinds.get(role, type(value)) is not type(value):
         return f"{role} is a {type(value).__name__} where earlier rows have {kinds[role].__name__}"
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return f"{role} is not valid Unicode"
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Without half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from metarec_fast.data._columns import Columns
 from metarec_fast.data._pieces import unpacked
-from metarec_fast.data._tables import Table, choose_columns
+from metarec_fast.data._polars import FAILURES, reason
+from metarec_fast.data._tables import SAMPLE, Table
 
 ROW = 64  # bytes that a row is reckoned at
+WHOLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # Int64 holds them
 
 
 def parquet_tables(
@@ -27,32 +30,65 @@ def parquet_tables(
             source = scratch / "unpacked.parquet"
             with open(source, "wb") as whole:
                 shutil.copyfileobj(file, whole, 1 << 20)
-        else:
-            source = path
+        else:  # under a name in which polars sees neither a pattern nor a home folder
+            source = scratch / "source.parquet"
+            source.symlink_to(path.absolute())
     try:
-        chosen = choose_columns(path, list(pl.read_parquet_schema(source)), wanted)
+        schema = pl.read_parquet_schema(source)
+        columns = Columns(path, list(schema), wanted)
+        if columns.wants_rows:
+            _look(columns, source, schema)
+        chosen = columns.chosen
         if size is None:
-            yield _table(path, pl.read_parquet(source, columns=list(chosen.values())), chosen, first=0)
+            # Only these columns are decoded, as in pieces.
+            yield _table(path, pl.read_parquet(source, columns=list(chosen.values())), columns, first=0)
             return
-        scan = pl.scan_parquet(source).select(chosen.values())
+        scan = pl.scan_parquet(source, glob=False, hive_partitioning=False).select(chosen.values())
         total, rows = scan.select(pl.len()).collect().item(), max(size // ROW, 1)
         for first in range(0, max(total, 1), rows):
-            yield _table(path, scan.slice(first, rows).collect(), chosen, first, total)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file that can be read: {error}") from None
+            yield _table(path, scan.slice(first, rows).collect(), columns, first, total)
+    except (*FAILURES, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file that can be read: {reason(error)}") from None
 
 
-def _table(path: Path, frame: pl.DataFrame, chosen: dict[str, str], first: int, total: int | None = None) -> Table:
-    columns = []
-    for role, column in chosen.items():
+def _look(columns: Columns, source: Path | io.BytesIO, schema: dict[str, pl.DataType]) -> None:
+    """Show the first rows of columns that are not used; damaged ones say nothing."""
+    moments = [name for name in columns.unused if schema[name] in (pl.Date, pl.Datetime)]
+    columns.add_times(moments)
+    plain = [name for name in columns.unused if not schema[name].is_nested() and not schema[name].is_temporal()]
+    if not plain:
+        return
+    options = {} if isinstance(source, io.BytesIO) else {"glob": False, "hive_partitioning": False}
+    try:
+        head = pl.read_parquet(source, columns=plain, n_rows=SAMPLE, **options).to_dict(as_series=False)
+    except FAILURES:
+        return
+    rows = len(head[plain[0]])
+    columns.look(zip(*(head.get(name, [None] * rows) for name in columns.unused), strict=True))
+
+
+def _table(path: Path, frame: pl.DataFrame, columns: Columns, first: int, total: int | None = None) -> Table:
+    read = []
+    for role, column in columns.chosen.items():
         series = frame[column]
-        if isinstance(series.dtype, (pl.Categorical, pl.Enum)):
+        kind = series.dtype
+        if isinstance(kind, (pl.Categorical, pl.Enum)):
             series = series.cast(pl.String)
-        elif role != "time" and series.dtype.is_integer() and series.dtype != pl.UInt64:
+        elif role == "time":
+            if kind == pl.Null:
+                series = series.cast(pl.Int64)
+            elif not (kind.is_numeric() or kind in (pl.String, pl.Date, pl.Datetime)):
+                raise ValueError(
+                    f"{path}: column {column!r}: time must hold numbers, strings, dates or datetimes, got {kind}; "
+                    "time=... names another"
+                )
+        elif kind in WHOLE:
             series = series.cast(pl.Int64)
-        elif role != "time" and series.dtype not in (pl.String, pl.UInt64):
-            hint = "; ids never pass through floats" if series.dtype.is_float() else ""
-            raise ValueError(f"{path}: column {column!r} must hold strings or integers, got {series.dtype}{hint}")
-        columns.append(series.alias(role))
+        elif kind not in (pl.String, pl.UInt64):
+            hint = "; ids never pass through floats" if kind.is_float() else ""
+            raise ValueError(f"{path}: column {column!r} must hold strings or integers, got {kind}{hint}")
+        read.append(series.alias(role))
     numbers = np.arange(first + 1, first + 1 + len(frame))
-    return Table(pl.DataFrame(columns), numbers, unit="row", read=first + len(frame), total=total)
+    table = Table(pl.DataFrame(read), numbers, unit="row", read=first + len(frame), total=total)
+    table.columns = columns
+    return table

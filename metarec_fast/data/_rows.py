@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metarec_fast.data._tables import Rejects, Table
+from metarec_fast.data._tables import SHOWN, Rejects, Table
 
 if TYPE_CHECKING:
     import polars as pl
 
-SHOWN = 5  # rejected rows that an error message shows
+ISO = r"^[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[T ][0-9]{1,2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)? ?(?:Z|UTC|[+-][0-9:]+)?)?)?$"
+DAY_FIRST = re.compile(r"[0-9]{1,2}[-/. ][0-9]{1,2}[-/., ]+[0-9]{2,4}\b")
 
 
 @dataclass
@@ -82,8 +84,7 @@ def usable(table: Table, *, dates: bool | None = None) -> Usable:
             wrong[left[~fine]] = True
 
             def misfit(i: int) -> str:
-                value = str(column[i]) if dates else column[i]
-                return f"time {_short(value)} is neither a finite number nor an ISO date"
+                return _misfit(str(column[i]) if dates else column[i])
 
             reject(wrong, misfit)
             times = times[fine]
@@ -92,13 +93,31 @@ def usable(table: Table, *, dates: bool | None = None) -> Usable:
     return Usable(frame["user"], frame["item"], times, counts)
 
 
+def nothing_usable(path: Path, unit: str, rows: int, rejects: Rejects) -> str:
+    """The message of an error about a file without a row that can be used."""
+    if not rows:
+        return f"{path}: no rows below the names of columns" if unit == "line" else f"{path}: no rows"
+    return "\n".join([f"{path}: none of {rows:,} rows can be used", *_shown(path, unit, rejects)])
+
+
 def rejection(path: Path, unit: str, rejects: Rejects, *, among: str = "") -> str:
     """The message of an error about rejected rows."""
+    return "\n".join([*_shown(path, unit, rejects, among), 'on_error="skip" leaves such rows out'])
+
+
+def _shown(path: Path, unit: str, rejects: Rejects, among: str = "") -> list[str]:
     place = "" if unit == "line" else f"{unit} "
     shown = [f"{path}:{place}{line}: {reason}" for line, reason in rejects.first()[:SHOWN]]
     if rejects.count > len(shown):
         shown.append(f"... and {rejects.count - len(shown):,} more rows{among}")
-    return "\n".join([*shown, 'on_error="skip" leaves such rows out'])
+    return shown
+
+
+def _misfit(value: object) -> str:
+    hint = ""
+    if isinstance(value, str) and DAY_FIRST.match(value.strip()):
+        hint = ": write the year first and in full, as in 2020-01-31"
+    return f"time {_short(value)} is neither a finite number nor an ISO date{hint}"
 
 
 def _short(value: object) -> str:
@@ -139,10 +158,8 @@ def _seconds(column: pl.Series, dates: bool | None) -> tuple[np.ndarray, np.ndar
             else:
                 column = number
     if column.dtype in (pl.Date, pl.Datetime):
-        micro = column.cast(pl.Datetime("us")).cast(pl.Int64)
-        exact = (micro % 1_000_000 == 0).fill_null(True).all()
-        column = micro // 1_000_000 if exact else micro / 1e6
-    elif column.dtype.is_decimal():
+        return *_since_1970(column), counts
+    if column.dtype.is_decimal():
         column = column.cast(pl.Float64)
     if not column.dtype.is_numeric():
         raise ValueError(f"time must hold numbers, strings, dates or datetimes, got {column.dtype}")
@@ -155,11 +172,33 @@ def _seconds(column: pl.Series, dates: bool | None) -> tuple[np.ndarray, np.ndar
     return times, np.isfinite(times), counts
 
 
+def _since_1970(column: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """(seconds of dates or datetimes: int64 where all are whole, else the nearest float64; fine: bool [n])."""
+    import polars as pl
+
+    fine = column.is_not_null().to_numpy()
+    ticks = column.cast(pl.Int64).fill_null(0).to_numpy()  # of the column's own unit, which no date overflows
+    if column.dtype == pl.Date:
+        return ticks * 86400, fine
+    if column.dtype.time_unit == "ns":  # exact to a microsecond
+        ticks = ticks // 1000
+    second = 1000 if column.dtype.time_unit == "ms" else 10**6
+    whole, rest = np.divmod(ticks, second)
+    if not rest.any():
+        return whole, fine
+    # A quotient of two floats is the nearest one, where both are exact. Beyond 2**53 (the year 2255, in microseconds)
+    # the sum is: what the fraction was rounded by is too little to matter there.
+    exact = np.abs(whole) < 2**53 // second
+    return np.where(exact, ticks / second, whole + rest / second), fine
+
+
 def _iso(text: pl.Series) -> pl.Series:
     """Datetimes in UTC, null where the text is no ISO 8601 date."""
     import polars as pl
 
-    text = text.str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
+    # polars takes 20 for the year 20, and blanks for zeros.
+    text = pl.select(pl.when(text.str.contains(ISO)).then(text)).to_series()
+    text = text.str.replace("T", " ", literal=True).str.replace(" ?(?:Z|UTC)$", "+00:00")
     zoned = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False, time_unit="us")
     plain = [
         text.str.to_datetime(form, strict=False, time_unit="us") for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")

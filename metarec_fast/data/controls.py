@@ -24,9 +24,8 @@ def shuffled_ties(domain: Domain, *, seed: int) -> Domain:
     new = np.ones(s.num_events, bool)
     new[1:] = s.times[1:] != s.times[:-1]
     new[s.offsets[:-1][s.lengths > 0]] = True
-    return replace(
-        _reordered(domain, "", _ranked_within(np.cumsum(new), _keys(domain, seed))), name=domain.name, report=None
-    )
+    shuffled = _reordered(domain, "", _ranked_within(np.cumsum(new), _keys(domain, seed)))
+    return replace(shuffled, name=domain.name, report=domain.report, ordered_by=domain.ordered_by)
 
 
 def random_items(domain: Domain, *, seed: int) -> Domain:
@@ -85,4 +84,6 @@ def _ranked_within(group: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def _reordered(domain: Domain, how: str, order: np.ndarray) -> Domain:
     """The items in another order; users, lengths and times stay where they are."""
     s = domain.sequences
-    return replace(domain, name=f"{domain.name} {how}", sequences=replace(s, items=s.items[order]), report=None)
+    return replace(
+        domain, name=f"{domain.name} {how}", sequences=replace(s, items=s.items[order]), report=None, ordered_by=None
+    )

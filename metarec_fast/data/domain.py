@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from metarec_fast.data import _csr
+from metarec_fast.data._tables import SHOWN
 from metarec_fast.data.vocabulary import Vocabulary
 
 Catalogue = Literal["training", "all"]
@@ -54,6 +55,11 @@ class Sequences:
         return self.items[earlier], self.items[earlier + lag]
 
 
+def order_in_words(time: str | None) -> str:
+    """time: the name of the column of times, if there is one."""
+    return "in the order of rows: no time column" if time is None else f"ordered by column {time!r}"
+
+
 @dataclass(frozen=True)
 class ReadReport:
     """What `read` found in a file."""
@@ -66,6 +72,13 @@ class ReadReport:
     dropped: int  # rows left out because of duplicates=...
     tied: float | None  # share of neighbouring events of one user that have the same time; None without times
     notes: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)  # user, item and perhaps time -> the column it was read from
+    unit: str = "line"  # what the examples count: lines, or rows of a file without lines
+
+    @property
+    def remarkable(self) -> bool:
+        """Whether rows were left out or are repeated, or there are notes."""
+        return bool(self.rejected or self.duplicates or self.dropped or self.notes)
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.rows:,} rows, {self.rejected:,} rejected, {self.duplicates:,} duplicates"]
@@ -73,10 +86,15 @@ class ReadReport:
             lines[0] += f", {self.dropped:,} dropped as repeated"
         if self.tied is not None:
             lines[0] += f", {self.tied:.1%} of neighbouring events tied in time"
-        lines += [f"{self.path}:{line}: {reason}" for line, reason in self.examples]
-        if self.rejected > len(self.examples):
-            lines.append(f"... and {self.rejected - len(self.examples):,} more rejected rows")
-        return "\n".join([*lines, *self.notes])
+        if self.columns:
+            roles = ", ".join(f"{role} {self.columns[role]!r}" for role in ("user", "item") if role in self.columns)
+            lines.append(f"{self.path}: read from columns {roles}; {order_in_words(self.columns.get('time'))}")
+        place = "" if self.unit == "line" else f"{self.unit} "
+        shown = self.examples[:SHOWN]
+        lines += [f"{self.path}:{place}{line}: {reason}" for line, reason in shown]
+        if self.rejected > len(shown):
+            lines.append(f"... and {self.rejected - len(shown):,} more rejected rows")
+        return "\n".join([*lines, *(f"{self.path}: {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +106,7 @@ class Domain:
     users: Vocabulary
     items: Vocabulary
     report: ReadReport | None = None
+    ordered_by: str | None = None  # the column of times that the file was read with
 
     @property
     def num_users(self) -> int:
@@ -102,12 +121,17 @@ class Domain:
         return self.sequences.num_events
 
     def summary(self) -> str:
-        """One line for people: size, mean sequence length, and whether events have times."""
+        """One line for people: size, mean sequence length, what events are ordered by, and rows left out."""
         mean = self.num_interactions / max(self.num_users, 1)
-        time = "no times" if self.sequences.times is None else "with times"
+        order = order_in_words(self.ordered_by)
+        if self.ordered_by is None and self.sequences.times is not None:
+            order = "with times"
+        skipped = ""
+        if self.report is not None and self.report.rejected:
+            skipped = f", {self.report.rejected:,} of {self.report.rows:,} rows skipped"
         return (
             f"{self.name}: {self.num_users:,} users, {self.num_items:,} items, "
-            f"{self.num_interactions:,} interactions, mean length {mean:.1f}, {time}"
+            f"{self.num_interactions:,} interactions, mean length {mean:.1f}, {order}{skipped}"
         )
 
     def __repr__(self) -> str:

@@ -61,7 +61,14 @@ def save_domain(domain: Domain, folder: str | Path) -> None:
         for name in CORE:
             if (values := getattr(sequences, name)) is not None:
                 writer.write(name, values)
-        writer.finish(domain.name, domain.users, domain.items, None, num_items=sequences.num_items)
+        writer.finish(
+            domain.name,
+            domain.users,
+            domain.items,
+            None,
+            num_items=sequences.num_items,
+            ordered_by=domain.ordered_by,
+        )
 
 
 def load_domain(folder: str | Path, *, mmap: bool | Literal["auto"] = "auto", verify: bool = False) -> Domain:
@@ -95,7 +102,9 @@ def load_domain(folder: str | Path, *, mmap: bool | Literal["auto"] = "auto", ve
             for role in ("users.", "items.")
         ]
         sequences = Sequences(arrays["offsets"], arrays["items"], facts["num_items"], arrays.get("times"))
-        domain = Domain(facts["name"], sequences, *vocabularies, report=_report(facts["source"]))
+        domain = Domain(
+            facts["name"], sequences, *vocabularies, report=_report(facts["source"]), ordered_by=_ordered_by(facts)
+        )
         _check(domain)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} is damaged: {DESCRIPTION}: {type(error).__name__}: {error}") from error
@@ -145,6 +154,13 @@ def _check(domain: Domain) -> None:
         raise _Damaged(
             f"{len(domain.users)} user ids for {len(s)} users, {len(domain.items)} item ids for {s.num_items} items"
         )
+
+
+def _ordered_by(facts: Mapping[str, Any]) -> str | None:
+    column = facts.get("ordered_by")  # absent in what earlier versions wrote
+    if column is not None and not isinstance(column, str):
+        raise _Damaged(f"{DESCRIPTION}: ordered_by must be the name of a column or null, got {column!r}")
+    return column
 
 
 def _report(source: Mapping[str, Any] | None) -> ReadReport | None:
@@ -228,7 +244,14 @@ class DomainWriter:
                 file.append(values[first : first + (1 << 20)])
 
     def finish(
-        self, name: str, users: Vocabulary, items: Vocabulary, report: ReadReport | None, *, num_items: int
+        self,
+        name: str,
+        users: Vocabulary,
+        items: Vocabulary,
+        report: ReadReport | None,
+        *,
+        num_items: int,
+        ordered_by: str | None,
     ) -> None:
         for role, vocabulary in (("users", users), ("items", items)):
             for key, values in vocabulary.to_arrays().items():
@@ -238,6 +261,7 @@ class DomainWriter:
             "name": name,
             "num_users": len(users),
             "num_items": num_items,
+            "ordered_by": ordered_by,
             "num_interactions": self._arrays["items"]["length"],
             "arrays": self._arrays,
             "source": None if report is None else asdict(report),

@@ -62,4 +62,5 @@ def tables(
         from metarec_fast.data._delimited import Delimited
 
         reader = Delimited(path, wanted, separator, quoted=format != "inter", tab=format != "csv", by_line=by_line)
-        yield from map(reader.table, pieces(path, size=size, record_end=reader.record_end))
+        records = pieces(path, size=size, record_end=reader.record_end, quoted=format != "inter")
+        yield from map(reader.table, records)

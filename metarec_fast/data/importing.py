@@ -15,15 +15,16 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
+from metarec_fast.data._columns import Columns
 from metarec_fast.data._csr import offsets as csr_offsets
 from metarec_fast.data._grouping import Duplicates, group, stable_argsort
 from metarec_fast.data._numbering import Numbering
-from metarec_fast.data._rows import TimeCount, Usable, rejection, usable
+from metarec_fast.data._rows import TimeCount, Usable, nothing_usable, rejection, usable
 from metarec_fast.data._tables import QuotesMislead, Rejects, Table
 from metarec_fast.data.domain import Domain, ReadReport
 from metarec_fast.data.folder import ArrayFile, DomainWriter, load_domain, replacing, write_all
 from metarec_fast.data.formats import split_suffix, tables
-from metarec_fast.data.read import check_choices, lookalikes, tied_share
+from metarec_fast.data.read import check_choices, lookalikes, tied_share, warn
 
 PIECE = 8 << 20  # bytes of text read at a time; larger pieces outgrow the cache
 PIECE_COST = 24  # bytes of memory at work for a byte of a piece
@@ -79,6 +80,8 @@ def import_file(
 
     Raises ValueError as ``read`` does, and for a ``folder`` that is not empty; OSError where it cannot be written.
     """
+    from metarec_fast.data._polars import failures_of
+
     check_choices(on_error, duplicates)
     budget = _bytes(memory)
     path = Path(path)
@@ -88,11 +91,15 @@ def import_file(
     with replacing(folder, overwrite=overwrite) as partial:
         scratch = partial / "scratch"
         scratch.mkdir()
-        log = source.spill(scratch, progress)
+        with failures_of(path):
+            log = source.spill(scratch, progress)
+        if not log.num_events:
+            raise ValueError(nothing_usable(path, log.unit, log.rejects.count, log.rejects))
         writer = DomainWriter(partial)
         facts = _write_sequences(writer, log, scratch, duplicates, min(budget // EVENT_COST, PART), progress)
         shutil.rmtree(scratch)
         users, items = log.users.vocabulary(), log.items.vocabulary()
+        told = log.columns.notes()
         report = ReadReport(
             path=str(path),
             rows=log.num_events + log.rejects.count,
@@ -101,9 +108,19 @@ def import_file(
             duplicates=facts.duplicates,
             dropped=log.num_events - facts.kept,
             tied=tied_share(facts.tied, facts.neighbours) if log.timed else None,
-            notes=lookalikes("user", users) + lookalikes("item", items),
+            notes=told + lookalikes("user", users) + lookalikes("item", items),
+            columns=log.columns.chosen,
+            unit=log.unit,
         )
-        writer.finish(stem if name is None else name, users, items, report, num_items=len(items))
+        writer.finish(
+            stem if name is None else name,
+            users,
+            items,
+            report,
+            num_items=len(items),
+            ordered_by=report.columns.get("time"),
+        )
+    warn(path, told)
     return load_domain(folder, mmap=True)
 
 
@@ -128,6 +145,8 @@ class _Log:
         self.users, self.items = Numbering(), Numbering()
         self.counts = np.zeros(0, np.int64)  # events of each user, and room for more
         self.rejects = Rejects()
+        self.columns: Columns | None = None  # of the file, once a table is read
+        self.unit = "line"
         self.num_events = 0
         self.time_dtype: np.dtype | None = None  # int64, or float64 once one piece has fractions
         self._pieces: list[tuple[int, np.dtype | None]] = []  # events and dtype of times
@@ -216,6 +235,7 @@ class _Source:
         return tables(self.path, self.format, self.wanted, self.separator, size=size, by_line=by_line, scratch=scratch)
 
     def _add(self, log: _Log, table: Table, good: Usable) -> None:
+        log.columns, log.unit = table.columns, table.unit
         log.rejects.extend(table.rejects)
         if log.rejects.count and self.on_error == "raise":
             among = " among those read so far"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 from metarec_fast.data._csr import offsets as csr_offsets
 from metarec_fast.data._grouping import Duplicates, group
 from metarec_fast.data._numbering import Numbering
-from metarec_fast.data._rows import rejection, usable
+from metarec_fast.data._rows import nothing_usable, rejection, usable
 from metarec_fast.data.domain import Domain, ReadReport, Sequences
 from metarec_fast.data.formats import split_suffix, tables
 from metarec_fast.data.vocabulary import Vocabulary
@@ -39,14 +40,16 @@ def read(
     - jsonl (also .ndjson, .json): one object a line.
     - parquet.
 
-    user, item, time: column names; where not given, common ones are looked for (user_id, item_id, timestamp, ...).
-    A file without times is in the order of its rows.
+    user, item, time: column names; where not given, common ones are looked for (user_id, item_id, timestamp, ...),
+        whatever their case, blanks and underscores. A file without times is in the order of its rows. A DataWarning
+        says which column was taken where several could be meant, and names columns that look like times where none
+        is used; so does the domain's `report`.
     name: of the domain; the file's name without suffixes where not given.
     separator: one character, for the separated formats.
     on_error: "raise" stops at rows that cannot be used, naming them as file:line: reason; "skip" leaves them out,
         counted and listed in the domain's `report`. Such rows lack a user or an item, have a wrong number of fields, a
-        misplaced quote, a NUL in an id, bytes that are not UTF-8, or a time that is missing or neither a finite number
-        nor a date.
+        misplaced quote, a carriage return, a NUL in an id, bytes that are not UTF-8, one of our keys twice in JSON, or
+        a time that is missing or neither a finite number nor a date.
     duplicates: "keep"; "drop" keeps the first row of each (user, item, time); "drop_pairs" keeps the earliest row of
         each (user, item). Without times the last two are the same.
 
@@ -58,24 +61,33 @@ def read(
     Order. Events of a user are sorted by time; equal times stay in the order of rows.
 
     Times. Numbers as they are, int64 where all are integers, else float64. ISO dates, and Parquet's, become seconds
-    since 1970 (UTC where no zone is given; exact to a microsecond).
+    since 1970 (UTC where no zone is given): with fractions the float64 nearest to the microsecond. Years have four
+    digits and come first.
 
-    Raises ValueError for a file, column or row that cannot be used.
+    Lines end in LF or CRLF, or, where the first one does, in CR alone.
+
+    Raises ValueError, with the file's name, for a file, column or row that cannot be used, and for a file without a
+    row that can.
     """
+    from metarec_fast.data._polars import failures_of
+
     check_choices(on_error, duplicates)
     path = Path(path)
     stem, format = split_suffix(path, format)
-    (table,) = tables(path, format, {"user": user, "item": item, "time": time}, separator)
-    rows = len(table.frame) + table.rejects.count
-    good = usable(table)
-    if table.rejects.count and on_error == "raise":
-        raise ValueError(rejection(path, table.unit, table.rejects))
-
     users, items = Numbering(), Numbering()
-    user_of = users.add(good.users, text="user" in table.text)
-    item_of = items.add(good.items, text="item" in table.text)
+    with failures_of(path):
+        (table,) = tables(path, format, {"user": user, "item": item, "time": time}, separator)
+        rows = len(table.frame) + table.rejects.count
+        good = usable(table)
+        if table.rejects.count and on_error == "raise":
+            raise ValueError(rejection(path, table.unit, table.rejects))
+        if not len(good.users):
+            raise ValueError(nothing_usable(path, table.unit, rows, table.rejects))
+        user_of = users.add(good.users, text="user" in table.text)
+        item_of = items.add(good.items, text="item" in table.text)
     grouped = group(user_of, item_of, good.times, duplicates)
     user_ids, item_ids = users.vocabulary(), items.vocabulary()
+    told = table.columns.notes()
     report = ReadReport(
         path=str(path),
         rows=rows,
@@ -84,11 +96,25 @@ def read(
         duplicates=grouped.duplicates,
         dropped=len(user_of) - len(grouped.users),
         tied=None if good.times is None else tied_share(grouped.tied, grouped.neighbours),
-        notes=lookalikes("user", user_ids) + lookalikes("item", item_ids),
+        notes=told + lookalikes("user", user_ids) + lookalikes("item", item_ids),
+        columns=table.columns.chosen,
+        unit=table.unit,
     )
     offsets = csr_offsets(np.bincount(grouped.users, minlength=len(user_ids)))
     sequences = Sequences(offsets, grouped.items, len(item_ids), grouped.times)
-    return Domain(stem if name is None else name, sequences, user_ids, item_ids, report)
+    warn(path, told)
+    name = stem if name is None else name
+    return Domain(name, sequences, user_ids, item_ids, report, ordered_by=report.columns.get("time"))
+
+
+class DataWarning(UserWarning):
+    """Something about a file that its reader should know: a column that was guessed, or times that are not used."""
+
+
+def warn(path: Path, notes: tuple[str, ...]) -> None:
+    """Warn the caller of the caller."""
+    for note in notes:
+        warnings.warn(f"{path}: {note}", DataWarning, stacklevel=3)
 
 
 def check_choices(on_error: str, duplicates: str) -> None:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from metarec_fast import __version__
 from metarec_fast.api import MetaRec, split_domain
 from metarec_fast.config import Config
 from metarec_fast.data import (
+    DataWarning,
     Domain,
     Split,
     find_domain,
@@ -59,6 +60,8 @@ class Domains:
     folder: Path = Path(".")
     columns: tuple[tuple[str, str | None], ...] = ()
     """Of files: ("user", name), ("item", name), ("time", name) where they are not the usual ones."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with rows that cannot be read."""
 
     def load(self, study: Study, name: str) -> Domain:
         options = None if study.synthetic is None else json.dumps(study.synthetic, sort_keys=True)
@@ -78,7 +81,7 @@ def _load(where: Domains, options: str | None, name: str, shuffle: bool) -> Doma
         domain = known[name]
     else:
         path = find_domain(name, where.folder)
-        domain = load_domain(path) if path.is_dir() else read(path, **dict(where.columns))
+        domain = load_domain(path) if path.is_dir() else read(path, on_error=where.on_error, **dict(where.columns))
     return shuffled_ties(domain, seed=TIE_SEED) if shuffle and domain.sequences.times is not None else domain
 
 
@@ -428,6 +431,7 @@ class _Worker:
 def _begin_worker(stop: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("ignore", DataWarning)  # the parent has read the files too
     torch.set_num_threads(threads)
     _Worker.stop, _Worker.parent = stop, multiprocessing.parent_process()
 

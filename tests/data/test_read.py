@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarec_fast.data import read
+from metarec_fast.data import import_file, read
 
 DERANDOMIZED = settings(deadline=None, derandomize=True, max_examples=60)
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -113,7 +113,9 @@ def test_options_override_what_names_say(file):
     domain = read(path, format="csv", separator="|", user="who", item="what", time="when", name="shop")
     assert events(domain) == {"u": [("j", 1), ("i", 2)]}
     assert domain.name == "shop"
-    assert str(domain).startswith("<Domain shop: 1 users, 2 items, 2 interactions, mean length 2.0, with times")
+    assert str(domain).startswith(
+        "<Domain shop: 1 users, 2 items, 2 interactions, mean length 2.0, ordered by column 'when'"
+    )
 
 
 def test_typed_header_answers_to_the_bare_name(file):
@@ -176,7 +178,7 @@ def test_without_times_rows_are_the_order(file):
     assert events(domain) == {"b": [("2x", None), ("1x", None), ("2x", None)], "a": [("1x", None)]}
     assert domain.sequences.times is None
     assert domain.report.tied is None
-    assert "no times" in domain.summary()
+    assert "in the order of rows: no time column" in domain.summary()
 
 
 def test_duplicates(file):
@@ -501,7 +503,7 @@ def test_the_list_of_rejects_is_capped_and_the_count_exact(file):
     domain = read(path, on_error="skip")
     assert domain.report.rejected == 1000
     assert rejected_lines(domain) == list(range(2, 102))
-    assert "900 more rejected rows" in str(domain.report)
+    assert "995 more rejected rows" in str(domain.report)
     with pytest.raises(ValueError, match=r'and 995 more rows\non_error="skip"'):
         read(path)
 
@@ -527,7 +529,8 @@ def test_any_bytes_are_rows_or_rejects(tmp_path_factory, name, noise):
     try:
         domain = read(path, on_error="skip")
     except ValueError as error:
-        assert name == "d.parquet" and "not a Parquet file" in str(error)
+        assert str(path) in str(error)
+        assert ("not a Parquet file" if name == "d.parquet" else "can be used") in str(error) or "no rows" in str(error)
         return
     report = domain.report
     assert report.rows == report.rejected + domain.num_interactions
@@ -554,17 +557,31 @@ def test_empty_files_are_errors(file, name, content):
         read(file(name, content))
 
 
-def test_columns_without_rows_are_an_empty_domain(file):
+def test_a_file_without_a_row_that_can_be_used(file, tmp_path):
     out = io.BytesIO()
     pl.DataFrame(schema={"user": pl.String, "item": pl.String, "time": pl.Int64}).write_parquet(out)
-    contents = {"d.inter": HEADER, "d.csv": "user,item,time", "d.parquet": out.getvalue()}
-    contents["e.inter"] = HEADER + "only\tbad\n"
-    for name, content in contents.items():
-        domain = read(file(name, content), on_error="skip", duplicates="drop")
-        assert (domain.num_users, domain.num_items, domain.num_interactions) == (0, 0, 0)
-        assert domain.sequences.offsets.tolist() == [0]
-        assert "0 users" in domain.summary()
-        assert domain.report.tied == 0
+    nulls = io.BytesIO()
+    pl.DataFrame({"user": [None, "a"], "item": ["x", "y"], "time": [1, None]}).write_parquet(nulls)
+    days = "user,item,date\n" + "".join(f"u{k},x,{k + 13}/01/2020\n" for k in range(9))
+    cases = [
+        ("d.inter", HEADER, "{path}: no rows below the names of columns"),
+        ("d.csv", "user,item,time", "{path}: no rows below the names of columns"),
+        ("d.csv.gz", "user,item,time\r", "{path}: no rows below the names of columns"),
+        ("d.parquet", out.getvalue(), "{path}: no rows"),
+        ("e.inter", HEADER + "only\tbad\n", "{path}: none of 1 rows can be used\n{path}:2: expected 3 fields, got 2"),
+        ("f.jsonl", '{"user": 1}\n{"item": 2}\n', "{path}: none of 2 rows can be used\n{path}:1: missing item\n"),
+        ("f.parquet", nulls.getvalue(), "{path}: none of 2 rows can be used\n{path}:row 1: missing user\n"),
+        ("g.csv", days, "{path}: none of 9 rows can be used\n{path}:2: time '13/01/2020' is neither a finite number"),
+    ]
+    for name, content, message in cases:
+        path = file(name, content)
+        for call in (read, lambda p, **options: import_file(p, tmp_path / "domain", **options)):
+            with pytest.raises(ValueError) as raised:
+                call(path, on_error="skip")
+            assert str(raised.value).startswith(message.format(path=path))
+        assert not (tmp_path / "domain").exists()
+    assert str(raised.value).count("write the year first and in full, as in 2020-01-31") == 5
+    assert str(raised.value).endswith("... and 4 more rows")
 
 
 def test_one_event(file):
