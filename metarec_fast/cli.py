@@ -554,8 +554,7 @@ def import_(command: Import) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     seconds = time.perf_counter() - started
-    console.print(escape(domain.summary()), highlight=False)
-    console.print(escape(str(domain.report)), highlight=False, soft_wrap=True)
+    console.print(escape(f"{domain.summary()}\n{domain.report}"), highlight=False, soft_wrap=True)
     rate = domain.report.rows / seconds
     console.print(f"folder: {command.folder}   {seconds:.1f} s, {rate:,.0f} rows a second", highlight=False)
     return 0
