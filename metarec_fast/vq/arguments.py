@@ -33,9 +33,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         if given["codebook_weight"] < 0:
             raise ValueError(f"codebook_weight must not be negative, got {given['codebook_weight']}")
         if not given["learnable_codebook"]:
-            raise ValueError(
-                "codebook_weight needs learnable_codebook=True and ema_update=False: averages take no loss"
-            )
+            raise ValueError("codebook_weight needs learnable_codebook=True and ema_update=False")
         if given["commitment_use_cross_entropy_loss"]:
             raise ValueError("codebook_weight needs commitment_use_cross_entropy_loss=False")
     if given["affine_param"] and given["use_cosine_sim"]:

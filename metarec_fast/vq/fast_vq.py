@@ -49,7 +49,7 @@ class FastVQ(nn.Module):
     commitment_weight: of the mean squared distance between vector and code, or with
         commitment_use_cross_entropy_loss of the cross-entropy of the code under the softmax of minus the distances.
     codebook_weight: with a learnable codebook, of the distance as it pulls the codes, commitment_weight then being of
-        the distance as it pulls the vectors: loss = commitment_weight * |x - sg(c)|^2 + codebook_weight * |sg(x) - c|^2.
+        the distance as it pulls the vectors: commitment_weight * |x - sg(c)|^2 + codebook_weight * |sg(x) - c|^2.
         None: commitment_weight pulls both.
     orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of the codes' non-orthogonality.
     codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the entropy of the mean soft assignment.

@@ -128,7 +128,7 @@ def test_same_training_steps(name, kind):
         call = {**call, "mask": mask}
     peer = build(peers.ResidualVQ, options)
     fast = counterpart(kind, peer, options)
-    assert all(type(layer) is FastVQ for layer in fast.layers)
+    assert isinstance(fast, FastResidualVQ) and all(isinstance(layer, FastVQ) for layer in fast.layers)
     # codes of later levels depend on the token there: the stored codes say nothing about ties
     nearest = not options.get("implicit_neural_codebook")
     steps = STEPS if nearest else 10
