@@ -16,7 +16,7 @@ from metarec_fast.evaluation import FittedMixture, Metrics, best_items
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.models.spectral import moments, turned
 from metarec_fast.train.trainer import Interrupted
-from tests.tiny import DOMAINS, config
+from tests.tiny import DOMAINS, config, shop
 
 FILES = ("metarec.json", "model.safetensors", "domain/domain.json", "domain/items.npy")
 SOURCES, TARGET = DOMAINS.sources, DOMAINS.target
@@ -140,14 +140,6 @@ def test_seen_items_are_left_out_on_request(fitted):
         assert len(items) == TARGET.num_items - len(seen)
     for items in items_of(fitted.recommend(users, k=TARGET.num_items, exclude_seen=False)):
         assert sorted(items) == sorted(TARGET.items)
-
-
-def shop(bought=20, known=60):
-    """A target whose training events hold ``bought`` items; the others are known from held-out events alone."""
-    rng = np.random.default_rng(0)
-    rows = [[*rng.integers(bought, size=6), *rng.integers(known, size=2)] for _ in range(50)]
-    events = Sequences(np.arange(0, 401, 8), np.concatenate(rows).astype(np.int32), known)
-    return Domain("shop", events, Vocabulary(f"u{u}" for u in range(50)), Vocabulary(f"i{i}" for i in range(known)))
 
 
 @pytest.mark.parametrize("evidence", ["learned", "transitions", "none"])

@@ -15,7 +15,7 @@ from metarec_fast.api import MetaRec
 from metarec_fast.cli import COMMANDS, main
 from metarec_fast.config import Config
 from metarec_fast.data import Vocabulary, load_domain, read
-from tests.tiny import DOMAINS, config
+from tests.tiny import DOMAINS, config, shop
 
 TINY = [
     "--model.dim=8",
@@ -203,6 +203,24 @@ def test_recommend_as_json(model, capsys):
     answers = json.loads(capsys.readouterr().out)
     want = MetaRec.from_pretrained(model).recommend([500, 503], k=3)
     assert answers == {"500": [list(p) for p in want[0]], "503": [list(p) for p in want[1]]}
+
+
+def test_items_that_nobody_trained_on_are_ranked_and_recommended_on_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    model = MetaRec.fit([], shop(), config=config(train={"method": "target_only"}))
+    model.save_pretrained(tmp_path / "model")
+    for option, count in (([], 20), (["--catalogue=all"], 60)):
+        asked = ["recommend", str(tmp_path / "model"), "--users=u3", "--k=60", "--include-seen", "--json"]
+        assert main([*asked, *option]) == 0
+        assert len(json.loads(capsys.readouterr().out)["u3"]) == count
+    found, everywhere = model.evaluate(), model.evaluate(catalogue="all")
+    assert main(["evaluate", str(tmp_path / "model")]) == 0
+    shown = capsys.readouterr().out
+    assert "NDCG@10, all items" in shown and f"{found.ndcg[10]:.4f}" in shown and f"{everywhere.ndcg[10]:.4f}" in shown
+    assert f"{found.outside} targets outside the catalogue count as misses" in " ".join(shown.split())
+    assert main(["evaluate", str(tmp_path / "model"), "--catalogue=all"]) == 0
+    shown = capsys.readouterr().out
+    assert "all 60 items ranked" in shown and "NDCG@10, all items" not in shown
 
 
 def test_recommend_for_a_history_as_a_table(model, capsys, monkeypatch):
