@@ -702,12 +702,18 @@ def doctor(command: Doctor) -> int:
     import numpy
     import torch
 
-    from metarec_fast.ops import backend_info
-
-    info = backend_info()
     table = Table("part", "state", "why")
     table.add_row("metarec_fast", __version__, f"python {platform.python_version()}, numpy {numpy.__version__}")
     table.add_row("torch", torch.__version__, f"{torch.get_num_threads()} threads")
+    try:
+        from metarec_fast.ops import backend_info
+
+        info = backend_info()
+    except (ValueError, ImportError) as error:
+        table.add_row("C++ operators", "not usable", escape(str(error)))
+        Console().print(table)
+        print(f"metarec-fast: {error}", file=sys.stderr)
+        return 1
     cpu, gpu = info["cpu"], info["gpu"]
     table.add_row("C++ operators", cpu["isa"], f"{cpu['why']}; supported {', '.join(cpu['supported_isas'])}")
     table.add_row("threads of C++", str(cpu["threads"]), "torch's OpenMP runtime")
@@ -718,7 +724,7 @@ def doctor(command: Doctor) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 1 if doctor finds a fault, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"metarec-fast {__version__}")
@@ -743,7 +749,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "doctor": doctor,
         }
         return run[arguments[0]](parse(arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"metarec-fast: {error}", file=sys.stderr)
         return 2
 

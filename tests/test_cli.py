@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -454,6 +455,20 @@ def test_doctor(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert _C.active_isa() in shown and "GPU" in shown and "Triton" in shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "first", "expected"),
+    [
+        ({"METAREC_FAST_ISA": "sse9"}, "", "METAREC_FAST_ISA must be one of {"),
+        ({}, "sys.modules['metarec_fast._C'] = None", "C++ extension of metarec_fast cannot be loaded: expected"),
+    ],
+)
+def test_doctor_says_what_is_wrong(environment, first, expected):
+    code = f"import sys; {first}\nfrom metarec_fast.cli import main; sys.exit(main(['doctor']))"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 1 and expected in run.stderr and "Traceback" not in run.stderr
+    assert "not usable" in run.stdout and "torch" in run.stdout
 
 
 def test_version(capsys):

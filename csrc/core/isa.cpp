@@ -55,8 +55,8 @@ Isa choose() {
         if (forced != nullptr && std::string(forced) == isa_name(isa)) return isa;
         usable += usable.empty() ? isa_name(isa) : std::string(", ") + isa_name(isa);
     }
-    throw std::runtime_error("METAREC_FAST_ISA must be one of {" + usable + "} on this processor, got '" +
-                             std::string(forced == nullptr ? "" : forced) + "'");
+    throw std::invalid_argument("METAREC_FAST_ISA must be one of {" + usable + "} on this processor, got '" +
+                                std::string(forced == nullptr ? "" : forced) + "'");
 }
 
 }  // namespace

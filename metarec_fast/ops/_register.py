@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from metarec_fast import _C
+try:
+    from metarec_fast import _C
+except ImportError as error:
+    built = sorted(path.name for path in Path(__file__).parents[1].glob("_C.*"))
+    raise ImportError(
+        f"the C++ extension of metarec_fast cannot be loaded: expected metarec_fast/_C{EXTENSION_SUFFIXES[0]}, found "
+        f"{', '.join(built) or 'none'} ({error}); install the package again with this Python"
+    ) from error
 
 NAMESPACE = "metarec_fast"
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -105,7 +114,10 @@ def check_tensor(
 
 
 def backend_info() -> dict[str, Any]:
-    """What runs the operators here, and why: extension, instruction set, threads, GPU, Triton."""
+    """What runs the operators here, and why: extension, instruction set, threads, GPU, Triton.
+
+    Raises ValueError if METAREC_FAST_ISA names no instruction set of this processor.
+    """
     forced = os.environ.get("METAREC_FAST_ISA")
     cuda = torch.cuda.is_available()
     return {
