@@ -201,8 +201,8 @@ def converted_residual(residual: nn.Module, layers: list[FastVQ]) -> FastResidua
     fast.codebook_sizes, fast.uniform_codebook_size = sizes, len(set(sizes)) == 1
     fast.diveq, fast.shared_codebook = getattr(residual, "diveq", False), shared
     fast.layers = residual.layers
-    device = first._codebook.embed.device
-    fast.beam_score_weights = fast.beam_score_weights.to(device) if weights is None else weights
+    weights = [1.0] * len(sizes) if weights is None or weights.is_meta else weights.tolist()
+    fast._beam_score_weights = tuple(map(float, weights))
     if projects:
         fast.project_in, fast.project_out = residual.project_in, residual.project_out
     fast.implicit_neural_codebook = mlps is not None
