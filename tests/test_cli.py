@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from metarec_fast import cli
 from metarec_fast.api import MetaRec
 from metarec_fast.cli import COMMANDS, main
 from metarec_fast.config import Config
-from metarec_fast.data import Vocabulary, load_domain, read
+from metarec_fast.data import DataWarning, Vocabulary, load_domain, read
 from tests.tiny import DOMAINS, config, shop
 
 TINY = [
@@ -286,6 +288,38 @@ def test_import_tells_what_it_left_out(tmp_path, capsys):
     assert "shop: 1 users" in shown and "3 rows, 2 rejected" in shown and "d.csv:4: time 'soon'" in shown
     assert main(command) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def mangled(folder, to):
+    """The two domains of a folder with a bad row and a repeated one in the target, and times of an unusual name."""
+    lines = (folder / "shop.csv").read_text().splitlines()
+    (to / "shop.csv").write_text("\n".join([*lines, "777,,5", lines[1], "778,9001,soon"]))
+    (to / "books.csv").write_text((folder / "books.csv").read_text().replace("timestamp", "my_clock_time"))
+    return len(lines) + 1
+
+
+@pytest.mark.parametrize("command", ["train", "adapt", "audit-transfer", "study"])
+def test_what_is_skipped_and_ignored_is_told(folder, study_file, tmp_path, capsys, monkeypatch, recwarn, command):
+    bad = mangled(folder, tmp_path)
+    options = [f"--folder={tmp_path}", "--on-error=skip", f"--out={tmp_path / 'out'}"]
+    if command in ("train", "adapt"):
+        start = ["adapt", "model"] if command == "adapt" else ["train"]
+        parsed = cli.parse([*start, "--target=shop", *options])
+        for name in ("shop", "books"):
+            cli.load_named(name, parsed)
+    elif command == "audit-transfer":
+        nothing = SimpleNamespace(complete=False)
+        monkeypatch.setattr(cli, "run_study", lambda *given: (0, nothing))
+        assert main(["audit-transfer", "--target=shop", "--source=books", *options]) == 0
+    else:
+        assert main(["study", str(study_file), "--fractions", "0.5", "--arms", "popularity", *options]) == 0
+    shown = capsys.readouterr().out
+    target, source = tmp_path / "shop.csv", tmp_path / "books.csv"
+    assert f"2 of {bad + 1:,} rows skipped" in shown and f"{target}: {bad + 1:,} rows, 2 rejected, 1 duplicates" in shown
+    assert f"{target}:{bad}: missing item" in shown and f"{target}:{bad + 2}: time 'soon' is neither" in shown
+    assert "ordered by column 'timestamp'" in shown and "in the order of rows: no time column" in shown
+    assert f"{source}: events stay in the order of rows" in shown and "'my_clock_time' looks like times" in shown
+    assert not [w for w in recwarn if issubclass(w.category, DataWarning)]  # said once
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,23 @@ class Delimited:
         data = piece.data if piece.data.endswith(b"\n") else piece.data.removesuffix(b"\r")
         headed = self._header is None
         if headed:
-            self._read_header(data[: data.find(b"\n")] if b"\n" in data else data)
+            self._read_header(data[: self._header_end(data)])
         table = self._regular(data, piece.line, headed)
         if table is None:
             table = self._any(data, piece.line, headed)
         table.read, table.columns = piece.read, self._columns
         return table
+
+    def _header_end(self, data: bytes) -> int:
+        """Where the first line break outside quotes is; the first of all where quotes tell none."""
+        first = end = data.find(b"\n")
+        begin, inside = 0, False
+        while end >= 0:
+            inside ^= bool(data.count(b'"', begin, end) % 2)
+            if not inside or not self._quoted or self._by_line:
+                return end
+            begin, end = end, data.find(b"\n", end + 1)
+        return first if first >= 0 else len(data)
 
     def _read_header(self, line: bytes) -> None:
         if self._separator is None:
