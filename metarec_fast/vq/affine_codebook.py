@@ -47,6 +47,7 @@ class AffineCodebook(Codebook):
         return True
 
     def codes_for(self, rows: Tensor, keep: Tensor | None) -> Tensor:
+        self._before_moving()
         averages = self._follow_codes() | self._follow_batch(rows.detach().float(), keep)
         return self._carry(super().codes_for(rows, keep), **averages)
 

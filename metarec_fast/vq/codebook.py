@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from metarec_fast.ops import vq_ema_update_
@@ -15,6 +16,7 @@ from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.vq.health import Health
 from metarec_fast.vq.kmeans import start_by_kmeans_, statistics, traced_start_by_kmeans_
 from metarec_fast.vq.projection import project
+from metarec_fast.vq.recomputation import before_moving
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
 
 COSINE_EPS = 1e-6
@@ -23,15 +25,25 @@ _HELD_BELOW = 100  # times eps: the cluster size below which the smoothing would
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
 
+_SEEN_BY_THE_HOST = ("_seen_initialised", "_was_initialised", "_ranks_agreed")
+
+
 class Codebook(nn.Module):
     """H codebooks of K codes of width D, with the names that a VectorQuantize checkpoint has.
 
     embed: [H, K, D], a buffer, or a Parameter if ``as_parameter``. embed_avg: [H, K, D] and cluster_size: [H, K],
-    moving averages of the sum and number of rows per code. initted: bool, False until k-means has run.
-    All stay float32 whatever the module is cast to: an average with 8 bits of mantissa stops moving.
+    moving averages of the sum and number of rows per code. initted: bool, False until k-means has run; it decides
+    alone, whatever wrote it. Only a compiled program, which cannot look, goes by what was seen when it was compiled:
+    it looks at every call until it has seen True.
+    All stay float32 whatever the module is made under, cast to or loaded from: an average with 8 bits of mantissa
+    stops moving.
     holds_unused: leave a code where it is once it has been out of use so long that the smoothing by ``eps`` would
     draw it to the origin. bridge: a module from codes to the codes that rows are compared with.
     """
+
+    _seen_initialised: tuple[Tensor, int, int] | None = None  # `initted`, its version and place when it was True
+    _was_initialised: bool = False  # when last looked at, for programs that cannot look
+    _ranks_agreed: bool = False
 
     def __init__(
         self,
@@ -75,7 +87,8 @@ class Codebook(nn.Module):
             self.register_buffer("embed", embed)
         self.vq_bridge = bridge
         self.health = Health(num_codebooks, codebook_size)
-        self.needs_kmeans = kmeans_init  # `initted` for the host: no forward reads the device to learn it
+        self.kmeans_init = kmeans_init
+        self._was_initialised = not kmeans_init
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Rows as they are compared with the codes: of length 1 for cosine similarity, else as they are."""
@@ -126,13 +139,16 @@ class Codebook(nn.Module):
         lookup: what finding ``indices`` told by the way, for ``health``.
         """
         _check_not_batched(rows)
-        if lookup is not None:
-            self.health.record_lookup(lookup, indices.numel())
         ema_update = self.ema_update if ema_update is None else ema_update
+        moves = ema_update or self.has_dead_code_replacement
+        if moves:
+            self._before_moving()
+        if lookup is not None:
+            self.health.record_lookup(lookup, indices.numel(), moves=moves)
         if keep is not None:
             indices = indices.masked_fill(~keep, -1)
-        if not ema_update and not self.has_dead_code_replacement:
-            self.health.record(_counts(indices, self.codebook_size), self.dead_codes())
+        if not moves:
+            self.health.record(_counts(indices, self.codebook_size), self.dead_codes(), moves=False)
             return
         counts, sums = statistics(self.rows_to_average(rows), indices, self.codebook_size, sync=self._syncs)
         if callable(weight):
@@ -142,7 +158,7 @@ class Codebook(nn.Module):
         if accumulate:
             _add_to_grad(self.cluster_size, counts)
             _add_to_grad(self.embed_avg, sums)
-            self.health.record(counts, self.dead_codes())
+            self.health.record(counts, self.dead_codes(), moves=True)
             return
         counts, sums = _take_grad(self.cluster_size, counts), _take_grad(self.embed_avg, sums)
         if self.holds_unused:
@@ -160,7 +176,7 @@ class Codebook(nn.Module):
             weight=weight,
             normalize=self.use_cosine_sim,
         )
-        self.health.record(counts, self.dead_codes())
+        self.health.record(counts, self.dead_codes(), moves=True)
         self._replace_dead_codes(rows, keep)
 
     def dead_codes(self) -> Tensor:
@@ -170,6 +186,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update_ema(self) -> None:
         """Set the codes to the averages: each sum over its count, counts smoothed by ``eps``."""
+        self._before_moving()
         total = self.cluster_size.sum(-1, keepdim=True)
         smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
         self.embed.copy_(self.transform_input(self.embed_avg / smoothed.unsqueeze(-1)))
@@ -185,6 +202,7 @@ class Codebook(nn.Module):
     def _replace_dead_codes(self, rows: Tensor, keep: Tensor | None) -> None:
         if not self.training or not self.has_dead_code_replacement:
             return
+        self._before_moving()
         dead = self.cluster_size < self.threshold_ema_dead_code
         if dead.device.type == "cpu" and not self._syncs and not torch.compiler.is_compiling() and not dead.any():
             return  # on a CPU the question is free; elsewhere it would stall the device, and an empty draw is cheap
@@ -194,16 +212,64 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(torch.where(replaced, drawn * self.threshold_ema_dead_code, self.embed_avg))
         self.cluster_size.masked_fill_(replaced.squeeze(-1), self.threshold_ema_dead_code)
 
+    @property
+    def needs_kmeans(self) -> bool:
+        """Whether k-means has yet to start the codes: what ``initted`` says."""
+        return not self._is_initialised()
+
+    def start(self, rows: Tensor, keep: Tensor | None) -> None:
+        """Before a lookup of ``rows`` [H, N, D]: see that there are codes, by k-means if ``initted`` is False.
+
+        keep: bool [N], rows that count. With several ranks the first training call also makes them agree.
+        """
+        if torch.compiler.is_compiling():
+            if not self._was_initialised or self._ranks_have_to_agree:
+                self.init_kmeans_(rows, keep)
+            return
+        self._keep_float32()
+        initialised = self._is_initialised()
+        if initialised != self._was_initialised:
+            self._was_initialised = initialised
+        if not initialised or self._ranks_have_to_agree:
+            self.init_kmeans_(rows, keep)
+
+    @property
+    def _ranks_have_to_agree(self) -> bool:
+        # What ranks know alike decides, not `initted`. In eval a rank may be on its own, so nobody waits for others.
+        return self.kmeans_init and not self._ranks_agreed and self.training and self.sync_kmeans and self._syncs
+
+    def _is_initialised(self) -> bool:
+        """What ``initted`` says; off the CPU read once, and again only after something wrote it."""
+        initted, seen = self.initted, self._seen_initialised
+        while torch._C._functorch.is_functorch_wrapped_tensor(initted):
+            initted = torch._C._functorch.get_unwrapped(initted)
+        if initted.is_meta or isinstance(initted, FakeTensor):
+            return self._was_initialised  # there is no value
+        if self._was_initialised and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            return True
+        stalls = initted.device.type != "cpu" and not initted.is_inference()
+        if stalls and seen is not None and seen[0] is initted and seen[1:] == (initted._version, initted.data_ptr()):
+            return True
+        initialised = bool(initted.all())
+        if stalls:
+            self._seen_initialised = (initted, initted._version, initted.data_ptr()) if initialised else None
+        return initialised
+
     @torch.no_grad()
     def init_kmeans_(self, rows: Tensor, keep: Tensor | None = None) -> None:
-        """Start the codes at the k-means centres of ``rows`` [H, N, D]; waits for a batch that has valid rows."""
+        """Start the codes at the k-means centres of ``rows`` [H, N, D], unless ``initted``.
+
+        Waits for a batch that has valid rows. Where some ranks have codes already, they give them to the others.
+        """
         if leaves_python():
             raise RuntimeError(
                 "a codebook that k-means has not started yet cannot be traced or exported; "
                 "train the model, load its weights, or call it once on data first"
             )
-        state = (self.embed.detach(), self.embed_avg, self.cluster_size)
-        rows, valid = rows.float(), self.valid_rows(rows, keep)
+        _check_not_batched(rows)
+        self._before_moving()
+        state = (self.embed.detach(), self.embed_avg, self.cluster_size, self.initted)
+        rows, valid = rows.detach().float(), self.valid_rows(rows, keep)
         sync = self._syncs and self.sync_kmeans
         if torch.compiler.is_compiling():
             traced_start_by_kmeans_(*state, rows, valid, self.kmeans_iters, self.eps, self.use_cosine_sim, sync)
@@ -211,8 +277,8 @@ class Codebook(nn.Module):
             *state, rows, valid, iterations=self.kmeans_iters, eps=self.eps, cosine=self.use_cosine_sim, sync=sync
         ):
             return
-        self.initted.fill_(True)
-        self.needs_kmeans = False
+        self._was_initialised = True
+        self._ranks_agreed = self._ranks_agreed or sync
 
     @torch.no_grad()
     def average_grads(self) -> None:
@@ -229,6 +295,17 @@ class Codebook(nn.Module):
         finite = rows.sum(-1).isfinite()
         return finite if keep is None else finite & keep
 
+    def _before_moving(self) -> None:
+        if not torch.compiler.is_compiling():
+            before_moving(self)
+
+    def notes(self) -> dict[str, Any]:
+        """What the host has seen of the tensors and of other ranks."""
+        return {name: getattr(self, name) for name in _SEEN_BY_THE_HOST}
+
+    def set_notes(self, notes: dict[str, Any]) -> None:
+        self.__dict__.update(notes)
+
     @property
     def _syncs(self) -> bool:
         return self.sync is not False and world_size() > 1
@@ -238,24 +315,34 @@ class Codebook(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        return super()._apply(keep_float32, recurse)
+        super()._apply(keep_float32, recurse)
+        self._was_initialised = self._is_initialised()
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        embed = self._parameters.get("embed")
+        if embed is not None and embed.dtype != torch.float32:
+            # not in place: the tensor may be the caller's own
+            self.embed = nn.Parameter(embed.detach().float(), requires_grad=embed.requires_grad)
         self._keep_float32()
-        if not self.initted.is_meta:
-            self.needs_kmeans = not bool(self.initted)
+        self._was_initialised = self._is_initialised()
 
     def _keep_float32(self) -> None:
-        """Make float32 what a load has assigned in another precision, and bring to it what no checkpoint holds."""
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+        """Make float32 the buffers that something set in another precision, and bring to them what no load holds."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype != torch.float32 and buffer.is_floating_point():
                 setattr(self, name, buffer.float())
-        if self._parameters.get("embed") is not None and self.embed.dtype != torch.float32:
-            # not in place: the tensor may be the caller's own
-            self.embed = nn.Parameter(self.embed.detach().float(), requires_grad=self.embed.requires_grad)
         if self.health.counts.device != self.embed.device:
             self.health.reset(self.embed.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what the host has seen of this module's tensors and ranks holds for no other
+        return {name: value for name, value in self.__dict__.items() if name not in _SEEN_BY_THE_HOST}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._was_initialised = self._is_initialised()
 
 
 def _counts(indices: Tensor, codebook_size: int) -> Tensor:

@@ -20,6 +20,7 @@ from metarec_fast.vq.health import CodebookHealth
 from metarec_fast.vq.layout import Layout, and_finite, as_indices
 from metarec_fast.vq.orthogonality import orthogonality_loss
 from metarec_fast.vq.projection import project
+from metarec_fast.vq.recomputation import repeatable
 
 
 class LossBreakdown(NamedTuple):
@@ -237,6 +238,7 @@ class FastVQ(nn.Module):
         """Whether someone else's optimizer moves codes off the unit sphere, where VectorQuantize compares products."""
         return self.use_cosine_sim and self.has_codebook_orthogonal_loss
 
+    @repeatable
     def forward(
         self,
         x: Tensor,
@@ -291,8 +293,7 @@ class FastVQ(nn.Module):
             kept = tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0)
             rows = self._rows(kept)
             keep = None if mask is None else self._layout.row_mask(mask)
-            if self._codebook.needs_kmeans:
-                self._codebook.init_kmeans_(rows.detach(), keep)
+            self._codebook.start(rows.detach(), keep)
             if asked or not self._runs_fused(masked=mask is not None, routed=routed, moves=update is not None):
                 call = Call(
                     update=update,
@@ -416,6 +417,7 @@ class FastVQ(nn.Module):
         """Let ``in_place_codebook_optimizer`` take its step, by gradients that are the mean over synced ranks."""
         if self.in_place_codebook_optimizer is None:
             return
+        _follow_parameters(self.in_place_codebook_optimizer, list(self._codebook.parameters()))
         self._codebook.average_grads()
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()
@@ -502,3 +504,21 @@ class FastVQ(nn.Module):
             loss = loss + pull.to(dtype) * self.codebook_weight
         loss = loss + diversity * self.codebook_diversity_loss_weight + orthogonality * self.orthogonal_reg_weight
         return loss, LossBreakdown(commitment, diversity, orthogonality, in_place)
+
+
+def _follow_parameters(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Let ``optimizer`` go on with ``parameters`` where a load has put other tensors in the place of those it holds."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(any(p is now for now in parameters) for p in held):
+        return
+    if len(held) != len(parameters):
+        raise RuntimeError(
+            f"in_place_codebook_optimizer holds {len(held)} parameters, not all of them the codebook's own, and the "
+            f"codebook has {len(parameters)}: make the optimizer again"
+        )
+    now = dict(zip(map(id, held), parameters, strict=True))
+    for group in optimizer.param_groups:
+        group["params"] = [now[id(p)] for p in group["params"]]
+    for p in held:
+        if p in optimizer.state and now[id(p)] is not p:
+            optimizer.state[now[id(p)]] = optimizer.state.pop(p)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metarec_fast.ops._register import define
 from metarec_fast.ops.vq_commit import Health as LookupHealth
+from metarec_fast.vq.recomputation import check_may_move, check_not_compiled_in_checkpoint
 
 
 class CodebookHealth(NamedTuple):
@@ -29,17 +30,24 @@ class CodebookHealth(NamedTuple):
     recheck_rate: float
 
 
-def _run(first: Tensor, second: Tensor, new_first: Tensor, new_second: Tensor) -> None:
+def _run(first: Tensor, second: Tensor, new_first: Tensor, new_second: Tensor, moves: bool) -> None:
+    if moves:
+        check_may_move()  # here too, as compiled code passes nowhere else
     first.copy_(new_first)
     second.copy_(new_second)
 
 
+def _fake(first: Tensor, second: Tensor, new_first: Tensor, new_second: Tensor, moves: bool) -> None:
+    if moves:
+        check_not_compiled_in_checkpoint()
+
+
 # an operator: transforms of torch.func let it write to buffers, as they do for the averages
 _record_ = define(
-    "vq_record_health_(Tensor(a!) first, Tensor(b!) second, Tensor new_first, Tensor new_second) -> ()",
+    "vq_record_health_(Tensor(a!) first, Tensor(b!) second, Tensor new_first, Tensor new_second, bool moves) -> ()",
     cpu=_run,
     cuda=_run,
-    fake=lambda *args: None,
+    fake=_fake,
 )
 
 
@@ -74,13 +82,13 @@ class Health(nn.Module):
             self.reset()  # to_empty leaves what memory held
         return self
 
-    def record(self, counts: Tensor, dead: Tensor) -> None:
-        """Take in the statistics of one pass."""
-        _record_(self.counts, self.dead, counts, dead)
+    def record(self, counts: Tensor, dead: Tensor, *, moves: bool) -> None:
+        """Take in the statistics of one pass. moves: which moves the codes."""
+        _record_(self.counts, self.dead, counts, dead, moves)
 
-    def record_lookup(self, lookup: LookupHealth, rows: int) -> None:
-        """Take in what the lookup of ``rows`` rows, over all codebooks, told by the way."""
-        _record_(self.margin, self.recheck_rate, lookup.margin, lookup.rechecked / max(1, rows))
+    def record_lookup(self, lookup: LookupHealth, rows: int, *, moves: bool) -> None:
+        """Take in what the lookup of ``rows`` rows, over all codebooks, told by the way. moves: the codes move next."""
+        _record_(self.margin, self.recheck_rate, lookup.margin, lookup.rechecked / max(1, rows), moves)
 
     @property
     def usage(self) -> Tensor:

@@ -6,17 +6,19 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional as F
 
 from metarec_fast.ops import nearest_codeword, vq_ema_update_, vq_statistics
 from metarec_fast.ops._register import define
-from metarec_fast.vq.sampling import draw_rows, sum_over_ranks
+from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
 
 
 def start_by_kmeans_(
     embed: Tensor,
     embed_avg: Tensor,
     cluster_size: Tensor,
+    initted: Tensor,
     rows: Tensor,
     valid: Tensor,
     *,
@@ -25,13 +27,19 @@ def start_by_kmeans_(
     cosine: bool,
     sync: bool,
 ) -> bool:
-    """Set codes and averages to the centres that Lloyd's algorithm finds from random rows.
+    """Set codes and averages to the centres that Lloyd's algorithm finds from random rows, unless ``initted``.
 
-    embed, embed_avg: [H, K, D], and cluster_size: [H, K], written in place. rows: [H, N, D]. valid: bool [H, N].
-    sync: over the rows of all ranks. Waits for the device. Returns False, and does nothing, if a codebook has no row.
+    embed, embed_avg: [H, K, D], cluster_size: [H, K], and initted: bool [], written in place. rows: [H, N, D].
+    valid: bool [H, N]. sync: over the rows of all ranks; if some of them are initialised, the first of these gives its
+    codes to those that are not, with a warning there. Waits for the device.
+    Returns whether the codes are there now: False, with nothing done, if a codebook has no row.
     """
     K = embed.shape[1]
-    num_rows = int(sum_over_ranks(valid.sum(-1).amin(), sync=sync))
+    num_rows, giver = _ranks_agree(initted, valid, sync=sync)
+    if giver is not None:
+        _take_codes_(embed, embed_avg, cluster_size, initted, giver=giver)
+    if bool(initted):
+        return True
     if num_rows == 0:
         return False
     if num_rows < K:
@@ -48,7 +56,39 @@ def start_by_kmeans_(
     # decay 0: the averages become these statistics, and the codes follow from them as in any step
     sums = means * counts.unsqueeze(-1)
     vq_ema_update_(cluster_size, embed_avg, embed, counts, sums, decay=0.0, eps=eps, normalize=cosine)
+    initted.fill_(True)
     return True
+
+
+def _ranks_agree(initted: Tensor, valid: Tensor, *, sync: bool) -> tuple[int, int | None]:
+    """Rows to start from, over all ranks, and the rank to take codes from if ranks disagree about having some.
+
+    One reduction, so that no rank goes on to k-means while another goes on to a step.
+    """
+    num_rows = valid.sum(-1).amin()
+    if not sync or world_size() == 1:
+        return int(num_rows), None
+    told = torch.zeros(1 + world_size(), dtype=torch.float64, device=valid.device)
+    told[0], told[1 + dist.get_rank()] = num_rows, initted
+    total, *ready = sum_over_ranks(told, sync=True).tolist()
+    return int(total), ready.index(1) if 0 < sum(ready) < len(ready) else None
+
+
+def _take_codes_(embed: Tensor, embed_avg: Tensor, cluster_size: Tensor, initted: Tensor, *, giver: int) -> None:
+    """Copy the codes of rank ``giver`` on ranks that are not initialised."""
+    state = torch.cat((embed, embed_avg, cluster_size.unsqueeze(-1)), -1)
+    state = sum_over_ranks(state if dist.get_rank() == giver else torch.zeros_like(state), sync=True)
+    if bool(initted):
+        return
+    warnings.warn(
+        f"rank {dist.get_rank()} has no codes yet, as its `initted` says, and rank {giver} has: they are taken from "
+        "there; load the same state on every rank",
+        stacklevel=5,
+    )
+    D = embed.shape[-1]
+    for tensor, given in zip((embed, embed_avg, cluster_size), state.split((D, D, 1), -1), strict=True):
+        tensor.copy_(given.view_as(tensor))
+    initted.fill_(True)
 
 
 def statistics(rows: Tensor, indices: Tensor, codebook_size: int, *, sync: bool) -> tuple[Tensor, Tensor]:
@@ -64,6 +104,7 @@ def _run(
     embed: Tensor,
     embed_avg: Tensor,
     cluster_size: Tensor,
+    initted: Tensor,
     rows: Tensor,
     valid: Tensor,
     iterations: int,
@@ -72,15 +113,15 @@ def _run(
     sync: bool,
 ) -> None:
     if not start_by_kmeans_(
-        embed, embed_avg, cluster_size, rows, valid, iterations=iterations, eps=eps, cosine=cosine, sync=sync
+        embed, embed_avg, cluster_size, initted, rows, valid, iterations=iterations, eps=eps, cosine=cosine, sync=sync
     ):
         raise RuntimeError("under torch.compile the first batch must have a finite row that is kept, got none")
 
 
 # For a trace, which cannot wait for a first batch that has rows.
 traced_start_by_kmeans_ = define(
-    "vq_start_by_kmeans_(Tensor(a!) embed, Tensor(b!) embed_avg, Tensor(c!) cluster_size, Tensor rows, Tensor valid, "
-    "int iterations, float eps, bool cosine, bool sync) -> ()",
+    "vq_start_by_kmeans_(Tensor(a!) embed, Tensor(b!) embed_avg, Tensor(c!) cluster_size, Tensor(d!) initted, "
+    "Tensor rows, Tensor valid, int iterations, float eps, bool cosine, bool sync) -> ()",
     cpu=_run,
     cuda=_run,
     fake=lambda *args: None,

@@ -64,8 +64,7 @@ def residual_chain(
             residual = residual - codes if total is None or keep_inputs else residual.sub_(codes)
             total = codes if total is None else total.add_(codes)
         compared = codebook.transform_input(residual)
-        if codebook.needs_kmeans:
-            codebook.init_kmeans_(compared, keep)
+        codebook.start(compared, keep)
         embed = codebook.embed.detach()
         if needs_grad:
             stays = level and codebook is codebooks[level - 1] and not codebook.has_dead_code_replacement

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from metarec_fast.ops._register import traced_transform
 from metarec_fast.ops.gradient_estimators import step_towards
@@ -21,8 +20,9 @@ from metarec_fast.vq.fast_vq import FastVQ
 from metarec_fast.vq.implicit_codebook import ImplicitCodebook
 from metarec_fast.vq.layout import Layout, and_finite, as_indices, check_is_tensor
 from metarec_fast.vq.projection import project
+from metarec_fast.vq.recomputation import repeatable
 from metarec_fast.vq.residual_chain import residual_chain
-from metarec_fast.vq.sampling import world_size
+from metarec_fast.vq.sampling import sum_over_ranks, world_size
 
 _DIVEQ_VARIANCE = 5e-3
 
@@ -168,6 +168,7 @@ class FastResidualVQ(nn.Module):
         codebooks = tuple(layer.codebook for layer in self.layers)
         return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
+    @repeatable
     def forward(
         self,
         x: Tensor,
@@ -430,6 +431,7 @@ class FastGroupedResidualVQ(nn.Module):
     def split_dim(self) -> int:
         return 1 if self.accept_image_fmap else -1
 
+    @repeatable
     def forward(
         self,
         x: Tensor,
@@ -497,8 +499,7 @@ def draw_dropout_seed(device: torch.device) -> int:
     """A seed from torch's generator of the CPU, the same on every rank; of ``device`` only where ranks must agree."""
     seed = torch.randint(0, 10_000, ())
     if world_size() > 1:
-        seed = seed.to(device)
-        dist.all_reduce(seed)
+        seed = sum_over_ranks(seed.to(device), sync=True)
     return int(seed)
 
 

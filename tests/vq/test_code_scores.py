@@ -185,13 +185,14 @@ def operator_calls():
         "vq_assignment_entropy": (positions, codes, weight, 2.0, False),
         "vq_assignment_entropy_grad": (positions, codes, weight, torch.randn(6), 2.0, True),
         "vq_soft_code_grad": (rows, codes, torch.randn_like(rows), 0.5, False),
-        "vq_record_health_": (*health, torch.rand(HEADS, CODES), torch.rand(HEADS, CODES) > 0.5),
+        "vq_record_health_": (*health, torch.rand(HEADS, CODES), torch.rand(HEADS, CODES) > 0.5, True),
         # their outcome is random
         "vq_sample_codes": (rows, codes, 2, 0.5, False),
         "vq_start_by_kmeans_": (
             codes,
             codes.clone(),
             torch.ones(HEADS, CODES),
+            torch.tensor(False),
             rows,
             torch.ones(HEADS, ROWS, dtype=torch.bool),
             *(3, 1e-5, False, False),

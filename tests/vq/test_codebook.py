@@ -1,11 +1,17 @@
 import copy
+import pickle
+import tempfile
 
 import pytest
+import safetensors.torch
 import torch
+from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from metarec_fast.ops import nearest_codeword
-from metarec_fast.vq import FastVQ
+from metarec_fast.vq import FastResidualVQ, FastVQ
 from metarec_fast.vq.orthogonality import orthogonality_loss
 from metarec_fast.vq.sampling import draw_rows
 
@@ -185,3 +191,130 @@ def test_orthogonality_loss_of_some_codes():
     limited = orthogonality_loss(codebook, max_codes=4)
     torch.manual_seed(3)
     torch.testing.assert_close(limited, orthogonality_loss(codebook[:, torch.randperm(9)[:4]]))
+
+
+# -- `initted` decides whether k-means runs, whatever wrote it
+
+
+def _by_averaging(trained, fresh):
+    averaged = AveragedModel(fresh)
+    averaged.update_parameters(trained)
+    return averaged.module
+
+
+def _by_copying(trained, fresh):
+    with torch.no_grad():
+        for mine, theirs in zip(fresh.state_dict().values(), trained.state_dict().values(), strict=True):
+            mine.copy_(theirs)
+    return fresh
+
+
+def _by_data(trained, fresh):
+    for mine, theirs in zip(fresh.state_dict().values(), trained.state_dict().values(), strict=True):
+        mine.data.copy_(theirs)
+    codebook = fresh._codebook if isinstance(fresh, FastVQ) else fresh.layers[0]._codebook
+    codebook.initted.data = torch.tensor(True)
+    return fresh
+
+
+def _by_setting_buffers(trained, fresh):
+    """As from_pretrained of other libraries does."""
+    for mine, theirs in zip(fresh.modules(), trained.modules(), strict=True):
+        for name, buffer in theirs._buffers.items():
+            if name not in mine._non_persistent_buffers_set:
+                mine._buffers[name] = buffer.clone()
+    return fresh
+
+
+def _by_distributed_checkpoint(trained, fresh):
+    with tempfile.TemporaryDirectory() as folder:
+        dcp.save(trained.state_dict(), checkpoint_id=folder, no_dist=True)
+        dcp.load(fresh.state_dict(), checkpoint_id=folder, no_dist=True)
+    return fresh
+
+
+def _by_safetensors(trained, fresh):
+    with tempfile.TemporaryDirectory() as folder:
+        safetensors.torch.save_model(trained, f"{folder}/model.safetensors")
+        safetensors.torch.load_model(fresh, f"{folder}/model.safetensors")
+    return fresh
+
+
+def _by_pickling(trained, fresh):
+    return pickle.loads(pickle.dumps(_by_copying(trained, fresh)))
+
+
+def _by_to_empty(trained, fresh):
+    return _by_copying(trained, fresh.to("meta").to_empty(device="cpu"))
+
+
+WAYS = [
+    _by_averaging,
+    _by_copying,
+    _by_data,
+    _by_setting_buffers,
+    _by_distributed_checkpoint,
+    _by_safetensors,
+    _by_pickling,
+    _by_to_empty,
+    lambda trained, fresh: copy.deepcopy(_by_copying(trained, fresh)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_codes_that_came_by_any_way_are_not_started_again(way, residual):
+    def build():
+        if residual:
+            return FastResidualVQ(dim=8, codebook_size=16, num_quantizers=2, kmeans_init=True)
+        return FastVQ(8, 16, kmeans_init=True)
+
+    trained = build()
+    trained(torch.randn(4, 64, 8))
+    module = way(trained, build()).eval()
+    x = torch.randn(2, 50, 8) * 50
+    torch.testing.assert_close(module(x), trained.eval()(x), rtol=0, atol=0)
+    torch.testing.assert_close(dict(module.state_dict()), dict(trained.state_dict()), rtol=0, atol=0)
+    # and the other way: what says that it has no codes gets some
+    codebook = (module.layers[0] if residual else module)._codebook
+    codebook.initted.copy_(torch.tensor(False))
+    module(x)
+    assert codebook.initted
+    assert not torch.equal(codebook.embed, (trained.layers[0] if residual else trained)._codebook.embed)
+
+
+def test_compiled_code_looks_at_initted_until_it_was_true():
+    trained, x = FastVQ(8, 16, kmeans_init=True), torch.randn(2, 50, 8)
+    trained(torch.randn(4, 64, 8))
+    torch._dynamo.reset()
+    module = _by_copying(trained, FastVQ(8, 16, kmeans_init=True)).eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    trained.eval()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), trained(x), rtol=0, atol=0)
+    assert torch.equal(module.codebook, trained.codebook)
+
+
+def test_stacked_modules_under_vmap_keep_their_codes():
+    models = [FastVQ(4, 5).eval() for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(3, 1, 9, 4)
+    results = torch.vmap(lambda p, b, x: torch.func.functional_call(models[0], (p, b), (x,))[0])(parameters, buffers, x)
+    torch.testing.assert_close(results, torch.stack([m(part)[0] for m, part in zip(models, x, strict=True)]))
+
+
+def test_the_in_place_optimizer_follows_the_codes_that_a_load_assigns():
+    options = {"learnable_codebook": True, "ema_update": False}
+    vq = FastVQ(8, 16, in_place_codebook_optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.5), **options)
+    x = torch.randn(2, 30, 8)
+    vq(x)
+    moved = copy.deepcopy(vq)
+    vq.load_state_dict({k: v.clone() for k, v in vq.state_dict().items()}, assign=True)
+    vq(x), moved(x)
+    torch.testing.assert_close(vq.codebook, moved.codebook, rtol=0, atol=0)
+    assert vq.in_place_codebook_optimizer.param_groups[0]["params"][0] is vq._codebook.embed
+    vq.in_place_codebook_optimizer.param_groups[0]["params"].append(torch.zeros(3, requires_grad=True))
+    vq._codebook.embed = nn.Parameter(vq._codebook.embed.detach().clone())
+    with pytest.raises(RuntimeError, match=r"in_place_codebook_optimizer holds 2 parameters, .* codebook has 1: make"):
+        vq(x)

@@ -25,6 +25,7 @@ CASES = {
     "dead_codes": {"threshold_ema_dead_code": 3.0},
     "residual_dead_codes": {"levels": 2, "threshold_ema_dead_code": 3.0, "shared_codebook": True},
     "kmeans": {"kmeans_init": True, "kmeans_iters": 5},
+    "kmeans_residual": {"kmeans_init": True, "kmeans_iters": 5, "levels": 2},
     "affine": {"affine_param": True, "sync_affine_param": True},
     "in_place_optimizer": {
         "in_place_codebook_optimizer": functools.partial(torch.optim.SGD, lr=0.5),
@@ -67,6 +68,15 @@ def kmeans_batch(which, world, rank):
     return rows.split(KMEANS_ROWS[which][world], 1)[rank]
 
 
+def trained(name):
+    module = build(name)
+    for layer in getattr(module, "layers", [module]):
+        codebook = layer._codebook
+        codebook.embed.copy_(torch.randn(1, K, 8, generator=torch.Generator().manual_seed(3)))
+        codebook.embed_avg.copy_(codebook.embed * 5), codebook.cluster_size.fill_(5), codebook.initted.fill_(True)
+    return module.state_dict()
+
+
 @contextlib.contextmanager
 def counted():
     """Counts the calls of every collective."""
@@ -89,7 +99,7 @@ def work(rank, world, folder):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=30)
     )
     torch.manual_seed(100 + rank)
-    states, calls, dropped = {}, {}, []
+    states, calls, dropped, told = {}, {}, [], {}
     for name, module in modules.items():
         calls[name] = []
         for x in batches(rank):
@@ -107,13 +117,28 @@ def work(rank, world, folder):
             module(kmeans_batch(which, world, rank), freeze_codebook=True)
         calls[f"start_{which}"] = len(count)
         states[f"start_{which}"] = module.state_dict()
+    # one rank alone has loaded a checkpoint: the last one, then the first
+    for giver in (world - 1, 0):
+        for name in ("kmeans", "kmeans_residual"):
+            module, key = build(name), f"mixed_{name}_{giver}"
+            if rank == giver:
+                module.load_state_dict(trained(name))
+            calls[key] = []
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for x in batches(rank)[:2]:
+                    with counted() as count:
+                        module(x)
+                    calls[key].append(len(count))
+            states[key] = module.state_dict()
+            told[key] = [str(warning.message) for warning in caught]
     rows = torch.arange(50.0).view(1, 50, 1) + 50 * rank
     valid = torch.rand(1, 50) < 0.15
     states["draw"] = (rows[valid], *draw_rows(rows, valid, torch.ones(1, 60, dtype=torch.bool), sync=True))
     unsynced = FastVQ(8, K, sync_codebook=False)
     unsynced(batches(rank)[0])
     states["unsynced"] = unsynced.state_dict()
-    torch.save({"states": states, "calls": calls, "dropped": dropped}, f"{folder}/{rank}.pt")
+    torch.save({"states": states, "calls": calls, "dropped": dropped, "told": told}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -155,6 +180,24 @@ def test_collectives_of_the_kmeans_step_and_after(ranks):
     for rank in ranks:
         assert rank["calls"]["kmeans"] == [KMEANS_COLLECTIVES + 1, 1, 1, 0]
         assert {rank["calls"][f"start_{which}"] for which in KMEANS_ROWS} == {KMEANS_COLLECTIVES}
+
+
+@pytest.mark.parametrize("name", ["kmeans", "kmeans_residual"])
+def test_a_rank_that_has_codes_gives_them_to_those_that_have_none(ranks, name):
+    """As where all had loaded them, and no rank waits for another or sums what another does not."""
+    levels = 2 if name == "kmeans_residual" else 1
+    alone = build(name)
+    alone.load_state_dict(trained(name))
+    for parts in zip(*([b[:2] for b in map(batches, range(len(ranks)))]), strict=True):
+        alone(torch.cat(parts, 1))
+    for giver in (len(ranks) - 1, 0):
+        for number, rank in enumerate(ranks):
+            torch.testing.assert_close(rank["states"][f"mixed_{name}_{giver}"], dict(alone.state_dict()))
+            # whether they agree, the codes, and the statistics; then the statistics alone
+            assert rank["calls"][f"mixed_{name}_{giver}"] == [3 * levels, levels]
+            messages = rank["told"][f"mixed_{name}_{giver}"]
+            assert len(messages) == (0 if number == giver else levels)
+            assert all(f"rank {number} has no codes yet" in m and f"rank {giver} has" in m for m in messages)
 
 
 @pytest.mark.parametrize("which", KMEANS_ROWS)
