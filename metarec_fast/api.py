@@ -100,7 +100,8 @@ class MetaRec:
         should_stop: asked before every step; if true the state is saved and ``Interrupted`` is raised.
         profiler: watches some steps of each stage and tells where their time goes; not of the target-only run beside.
         Raises ValueError for domains of one name, a domain without training events, a target without validation
-        cases, or no source where one is needed.
+        cases, or no source where one is needed; `NonFiniteTrainingError`, a ValueError, where training cannot go on
+        because its numbers are not finite (``train.left_out``).
         """
         config = config or Config()
         sources = [sources] if isinstance(sources, Domain) else list(sources)

@@ -117,10 +117,10 @@ class Metrics:
         history = "history masked" if self.history_masked else "history not masked"
         ranked = f"all {self.num_items:,} items ranked"
         if self.num_ranked is not None:
-            ranked = (
-                f"the {self.num_ranked:,} items of training events ranked (of {self.num_items:,} known), "
-                f"{self.outside:,} targets outside the catalogue count as misses"
-            )
+            outside = f"{self.outside:,} targets outside the catalogue count as misses"
+            if self.outside == 1:
+                outside = "1 target outside the catalogue counts as a miss"
+            ranked = f"the {self.num_ranked:,} items of training events ranked (of {self.num_items:,} known), {outside}"
         return f"{self.split}; {ranked}, {history}; {len(self):,} cases"
 
     def to_dict(self) -> dict[str, Any]:

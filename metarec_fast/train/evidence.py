@@ -23,7 +23,7 @@ from metarec_fast.evaluation import choice_catalogue
 from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step, similarity, source_weights
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer, Parameters
-from metarec_fast.train.left_out import LeftOut, reason
+from metarec_fast.train.left_out import LeftOut, NonFiniteTrainingError, reason
 from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_step, decayed_and_free
 
 ASKED = 4000  # users of a source, at most
@@ -134,7 +134,8 @@ class EvidenceTrainer:
     def run(self) -> EvidencePath:
         """Train to the end; the scorer of the least validation loss is left in place.
 
-        Raises Interrupted if ``should_stop`` says so: the stages are short, and start again.
+        Raises Interrupted if ``should_stop`` says so: the stages are short, and start again. Raises
+        NonFiniteTrainingError if IN_A_ROW steps one after the other, or all validation losses, are not finite.
         """
         e, method = self.config.evidence, self.config.train.method
         if self.sources:
@@ -151,6 +152,8 @@ class EvidenceTrainer:
             self._stage("finetune", steps, lr=e.lr if fresh else e.finetune_lr)
         if not self.found.losses:
             self._keep_if_better("start", 0)
+        if not math.isfinite(self.found.best):
+            raise NonFiniteTrainingError("no validation loss of the evidence scorer was finite: there is none to keep")
         self.scorer.load_state_dict(self.best)
         return EvidencePath(self.scorer.eval(), self.statistics)
 

@@ -401,7 +401,8 @@ class Trainer:
     def run(self) -> Progress:
         """Train to the end (or go on from a restored state) and leave the best model by validation in place.
 
-        Raises Interrupted after saving if ``should_stop`` says so.
+        Raises Interrupted after saving if ``should_stop`` says so, and NonFiniteTrainingError, which names what is not
+        finite, if the model cannot be validated or IN_A_ROW steps one after the other were left out.
         """
         try:
             self._run_stages()

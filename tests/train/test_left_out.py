@@ -44,7 +44,7 @@ def test_counts_by_stage_and_ends_when_there_are_too_many_in_a_row():
 def test_what_is_not_finite_is_named():
     bad = torch.zeros(4, 3)
     bad[1, 2] = bad[3, 0] = math.inf
-    sparse = torch.sparse_coo_tensor([[5, 7]], torch.tensor([[1.0], [math.nan]]), (9, 1))
+    sparse = torch.sparse_coo_tensor([[5, 7]], torch.tensor([[1.0], [math.nan]]), (9, 1), check_invariants=True)
     named = {"a": torch.ones(2), "b": bad, "c": None, "d": sparse, "e": torch.tensor(math.nan)}
     assert not_finite(named) == [
         "b is not finite in 2 of 4 rows",
@@ -62,7 +62,11 @@ def test_a_gradient_that_is_moved_and_not_clipped_is_looked_at_too(sparse):
     grad = torch.tensor([[1.0, math.nan]])
     for values, taken in ((grad, False), (grad.nan_to_num(), True)):
         shared.grad = torch.ones(2)
-        table.grad = torch.sparse_coo_tensor([[1]], values, (3, 2)) if sparse else values.expand(3, 2).clone()
+        table.grad = (
+            torch.sparse_coo_tensor([[1]], values, (3, 2), check_invariants=True)
+            if sparse
+            else values.expand(3, 2).clone()
+        )
         before = shared.detach().clone()
         assert clip_and_step([shared], [optimizer], [1.0], clip=1.0) is taken
         assert torch.equal(shared, before) is not taken and table.isfinite().all()
@@ -148,6 +152,12 @@ def test_the_evidence_scorer_counts_and_ends_in_the_same_way(monkeypatch):
     long = config(train={"compare_target_only": False}, evidence={"finetune_steps": 40, "patience": 99})
     with pytest.raises(NonFiniteTrainingError, match=r"step 19 of evidence: target: the loss of evidence is nan"):
         MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=long)
+
+
+def test_a_scorer_without_a_finite_validation_loss_is_not_kept(monkeypatch):
+    monkeypatch.setattr(EvidenceTrainer, "validation_loss", lambda self: math.nan)
+    with pytest.raises(NonFiniteTrainingError, match="no validation loss of the evidence scorer was finite"):
+        MetaRec.fit([], DOMAINS.target, config=config(train={"method": "target_only"}))
 
 
 def test_codes_do_not_start_from_rows_that_are_not_finite():
