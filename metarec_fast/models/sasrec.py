@@ -55,7 +55,7 @@ class SASRecEncoder(nn.Module):
     def forward(self, x_TD: Tensor, offsets: Tensor) -> Tensor:
         segment, place = positions(offsets, x_TD.shape[0])
         # pad to the longest segment; to the full length where a look would wait for the device, or compile again
-        look = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+        look = x_TD.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
         L = self.max_length if not look else int(place.max()) + 1 if len(place) else 1
         if self.max_length < L:
             raise ValueError(f"segments must have at most max_length = {self.max_length} rows, got one with {L}")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metarec_fast.ops._register import define, traced_transform
+from metarec_fast.ops.portable_lookup import leaves_python
 
 # its linear layer has been where inductor finds it since torch 2.0; a build without it has MKL or OpenBLAS alone
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -67,8 +68,9 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` of rows: x [T, I], weight [O, I], bias [O] -> [T, O].
 
-    float32 on a CPU runs in oneDNN, everything else in torch. Differentiable any number of times, also under
-    torch.func and, with backward(), under torch.compile.
+    float32 on a CPU runs in oneDNN, everything else and what is traced or exported in torch. Differentiable any number
+    of times, also under torch.func and, with backward(), under torch.compile.
     """
     fast = _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2
-    return _Linear.apply(x, weight, bias) if fast and not traced_transform() else F.linear(x, weight, bias)
+    fast = fast and not traced_transform() and not leaves_python()
+    return _Linear.apply(x, weight, bias) if fast else F.linear(x, weight, bias)

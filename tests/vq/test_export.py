@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from metarec_fast import reference
+from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.ops.portable_lookup import portable_nearest
 from metarec_fast.vq import FastGroupedResidualVQ, FastResidualVQ, FastVQ
@@ -180,6 +181,13 @@ def test_codes_that_kmeans_has_not_started_say_so():
         traced(vq.eval(), (x,))
     vq.train()(x)
     check(vq.eval(), traced(vq, (x,)), (x,))
+
+
+def test_an_attention_encoder_is_traced_for_segments_of_any_length():
+    encoder = SASRecEncoder(DIM, layers=1, heads=2, dropout=0.0, max_length=16).eval()
+    program = traced(encoder, (torch.randn(5, DIM), torch.tensor([0, 3, 5])))
+    assert "metarec_fast::" not in str(program.inlined_graph)
+    check(encoder, program, (torch.randn(12, DIM), torch.tensor([0, 11, 12])))
 
 
 # -- the lookup in torch's own operators
