@@ -113,8 +113,8 @@ def converted(layer: nn.Module, codebooks: dict[nn.Module, Codebook], overrides:
     with torch.random.fork_rng(devices=()):  # the initial weights are thrown away
         fast = FastVQ(**settings_of(layer) | overrides).to(old.embed.device)
     dtype = old.cluster_size.dtype
+    fast.project_in, fast.project_out = layer.project_in, layer.project_out
     if _projects(layer):
-        fast.project_in, fast.project_out = layer.project_in, layer.project_out
         weight = getattr(layer.project_out, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             dtype = weight.dtype
@@ -189,6 +189,7 @@ def converted_residual(residual: nn.Module, layers: list[FastVQ]) -> FastResidua
         accept_image_fmap=olds[0].accept_image_fmap if hasattr(olds[0], "accept_image_fmap") else False,
         beam_size=getattr(residual, "beam_size", None),
         eval_beam_size=getattr(residual, "eval_beam_size", None) if getattr(residual, "beam_size", None) else None,
+        beam_score_quantizer_weights=None if weights is None or weights.is_meta else weights.tolist(),
         quant_grad_frac=getattr(residual, "quant_grad_frac", 0.0),
         return_zeros_for_masked_padding=first.return_zeros_for_masked_padding,
         channel_last=getattr(olds[0], "channel_last", True),
@@ -201,10 +202,8 @@ def converted_residual(residual: nn.Module, layers: list[FastVQ]) -> FastResidua
     fast.codebook_sizes, fast.uniform_codebook_size = sizes, len(set(sizes)) == 1
     fast.diveq, fast.shared_codebook = getattr(residual, "diveq", False), shared
     fast.layers = residual.layers
-    weights = [1.0] * len(sizes) if weights is None or weights.is_meta else weights.tolist()
-    fast._beam_score_weights = tuple(map(float, weights))
-    if projects:
-        fast.project_in, fast.project_out = residual.project_in, residual.project_out
+    for name in ("project_in", "project_out"):
+        setattr(fast, name, getattr(residual, name, nn.Identity()))
     fast.implicit_neural_codebook = mlps is not None
     if mlps is not None:
         fast.mlps = mlps

@@ -83,7 +83,7 @@ def become(old: nn.Module, new: nn.Module, *, loss_has_axis: bool = False) -> No
             held = now["_parameters"] | now["_buffers"] | now["_modules"]
             for key, part in value.items():
                 # parts in the old order, which is that of the parameters that optimizers and checkpoints count by
-                if key not in held and key not in now:
+                if key not in held and key not in now and not hasattr(type(new), key):
                     now[name][key] = part
             order = {key: rank for rank, key in enumerate(value)}
             parts = sorted(now[name].items(), key=lambda item: order.get(item[0], len(order)))

@@ -100,5 +100,5 @@ def _close(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     half = a.dtype in (torch.float16, torch.bfloat16) or b.dtype in (torch.float16, torch.bfloat16)
     rtol, atol = (0.05, 0.05) if half else (1e-3, 1e-4)
-    a, b = a.float(), b.float()
+    a, b = a.detach().float(), b.detach().float()
     return torch.allclose(a, b, rtol=rtol, atol=atol * max(1.0, float(a.abs().max()) if a.numel() else 1.0))
