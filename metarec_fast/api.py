@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from metarec_fast.config import Config
-from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, load_domain, save_domain, time_cut
+from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, time_cut
 from metarec_fast.data.domain import Catalogue
 from metarec_fast.data.evidence import EvidenceStatistics
 from metarec_fast.evaluation import (
@@ -27,17 +27,18 @@ from metarec_fast.evaluation import (
     evaluate,
     fit_mixture,
 )
+from metarec_fast.files import write_atomically
 from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.models.recommender import Recommender, SharedEncoder
+from metarec_fast.models.saved import load_model, save_model
 from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
 from metarec_fast.report.table import Row
 from metarec_fast.report.transfer import html, transfer_report
-from metarec_fast.train.checkpoint import write_atomically
+from metarec_fast.train import run_folder
 from metarec_fast.train.evidence import EvidenceTrainer
 from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.trainer import Reporter, Trainer
 
-FORMAT = 3  # of the saved folder
 EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
 
 
@@ -85,6 +86,7 @@ class MetaRec:
         config: Config | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
+        overwrite: bool = False,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         profiler: StepProfiler | None = None,
@@ -96,12 +98,14 @@ class MetaRec:
         (``train.compare_target_only=False`` leaves this out).
 
         run_dir: receives config, checkpoints, the model and report.html; the target-only run in target_only/.
-        resume: go on from its checkpoints if it has some.
+        resume: go on from its checkpoints if it has some, which must be of the same data and options.
+        overwrite: replace the run that it holds; the model in it stays until the new one takes its place.
         should_stop: asked before every step; if true the state is saved and ``Interrupted`` is raised.
         profiler: watches some steps of each stage and tells where their time goes; not of the target-only run beside.
         Raises ValueError for domains of one name, a domain without training events, a target without validation
-        cases, or no source where one is needed; `NonFiniteTrainingError`, a ValueError, where training cannot go on
-        because its numbers are not finite (``train.left_out``).
+        cases, no source where one is needed, or a run_dir that holds a run already, or that a process is at work in;
+        `NonFiniteTrainingError`, a ValueError, where training cannot go on because its numbers are not finite
+        (``train.left_out``).
         """
         config = config or Config()
         sources = [sources] if isinstance(sources, Domain) else list(sources)
@@ -115,13 +119,15 @@ class MetaRec:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+        run.refuse(overwrite)
         splits = {d.name: split_domain(d, config) for d in sources}
         split = split_domain(target, config, fraction=config.data.target_fraction)
         check_splits(splits, split, config)
-        fitted = cls._train(build(config, [*splits.values(), split]), splits, split, config, run, profiler=profiler)
-        if splits and config.train.compare_target_only:
-            fitted = fitted._or_target_only(run, list(splits))
-        run.keep(fitted)
+        with run.claimed("fit", config, sources, target, overwrite=overwrite):
+            fitted = cls._train(build(config, [*splits.values(), split]), splits, split, config, run, profiler=profiler)
+            if splits and config.train.compare_target_only:
+                fitted = fitted._or_target_only(run, list(splits))
+            run.keep(fitted)
         return fitted
 
     def adapt(
@@ -132,6 +138,7 @@ class MetaRec:
         compare_target_only: bool = False,
         run_dir: str | Path | None = None,
         resume: bool = False,
+        overwrite: bool = False,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> MetaRec:
@@ -144,7 +151,7 @@ class MetaRec:
         config: options of the fine-tuning; by default this model's, with all of the domain's users. Only
             ``finetune_steps`` and ``finetune_passes`` of steps are taken.
         compare_target_only: train on the domain alone too, with as many steps, and return what validation likes better.
-        run_dir, resume, reporter, should_stop: as for ``fit``.
+        run_dir, resume, overwrite, reporter, should_stop: as for ``fit``.
         Raises ValueError for another ``config.model`` than this model's, or a domain that cannot be trained on.
         """
         config = config or self.config.replace(data={"target_fraction": 1.0})
@@ -156,16 +163,27 @@ class MetaRec:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+        run.refuse(overwrite)
         split = split_domain(domain, config, fraction=config.data.target_fraction)
         check_splits({}, split, config)
         model = build(config, [split], shared=self.model.shared)
         start = self.evidence.scorer if isinstance(self.evidence, EvidencePath) else None
-        adapted = self._train(model, {}, split, config, run, start=start)
-        adapted.history["adapted_from"] = self.domain.name
-        if compare_target_only:
-            adapted = adapted._or_target_only(run, [])
-        run.keep(adapted)
+        with run.claimed("adapt", config, [], domain, overwrite=overwrite):
+            adapted = self._train(model, {}, split, config, run, start=start, origin=self._origin(start))
+            adapted.history["adapted_from"] = self.domain.name
+            if compare_target_only:
+                adapted = adapted._or_target_only(run, [])
+            run.keep(adapted)
         return adapted
+
+    def _origin(self, start: EvidenceScorer | None) -> str:
+        """What tells the parameters that an adapted model starts from apart from any others."""
+        digest = hashlib.sha256()
+        for module in (self.model.shared, *(() if start is None else (start,))):
+            for name, value in module.state_dict().items():
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
+                digest.update(value.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     @classmethod
     def _train(
@@ -178,6 +196,7 @@ class MetaRec:
         *,
         profiler: StepProfiler | None = None,
         start: EvidenceScorer | None = None,
+        origin: str | None = None,
     ) -> MetaRec:
         """Train ``model`` as ``config`` says, or go on with it, then what stands beside it, from ``start`` if given."""
         started = time.perf_counter()
@@ -187,6 +206,7 @@ class MetaRec:
             split,
             config,
             folder=run.folder / "checkpoint" if run.folder is not None else None,
+            origin=origin,
             reporter=run.reporter,
             should_stop=run.should_stop,
             profiler=profiler,
@@ -392,69 +412,40 @@ class MetaRec:
             who = f"history {error.case}" if asked is None else f"user {asked[error.case]!r}"
             raise ValueError(f"{who}: {error}") from error
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the shared parameters, the target's table and the target's domain: safetensors and JSON only.
 
-        Source tables stay behind. The description is written last, so a folder that has one is whole.
+        Source tables stay behind. The folder comes into being whole, or not at all.
+        overwrite: replace the model that it may hold, which stays whole until the new one is. Files in it that are no
+            model's stay.
+        Raises ValueError for a folder that holds a model already, or other files; OSError where it cannot be written.
         """
-        from safetensors.torch import save
-
-        from metarec_fast import __version__
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metarec.json").unlink(missing_ok=True)
         index = self.model.domains.index(self.domain.name)
-        tensors = {f"shared.{k}": v.contiguous() for k, v in self.model.shared.state_dict().items()}
-        tensors |= {f"table.{k}": v.contiguous() for k, v in self.model.tables[index].state_dict().items()}
+        parts: dict[str, torch.nn.Module] = {"shared": self.model.shared, "table": self.model.tables[index]}
         if isinstance(self.evidence, EvidencePath):
-            tensors |= {f"evidence.{k}": v.contiguous() for k, v in self.evidence.scorer.state_dict().items()}
-        write_atomically(folder / "model.safetensors", save(tensors))
-        save_domain(self.domain, folder / "domain")
-        facts = {
-            "format": FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "evidence_weight": self.evidence_weight,
-            "encoder_weight": self.encoder_weight,
-            "history": self.history,
-            "versions": {"metarec_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        }
-        write_atomically(folder / "metarec.json", json.dumps(facts, indent=2).encode())
+            parts["evidence"] = self.evidence.scorer
+        weights = {"evidence_weight": self.evidence_weight, "encoder_weight": self.encoder_weight}
+        facts = {"config": dataclasses.asdict(self.config), **weights, "history": self.history}
+        save_model(folder, parts, self.domain, facts, overwrite=overwrite)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MetaRec:
+    def from_pretrained(cls, folder: str | Path, *, verify: bool = True) -> MetaRec:
         """Load what ``save_pretrained`` wrote. Nothing that is loaded can run code.
 
-        Raises ValueError if the folder is incomplete or of an unknown format.
+        verify: read every byte and compare checksums.
+        Raises ValueError, naming file and field, if the folder is incomplete, damaged or of another format.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        if not (folder / "metarec.json").exists():
-            raise ValueError(f"{folder} holds no saved model: metarec.json is missing")
-        try:
-            facts = json.loads((folder / "metarec.json").read_text(encoding="utf-8"))
-            if facts.get("format") != FORMAT:
-                raise ValueError(f"{folder} has format {facts.get('format')}, this version reads {FORMAT}")
-            config = Config.from_json(json.dumps(facts["config"]))
-            tensors = load_file(folder / "model.safetensors")
-            domain = load_domain(folder / "domain")
-            learned = {k.removeprefix("evidence."): tensors.pop(k) for k in list(tensors) if k.startswith("evidence.")}
-            model = Recommender(config.model, {domain.name: domain.num_items})
-            model.load_state_dict(
-                {k.replace("table.", "tables.0.", 1) if k.startswith("table.") else k: v for k, v in tensors.items()}
-            )
-            weights = {name: facts[name] for name in ("evidence_weight", "encoder_weight")}
-            history, scorer = facts["history"], None
-            if config.model.evidence == "learned":
-                scorer = EvidenceScorer(hidden=config.evidence.hidden)
-                scorer.load_state_dict(learned)
-        except (json.JSONDecodeError, KeyError, FileNotFoundError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"saved model in {folder} is damaged: {error}") from error
-        split = split_domain(domain, config, fraction=config.data.target_fraction)
-        evidence = None if scorer is None else EvidencePath(scorer.eval(), EvidenceStatistics(split.train))
-        return cls(model.eval(), split, config, evidence=evidence, history=history, **weights)
+        loaded = load_model(folder, verify=verify)
+        config = loaded.config
+        with torch.device("meta"):
+            model = Recommender(config.model, {loaded.domain.name: loaded.domain.num_items})
+        model.shared, model.tables[0] = loaded.parts["shared"], loaded.parts["table"]
+        split = split_domain(loaded.domain, config, fraction=config.data.target_fraction)
+        evidence = None
+        if "evidence" in loaded.parts:
+            evidence = EvidencePath(loaded.parts["evidence"].eval(), EvidenceStatistics(split.train))
+        weights = {name: loaded.facts[name] for name in ("evidence_weight", "encoder_weight")}
+        return cls(model.eval(), split, config, evidence=evidence, history=loaded.facts["history"], **weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -470,10 +461,32 @@ class _Run:
         """Another run, in a folder of this one."""
         return dataclasses.replace(self, folder=self.folder / name if self.folder is not None else None)
 
+    def refuse(self, overwrite: bool) -> None:
+        """Raises ValueError, before any work, for a folder that holds a run which is neither to go on nor to go."""
+        if self.folder is not None:
+            run_folder.refuse(self.folder, resume=self.resume, overwrite=overwrite)
+
+    def claimed(
+        self,
+        command: str,
+        config: Config,
+        sources: Sequence[Domain],
+        target: Domain,
+        *,
+        overwrite: bool,
+        method: str | None = None,
+    ) -> AbstractContextManager[None]:
+        """The folder, for this run alone: see ``train.run_folder``."""
+        if self.folder is None:
+            return nullcontext()
+        data = run_folder.data_of(sources, target, config)
+        method = config.train.method if method is None else method
+        return run_folder.claimed(self.folder, command, method, data, resume=self.resume, overwrite=overwrite)
+
     def keep(self, model: MetaRec) -> None:
         """Write the model and the transfer report, if there is a folder and a report."""
         if self.folder is not None:
-            model.save_pretrained(self.folder / "model")
+            model.save_pretrained(self.folder / "model", overwrite=True)
             write_report(model, self.folder)
 
 
@@ -549,49 +562,68 @@ def compare(
     methods: Sequence[str] = ("target_only", "pretrain", "metarec"),
     run_dir: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     profiler: StepProfiler | None = None,
 ) -> tuple[list[Row], dict[str, MetaRec]]:
     """Train several methods on the same split and budget: rows for a table, untrained floor first, and the models.
 
-    run_dir: one folder a method. Every model is chosen by validation; the figures are of the test cases.
+    run_dir: one folder a method; resume and overwrite as for ``fit``.
+    Every model is chosen by validation; the figures are of the test cases.
     With "target_only" among the methods, every other keeps the model it made, and its transfer report is against that
     row; without, ``train.compare_target_only`` counts as in ``fit``.
     """
     config = config or Config()
-    own = "target_only" in methods
-    if own:
-        config = config.replace(train={"compare_target_only": False})
-    split = split_domain(target, config, fraction=config.data.target_fraction)
-    rows = [floor_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)]
-    models = {}
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
-        if reporter is not None:
-            reporter.begin(METHODS[method])
+    own = "target_only" in methods
+    if own:
+        config = config.replace(train={"compare_target_only": False})
+    run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+    run.refuse(overwrite)
+    split = split_domain(target, config, fraction=config.data.target_fraction)
+    floor = floor_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)
+    with run.claimed("compare", config, sources, target, overwrite=overwrite, method=", ".join(methods)):
+        rows, models = _fit_each(sources, target, config, methods, run, profiler, overwrite=overwrite)
+        for method, model in models.items() if own else ():
+            if method != "target_only":
+                names = [source.name for source in sources]
+                model.history["transfer_report"] = model.report_transfer(models["target_only"], names)
+                run.inside(method).keep(model)
+    return [floor, *rows], models
+
+
+def _fit_each(
+    sources: Sequence[Domain],
+    target: Domain,
+    config: Config,
+    methods: Sequence[str],
+    run: _Run,
+    profiler: StepProfiler | None,
+    *,
+    overwrite: bool,
+) -> tuple[list[Row], dict[str, MetaRec]]:
+    rows, models = [], {}
+    for method in methods:
+        if run.reporter is not None:
+            run.reporter.begin(METHODS[method])
         if profiler is not None:
             profiler.begin(METHODS[method])
         model = MetaRec.fit(
             sources,
             target,
             config=config.replace(train={"method": method}),
-            run_dir=Path(run_dir) / method if run_dir is not None else None,
-            resume=resume,
-            reporter=reporter,
-            should_stop=should_stop,
+            run_dir=run.inside(method).folder,
+            resume=run.resume,
+            overwrite=overwrite,
+            reporter=run.reporter,
+            should_stop=run.should_stop,
             profiler=profiler,
         )
         models[method] = model
         replaced = model.config.train.method != method
         name = f"{METHODS[method]} (target only returned)" if replaced else METHODS[method]
         rows.append(Row(name, model.evaluate(), seconds=model.history["seconds"]))
-    for method, model in models.items() if own else ():
-        if method != "target_only":
-            names = [source.name for source in sources]
-            model.history["transfer_report"] = model.report_transfer(models["target_only"], names)
-            if run_dir is not None:
-                model.save_pretrained(Path(run_dir) / method / "model")
-                write_report(model, Path(run_dir) / method)
     return rows, models

@@ -35,10 +35,12 @@ Method = Literal["target_only", "pretrain", "joint", "metarec"]
 class Demo(Config):
     """Train on the embedded synthetic domains and show what transfer gives."""
 
-    out: Path = Path("runs/demo")
-    """Run folder."""
+    out: Path | None = None
+    """Run folder; runs/demo if not given, where a new demo replaces the one before."""
     resume: bool = False
     """Go on from the run folder's checkpoints."""
+    overwrite: bool = False
+    """Replace the run that the run folder holds."""
     profile: bool = False
     """Show where the time of a step goes, and put profile.json and profile.svg into the run folder."""
     methods: tuple[Method, ...] = ("target_only", "pretrain", "metarec")
@@ -66,6 +68,8 @@ class Train(Config):
     """Run folder; runs/<target> if not given."""
     resume: bool = False
     """Go on from the run folder's checkpoints."""
+    overwrite: bool = False
+    """Replace the run that the run folder holds."""
     profile: bool = False
     """Show where the time of a step goes, and put profile.json and profile.svg into the run folder."""
 
@@ -140,6 +144,8 @@ class Adapt:
     """Run folder; runs/<target> if not given."""
     resume: bool = False
     """Go on from the run folder's checkpoints."""
+    overwrite: bool = False
+    """Replace the run that the run folder holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,15 +373,16 @@ def train_and_show(
     out: Path,
     *,
     resume: bool,
+    overwrite: bool,
     profile: bool,
     title: str,
 ) -> int:
     """Train, print the table, write the run folder. Returns the exit status."""
     from metarec_fast.api import compare
+    from metarec_fast.files import write_atomically
     from metarec_fast.report import profile as profile_report
     from metarec_fast.report.console import ConsoleReporter
     from metarec_fast.report.table import COLUMNS, markdown
-    from metarec_fast.train.checkpoint import write_atomically
     from metarec_fast.train.profile import StepProfiler
     from metarec_fast.train.trainer import Interrupted
 
@@ -392,6 +399,7 @@ def train_and_show(
                     methods=methods,
                     run_dir=out,
                     resume=resume,
+                    overwrite=overwrite,
                     reporter=reporter,
                     should_stop=stop,
                     profiler=profiler,
@@ -412,17 +420,33 @@ def train_and_show(
     return 0
 
 
+def is_demo(folder: Path) -> str | None:
+    """When the run in ``folder`` was begun, if it is one of the demo."""
+    from metarec_fast.train import run_folder
+
+    about = run_folder.run_in(folder)
+    names = [] if about is None else [one["name"] for one in (*about["sources"], about["target"])]
+    return f"begun {about['started']}" if names == ["source0", "source1", "target"] else None
+
+
 def demo(command: Demo) -> int:
     from metarec_fast.data import synthetic
+    from metarec_fast.train import run_folder
 
+    out, overwrite = command.out or Path("runs/demo"), command.overwrite
+    if command.out is None and not command.resume and (before := is_demo(out)):
+        overwrite = True  # it is made again from nothing but its options
+        Console().print(f"replacing the demo in {out}, {before}", highlight=False, markup=False)
+    run_folder.refuse(out, resume=command.resume, overwrite=overwrite)
     domains = synthetic(target_users=1000, target_items=120, seed=command.train.seed)
     return train_and_show(
         domains.sources,
         domains.target,
         config_of(command),
         command.methods,
-        command.out,
+        out,
         resume=command.resume,
+        overwrite=overwrite,
         profile=command.profile,
         title="synthetic domains: transfer against target only",
     )
@@ -461,7 +485,11 @@ def notes_in_report() -> Iterator[None]:
 
 
 def train(command: Train) -> int:
+    from metarec_fast.train import run_folder
+
     config = config_of(command)
+    if command.out is not None:
+        run_folder.refuse(command.out, resume=command.resume, overwrite=command.overwrite)
     target, sources = load_named(command.target, command), [load_named(name, command) for name in command.source]
     methods = command.methods or (command.train.method,)
     out = command.out or Path("runs") / target.name
@@ -472,6 +500,7 @@ def train(command: Train) -> int:
         methods,
         out,
         resume=command.resume,
+        overwrite=command.overwrite,
         profile=command.profile,
         title=f"target {target.name}",
     )
@@ -481,8 +510,11 @@ def adapt(command: Adapt) -> int:
     from metarec_fast.api import METHODS, MetaRec, floor_row
     from metarec_fast.report.console import ConsoleReporter
     from metarec_fast.report.table import Row
+    from metarec_fast.train import run_folder
     from metarec_fast.train.trainer import Interrupted
 
+    if command.out is not None:
+        run_folder.refuse(command.out, resume=command.resume, overwrite=command.overwrite)
     model = MetaRec.from_pretrained(command.model)
     target = load_named(command.target, command)
     out = command.out or Path("runs") / target.name
@@ -508,6 +540,7 @@ def adapt(command: Adapt) -> int:
                     compare_target_only=command.compare_target_only,
                     run_dir=out,
                     resume=command.resume,
+                    overwrite=command.overwrite,
                     reporter=reporter,
                     should_stop=stop,
                 )

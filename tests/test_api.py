@@ -1,7 +1,9 @@
 """Fit, ask, save, load: what people do with MetaRec."""
 
 import json
+import os
 import shutil
+import time
 from functools import partial
 
 import numpy as np
@@ -10,12 +12,15 @@ import torch
 
 from metarec_fast import MetaRec, api
 from metarec_fast.api import compare
-from metarec_fast.data import Domain, Sequences, Vocabulary, random_items, synthetic
+from metarec_fast.data import Domain, Sequences, Vocabulary, load_domain, random_items, synthetic
 from metarec_fast.data.descriptors import item_descriptors
 from metarec_fast.evaluation import FittedMixture, Metrics, best_items
+from metarec_fast.files import sealed
+from metarec_fast.models.saved import load_model
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.models.spectral import moments, turned
 from metarec_fast.train.trainer import Interrupted
+from tests.killed import fails_with_little_room, killed
 from tests.tiny import DOMAINS, config, shop
 
 FILES = ("metarec.json", "model.safetensors", "domain/domain.json", "domain/items.npy")
@@ -108,16 +113,116 @@ def test_a_cut_file_is_refused(copy, name):
 def test_another_format_is_refused(copy):
     facts = json.loads((copy / "metarec.json").read_text())
     (copy / "metarec.json").write_text(json.dumps({**facts, "format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
+    with pytest.raises(ValueError, match="format 99, this version reads 4: a newer version"):
         MetaRec.from_pretrained(copy)
 
 
-def test_a_folder_saved_again_is_not_whole_until_it_is(fitted, copy, monkeypatch):
-    monkeypatch.setattr("metarec_fast.api.save_domain", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        fitted.save_pretrained(copy)
-    with pytest.raises(ValueError, match=r"metarec\.json is missing"):
+def test_saving_over_a_model_is_asked_for(fitted, with_transitions, copy):
+    told = r"holds a saved model already; .*overwrite=True.*target 'target', method (metarec|target_only), saved 20"
+    with pytest.raises(ValueError, match=told):
+        with_transitions.save_pretrained(copy)
+    assert MetaRec.from_pretrained(copy).history == fitted.history
+    (copy / "README.md").write_text("about this model")
+    with_transitions.save_pretrained(copy, overwrite=True)
+    assert MetaRec.from_pretrained(copy).history == with_transitions.history
+    assert (copy / "README.md").read_text() == "about this model"
+
+
+def test_other_files_are_not_saved_over(fitted, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="holds files but no saved model"):
+        fitted.save_pretrained(tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("swap", ["exchange", "two renames"])
+def test_a_model_survives_a_save_that_is_killed(fitted, with_transitions, copy, monkeypatch, swap):
+    if swap == "two renames":
+        monkeypatch.setattr("metarec_fast.files._exchange", lambda *_: False)
+    seen, at, died = set(), 0, True
+    histories = {json.dumps(m.history): name for name, m in (("old", fitted), ("new", with_transitions))}
+    while died:
+        at += 9
+        died = killed(lambda: with_transitions.save_pretrained(copy, overwrite=True), at)
+        seen.add(histories[json.dumps(load_model(copy).facts["history"])])
+        fitted.save_pretrained(copy, overwrite=True)
+        assert os.listdir(copy.parent) == ["copy"]
+    assert seen == {"old", "new"} and at > 40
+
+
+def test_a_model_survives_a_full_disk(fitted, with_transitions, copy):
+    told = fails_with_little_room(lambda: with_transitions.save_pretrained(copy, overwrite=True), 2000)
+    assert str(copy) in told and "partial" not in told
+    assert load_model(copy).facts["history"] == fitted.history and os.listdir(copy.parent) == ["copy"]
+
+
+def test_every_malformed_field_is_named_and_nothing_is_allocated_for_it(copy):
+    path = copy / "metarec.json"
+    whole = json.loads(path.read_text())
+
+    def refused(facts, name):
+        path.write_bytes(sealed({key: value for key, value in facts.items() if key != "checksum"}))
+        with pytest.raises(ValueError, match=rf"(?s)damaged: metarec\.json.*{name}"):
+            MetaRec.from_pretrained(copy)
+
+    for key in whole:
+        if key != "checksum":
+            refused({k: v for k, v in whole.items() if k != key}, key)
+            refused({**whole, key: True}, key)
+    refused({**whole, "colour": "red"}, "colour")
+    refused({**whole, "encoder_weight": float("nan")}, "encoder_weight")
+    refused({**whole, "target": "other"}, "target")
+    refused({**whole, "files": {**whole["files"], "../x": {}}}, "files")
+    for section, options in whole["config"].items():
+        refused({**whole, "config": {**whole["config"], section: 3}}, section)
+        refused({**whole, "config": {**whole["config"], section: {**options, "colour": "red"}}}, "colour")
+        for option in options:
+            rest = {k: v for k, v in options.items() if k != option}
+            refused({**whole, "config": {**whole["config"], section: rest}}, f"{section}.{option}")
+
+
+@pytest.mark.parametrize("option", ["dim", "layers", "codebook_heads", "codebook_size", "max_length"])
+def test_absurd_sizes_are_refused_before_they_are_allocated(copy, option):
+    path = copy / "metarec.json"
+    facts = json.loads(path.read_text())
+    facts["config"]["model"] |= {"encoder": "sasrec", option: 10**9}
+    del facts["checksum"]
+    path.write_bytes(sealed(facts))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="is damaged"):
         MetaRec.from_pretrained(copy)
+    assert time.monotonic() - started < 5
+
+
+def test_no_changed_byte_goes_unnoticed(copy):
+    """Each file of a saved model with bytes changed, cut or added at random places."""
+    random = np.random.default_rng(0)
+    for path in sorted(p for p in copy.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        for _ in range(12):
+            data, at = bytearray(whole), int(random.integers(len(whole)))
+            how = int(random.integers(4))
+            if how == 0:
+                data[at] ^= 1 << int(random.integers(8))
+            elif how == 1:
+                del data[at:]
+            elif how == 2:
+                data[at:at] = bytes([int(random.integers(256))])
+            else:
+                data[at : at + 8] = bytes(8)
+            if bytes(data) == whole:
+                continue
+            path.write_bytes(data)
+            try:
+                loaded = load_model(copy)
+            except ValueError as error:
+                assert str(copy) in str(error)
+            else:  # blanks between the fields of JSON say nothing, nor does what pads a NumPy header
+                assert loaded.facts == json.loads((copy / "metarec.json").read_text())
+                assert path.suffix == ".json" or whole[at : at + 1] in b" \n" or at < 128, (path, how, at)
+                assert load_domain(copy / "domain", verify=True).num_items == 30
+        path.write_bytes(whole)
+    load_model(copy)
 
 
 def test_recommendations_are_the_best_scores_of_the_catalogue(fitted):

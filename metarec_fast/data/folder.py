@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +15,28 @@ from numpy.lib import format as npy
 
 from metarec_fast.data.domain import Domain, ReadReport, Sequences
 from metarec_fast.data.vocabulary import Vocabulary
+from metarec_fast.files import (
+    COUNT,
+    FINITE,
+    LIST,
+    OBJECT,
+    SHA256,
+    TEXT,
+    Damaged,
+    Field,
+    Kind,
+    check_fields,
+    check_format,
+    check_seal,
+    inside,
+    read_json,
+    replacing,
+    sealed,
+    write_all,
+    write_atomically,
+)
 
-FORMAT = 2
+FORMAT = 3
 DESCRIPTION = "domain.json"
 SUFFIXES = (".inter", ".csv", ".tsv", ".jsonl", ".parquet")
 MAPPED = 1 << 28  # bytes of arrays from which on they are mapped rather than read
@@ -28,9 +44,25 @@ CORE = {"offsets": ("int64",), "items": ("int32", "int64"), "times": ("int64", "
 NAMES = {*CORE, *(f"{role}.{key}" for role in ("users", "items") for key in ("integers", "utf8", "offsets"))}
 
 
+def _described(folder: Path) -> str:
+    try:
+        facts = read_json(folder, DESCRIPTION)
+        return f"{facts['name']!r} of {facts['num_users']:,} users and {facts['num_items']:,} items"
+    except (ValueError, KeyError, TypeError):
+        return "its description cannot be read"
+
+
+DOMAIN = Kind(
+    "domain",
+    DESCRIPTION,
+    owns=lambda name: name == DESCRIPTION or (name.endswith(".npy") and name[:-4] in NAMES),
+    describe=_described,
+)
+
+
 def is_domain(folder: str | Path) -> bool:
     """Whether ``save_domain`` or ``import_file`` has finished a domain in ``folder``."""
-    return (Path(folder) / DESCRIPTION).is_file()
+    return DOMAIN.is_in(folder)
 
 
 def find_domain(name: str, folder: Path) -> Path:
@@ -48,183 +80,185 @@ def find_domain(name: str, folder: Path) -> Path:
     return found[0]
 
 
-def save_domain(domain: Domain, folder: str | Path) -> None:
-    """Write ``domain`` into ``folder``, in place of the domain that may be there; whole, or not at all.
+def save_domain(domain: Domain, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write ``domain`` into ``folder``: whole, or not at all.
 
-    Its report stays behind: it names the file that the domain was read from, and rows of it.
+    overwrite: replace the domain that ``folder`` may hold, which stays whole until the new one is. Files in it that
+        are no domain's stay.
+    The domain's report stays behind: it names the file that the domain was read from, and rows of it.
 
-    Raises ValueError for a folder that holds anything else, OSError where it cannot be written.
+    Raises ValueError for a folder that holds a domain already, or anything else; OSError where it cannot be written.
     """
-    with replacing(folder, overwrite=True) as partial:
-        writer = DomainWriter(partial)
-        sequences = domain.sequences
-        for name in CORE:
-            if (values := getattr(sequences, name)) is not None:
-                writer.write(name, values)
-        writer.finish(
-            domain.name,
-            domain.users,
-            domain.items,
-            None,
-            num_items=sequences.num_items,
-            ordered_by=domain.ordered_by,
-        )
+    with replacing(folder, DOMAIN, overwrite=overwrite) as partial:
+        write_domain(domain, partial)
 
 
-def load_domain(folder: str | Path, *, mmap: bool | Literal["auto"] = "auto", verify: bool = False) -> Domain:
+def write_domain(domain: Domain, folder: Path) -> None:
+    """The files of ``save_domain`` in a folder that is empty."""
+    writer = DomainWriter(folder)
+    sequences = domain.sequences
+    for name in CORE:
+        if (values := getattr(sequences, name)) is not None:
+            writer.write(name, values)
+    writer.finish(
+        domain.name,
+        domain.users,
+        domain.items,
+        None,
+        num_items=sequences.num_items,
+        ordered_by=domain.ordered_by,
+    )
+
+
+def load_domain(
+    folder: str | Path, *, mmap: bool | Literal["auto"] = "auto", verify: bool | Literal["auto"] = "auto"
+) -> Domain:
     """Read what ``save_domain`` or ``import_file`` wrote.
 
     mmap: leave the arrays on disk, mapped read-only, rather than read them; "auto" does so from 256 MiB on. Ids that
         are strings are then decoded as they are asked for; only a look-up by id reads all of them.
-    verify: read every byte and compare checksums. Without it, files that are missing, cut short or of another type
-        than described are found, but not a changed byte.
+    verify: read every byte and compare checksums; "auto" does so where arrays are read and not mapped. Without it,
+        files that are missing, cut short or of another type than described are found, offsets that fall and items
+        outside the catalogue, but not every changed byte.
 
-    Raises ValueError if the folder is incomplete, damaged or of an unknown format.
+    Raises ValueError, naming file and field, if the folder is incomplete, damaged or of another format.
     """
     folder = Path(folder)
     if not is_domain(folder):
         raise ValueError(f"{folder} holds no whole domain: {DESCRIPTION} is missing")
     try:
-        facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        found = facts.get("format")
-        if found != FORMAT:
-            raise ValueError(f"{folder} has format {found}, this version reads {FORMAT}")
+        facts = read_json(folder, DESCRIPTION)
+        check_format(facts, FORMAT, str(folder), older="import or save the domain again")
+        check_fields(facts, FIELDS, DESCRIPTION)
         described = facts["arrays"]
         if unknown := set(described) - NAMES:
-            raise _Damaged(f"{DESCRIPTION} names arrays that no domain has: {sorted(unknown)}")
+            raise Damaged(f"{DESCRIPTION} names arrays that no domain has: {sorted(unknown)}")
+        for name, array in described.items():
+            check_fields(array, ARRAY_FIELDS, f"{DESCRIPTION}: array {name!r}")
+        report = _report(facts["source"])
+        if missing := {"offsets", "items"} - set(described):
+            raise Damaged(f"{DESCRIPTION} has no array {missing.pop()!r}")
+        check_seal(facts, DESCRIPTION)
         if mmap == "auto":
             mmap = sum(array["bytes"] for array in described.values()) >= MAPPED
+        if verify == "auto":
+            verify = not mmap
         arrays = {name: _load_array(folder, name, array, mmap, verify) for name, array in described.items()}
-        vocabularies = [
-            Vocabulary.from_arrays(
-                {key.removeprefix(role): value for key, value in arrays.items() if key.startswith(role)}, distinct=True
-            )
-            for role in ("users.", "items.")
-        ]
+        users, items = (_vocabulary(role, arrays) for role in ("users", "items"))
         sequences = Sequences(arrays["offsets"], arrays["items"], facts["num_items"], arrays.get("times"))
-        domain = Domain(
-            facts["name"], sequences, *vocabularies, report=_report(facts["source"]), ordered_by=_ordered_by(facts)
-        )
-        _check(domain)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder} is damaged: {DESCRIPTION}: {type(error).__name__}: {error}") from error
-    except _Damaged as error:
+        domain = Domain(facts["name"], sequences, users, items, report=report, ordered_by=facts["ordered_by"])
+        _check(domain, facts)
+    except Damaged as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     return domain
 
 
-class _Damaged(Exception):
-    """What is wrong with a domain's folder."""
-
-
-def _load_array(folder: Path, name: str, described: Mapping[str, Any], mmap: bool, verify: bool) -> np.ndarray:
-    path = folder / f"{name}.npy"
-    try:
-        size = path.stat().st_size
-        if size != described["bytes"]:
-            raise _Damaged(f"{path.name} has {size} bytes, expected {described['bytes']}")
-        array = np.load(path, mmap_mode="r" if mmap and described["length"] else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise _Damaged(f"{path.name}: {error}") from error
-    if array.ndim != 1 or array.dtype.str != described["dtype"] or len(array) != described["length"]:
-        raise _Damaged(
-            f"{path.name} holds {array.dtype.str} {array.shape}, expected {described['dtype']} ({described['length']},)"
-        )
-    if verify:
-        digest = hashlib.sha256()
-        for first in range(0, len(array), 1 << 20):
-            digest.update(array[first : first + (1 << 20)].tobytes())
-        if digest.hexdigest() != described["sha256"]:
-            raise _Damaged(f"{path.name} has another checksum than when it was written")
-    return array
-
-
-def _check(domain: Domain) -> None:
-    """Arrays fit each other, as far as their ends tell."""
-    s = domain.sequences
-    for name, kinds in CORE.items():
-        array = getattr(s, name)
-        if array is not None and array.dtype.name not in kinds:
-            raise _Damaged(f"{name} must be {' or '.join(kinds)}, got {array.dtype.name}")
-    if not len(s.offsets) or s.offsets[0] != 0 or s.offsets[-1] != len(s.items):
-        raise _Damaged(f"offsets must rise from 0 to {len(s.items)}")
-    if s.times is not None and len(s.times) != len(s.items):
-        raise _Damaged(f"{len(s.times)} times for {len(s.items)} items")
-    if len(domain.users) != len(s) or len(domain.items) != s.num_items:
-        raise _Damaged(
-            f"{len(domain.users)} user ids for {len(s)} users, {len(domain.items)} item ids for {s.num_items} items"
-        )
-
-
-def _ordered_by(facts: Mapping[str, Any]) -> str | None:
-    column = facts.get("ordered_by")  # absent in what earlier versions wrote
-    if column is not None and not isinstance(column, str):
-        raise _Damaged(f"{DESCRIPTION}: ordered_by must be the name of a column or null, got {column!r}")
-    return column
+FIELDS = {
+    "format": COUNT,
+    "name": TEXT,
+    "num_users": COUNT,
+    "num_items": COUNT,
+    "num_interactions": COUNT,
+    "ordered_by": Field("the name of a column or null", lambda v: v is None or TEXT.holds(v)),
+    "arrays": OBJECT,
+    "source": Field("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "checksum": SHA256,
+}
+ARRAY_FIELDS = {"dtype": TEXT, "length": COUNT, "bytes": COUNT, "sha256": SHA256}
+SOURCE_FIELDS = {
+    "path": TEXT,
+    "rows": COUNT,
+    "rejected": COUNT,
+    "examples": Field(
+        "a list of lines with their reasons",
+        lambda v: (
+            LIST.holds(v)
+            and all(LIST.holds(one) and len(one) == 2 and COUNT.holds(one[0]) and TEXT.holds(one[1]) for one in v)
+        ),
+    ),
+    "duplicates": COUNT,
+    "dropped": COUNT,
+    "tied": Field("a share or null", lambda v: v is None or (FINITE.holds(v) and 0 <= v <= 1)),
+    "notes": Field("a list of strings", lambda v: LIST.holds(v) and all(map(TEXT.holds, v))),
+    "columns": Field("strings by role", lambda v: OBJECT.holds(v) and all(map(TEXT.holds, v.values()))),
+    "unit": TEXT,
+}
 
 
 def _report(source: Mapping[str, Any] | None) -> ReadReport | None:
     if source is None:
         return None
+    check_fields(source, SOURCE_FIELDS, f"{DESCRIPTION}: 'source'")
     examples = tuple((line, reason) for line, reason in source["examples"])
     return ReadReport(**{**source, "examples": examples, "notes": tuple(source["notes"])})
 
 
-@contextmanager
-def replacing(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside ``folder`` that takes its name when the block ends well, and is gone when it does not.
-
-    Raises ValueError, before anything is written, for a folder that holds something: a domain unless ``overwrite``,
-    and anything else always. A write that fails raises OSError with the folder's name.
-    """
-    folder = Path(os.path.realpath(folder))
-    if folder.exists():
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is a file, expected a folder")
-        if is_domain(folder):
-            if not overwrite:
-                raise ValueError(f"{folder} holds a domain already; --overwrite (overwrite=True) replaces it")
-        elif any(folder.iterdir()):
-            raise ValueError(f"{folder} holds files but no domain; give an empty or a new folder")
-    partial = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        name = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-        name.mkdir()
-        partial = name
-        yield partial
-        _sync(partial)
-        _take_place(partial, folder)
-    except BaseException as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, f"{error.strerror or error}; nothing is left there", str(folder)) from error
-        raise
-
-
-def _take_place(partial: Path, folder: Path) -> None:
-    if is_domain(folder):
-        old = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
-        os.rename(folder, old)
+def _load_array(folder: Path, name: str, described: Mapping[str, Any], mmap: bool, verify: bool) -> np.ndarray:
+    file_name, length = f"{name}.npy", described["length"]
+    path = inside(folder, file_name)
+    size = path.stat().st_size
+    if size != described["bytes"]:
+        raise Damaged(f"{file_name} has {size} bytes, expected {described['bytes']}")
+    with open(path, "rb") as file:
         try:
-            os.rename(partial, folder)
-        except BaseException:
-            os.rename(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(partial, folder)  # an empty folder gives way
-    _sync(folder.parent)
+            version = npy.read_magic(file)
+            shape, _, dtype = npy.read_array_header_1_0(file)
+        except Exception as error:  # NumPy parses it as Python, and lets through what that raises
+            raise Damaged(f"{file_name} has no header of a NumPy array: {error}") from error
+        if version != (1, 0) or shape != (length,) or dtype.hasobject or dtype.str != described["dtype"]:
+            raise Damaged(f"{file_name} holds {dtype.str} {shape}, expected {described['dtype']} ({length},)")
+        begin = file.tell()
+        if size != begin + length * dtype.itemsize:
+            raise Damaged(f"{file_name} has {size} bytes, expected {begin + length * dtype.itemsize}")
+        if mmap and length:
+            array = np.memmap(path, dtype, "r", begin, shape)
+        else:
+            array = np.fromfile(file, dtype, length)
+    if verify:
+        digest = hashlib.sha256()
+        for block in _blocks(array):
+            digest.update(np.ascontiguousarray(block))
+        if digest.hexdigest() != described["sha256"]:
+            raise Damaged(f"{file_name} has another checksum than when it was written")
+    return array
 
 
-def _sync(folder: Path) -> None:
-    """Names of files in ``folder`` reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _blocks(array: np.ndarray, *, overlap: int = 0) -> Iterator[np.ndarray]:
+    """An array piece by piece, each with the first ``overlap`` values of the next."""
+    for first in range(0, len(array), 1 << 20):
+        yield array[first : first + (1 << 20) + overlap]
+
+
+def _vocabulary(role: str, arrays: Mapping[str, np.ndarray]) -> Vocabulary:
+    own = {name.removeprefix(f"{role}."): values for name, values in arrays.items() if name.startswith(f"{role}.")}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return Vocabulary.from_arrays(own, distinct=True)
+    except ValueError as error:
+        raise Damaged(f"ids of {role}: {error}") from error
+
+
+def _check(domain: Domain, facts: Mapping[str, Any]) -> None:
+    """Arrays fit each other and the description."""
+    s = domain.sequences
+    for name, kinds in CORE.items():
+        array = getattr(s, name)
+        if array is not None and array.dtype.name not in kinds:
+            raise Damaged(f"{name} must be {' or '.join(kinds)}, got {array.dtype.name}")
+    falls = any((block[1:] < block[:-1]).any() for block in _blocks(s.offsets, overlap=1))
+    if not len(s.offsets) or s.offsets[0] != 0 or s.offsets[-1] != len(s.items) or falls:
+        raise Damaged(f"offsets must rise from 0 to {len(s.items)}")
+    for block in _blocks(s.items):
+        if block.min() < 0 or block.max() >= s.num_items:
+            raise Damaged(f"items must be in [0, {s.num_items}), got {block.min()} to {block.max()}")
+    if s.times is not None and len(s.times) != len(s.items):
+        raise Damaged(f"{len(s.times)} times for {len(s.items)} items")
+    if len(domain.users) != len(s) or len(domain.items) != s.num_items:
+        raise Damaged(
+            f"{len(domain.users)} user ids for {len(s)} users, {len(domain.items)} item ids for {s.num_items} items"
+        )
+    for name in ("num_users", "num_interactions"):
+        if facts[name] != getattr(domain, name):
+            raise Damaged(f"{DESCRIPTION}: {name!r} is {facts[name]}, the arrays have {getattr(domain, name)}")
 
 
 class DomainWriter:
@@ -266,10 +300,7 @@ class DomainWriter:
             "arrays": self._arrays,
             "source": None if report is None else asdict(report),
         }
-        with open(self._folder / DESCRIPTION, "w", encoding="utf-8") as file:
-            json.dump(facts, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(self._folder / DESCRIPTION, sealed(facts))
 
 
 class ArrayFile:
@@ -310,9 +341,3 @@ class ArrayFile:
         npy.write_array_header_1_0(
             self._file, {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
         )
-
-
-def write_all(file: Any, data: memoryview) -> None:
-    """An unbuffered file takes as much of a write as fits."""
-    while len(data):
-        data = data[file.write(data) :]

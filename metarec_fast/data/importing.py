@@ -22,9 +22,10 @@ from metarec_fast.data._numbering import Numbering
 from metarec_fast.data._rows import TimeCount, Usable, nothing_usable, rejection, usable
 from metarec_fast.data._tables import QuotesMislead, Rejects, Table
 from metarec_fast.data.domain import Domain, ReadReport
-from metarec_fast.data.folder import ArrayFile, DomainWriter, load_domain, replacing, write_all
+from metarec_fast.data.folder import DOMAIN, ArrayFile, DomainWriter, load_domain
 from metarec_fast.data.formats import split_suffix, tables
 from metarec_fast.data.read import check_choices, lookalikes, tied_share, warn
+from metarec_fast.files import replacing, write_all
 
 PIECE = 8 << 20  # bytes of text read at a time; larger pieces outgrow the cache
 PIECE_COST = 24  # bytes of memory at work for a byte of a piece
@@ -65,7 +66,8 @@ def import_file(
     memory: bytes, or "500MB", "2GB", "1GiB", for what is at work on rows, at least 4 MiB. Beside it there are the ids
         (an integer takes 40 to 90 bytes, a string 60 to 120 and twice its length), the largest user's events
         (96 bytes each), and a row group of a Parquet file.
-    overwrite: replace the domain that ``folder`` may hold. A folder that holds anything else is never touched.
+    overwrite: replace the domain that ``folder`` may hold, which stays whole until the new one is. A folder that holds
+        anything else is never touched.
     progress: called now and then.
 
     Disk: beside the result (12 bytes an event with times, 4 without), 32 bytes an event while at work (16 where one
@@ -88,7 +90,7 @@ def import_file(
     stem, format = split_suffix(path, format)
     os.stat(path)  # before anything is made
     source = _Source(path, format, {"user": user, "item": item, "time": time}, separator, on_error, budget)
-    with replacing(folder, overwrite=overwrite) as partial:
+    with replacing(folder, DOMAIN, overwrite=overwrite) as partial:
         scratch = partial / "scratch"
         scratch.mkdir()
         with failures_of(path):

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from metarec_fast.files import naming, write_all
+
 
 def describe(facts: dict[str, Any]) -> str:
     """Losses, and the sources' weights where there are any, in one short line."""
@@ -20,6 +22,16 @@ def describe(facts: dict[str, Any]) -> str:
     if "skipped" in facts:
         parts.append(f"{facts['skipped']} steps left out, not finite")
     return "  ".join(parts)
+
+
+def _remove_cut_line(log: Path) -> None:
+    """What a killed process left of its last line."""
+    with open(log, "rb+") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 20)))
+        rest = file.read()
+        if not rest.endswith(b"\n"):
+            file.truncate(size - len(rest) + rest.rfind(b"\n") + 1)
 
 
 class ConsoleReporter:
@@ -46,9 +58,6 @@ class ConsoleReporter:
         )
 
     def __enter__(self) -> ConsoleReporter:
-        if self._log_path is not None:
-            self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(self._log_path, "a", encoding="utf-8")
         self._bars.start()
         return self
 
@@ -58,9 +67,15 @@ class ConsoleReporter:
             self._log.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if self._log is not None:
-            self._log.write(json.dumps({"time": round(time.time(), 3), "run": self.title, **entry}) + "\n")
-            self._log.flush()
+        if self._log_path is None:
+            return
+        with naming(self._log_path):
+            if self._log is None:  # only now: a run that is refused leaves the log of another as it was
+                self._log_path.parent.mkdir(parents=True, exist_ok=True)
+                self._log = open(self._log_path, "ab", buffering=0)  # noqa: SIM115
+                _remove_cut_line(self._log_path)
+            line = json.dumps({"time": round(time.time(), 3), "run": self.title, **entry}) + "\n"
+            write_all(self._log, memoryview(line.encode()))
 
     def begin(self, title: str) -> None:
         self.title, self._ndcg = title, ""

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from metarec_fast.files import write_atomically
+
 
 class StageProfile(Protocol):
     """What is shown of ``train.profile.StageProfile``, which lies outside what a report may import."""
@@ -104,5 +106,5 @@ def svg(profiles: Sequence[StageProfile]) -> str:
 def write(profiles: Sequence[StageProfile], folder: Path) -> None:
     """``profile.json`` and ``profile.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "profile.json").write_text(json.dumps([p.as_dict() for p in profiles], indent=2), encoding="utf-8")
-    (folder / "profile.svg").write_text(svg(profiles), encoding="utf-8")
+    write_atomically(folder / "profile.json", json.dumps([p.as_dict() for p in profiles], indent=2).encode())
+    write_atomically(folder / "profile.svg", svg(profiles).encode())

@@ -17,10 +17,10 @@ import numpy as np
 from metarec_fast.data.domain import Catalogue
 from metarec_fast.evaluation import Difference, expected_metric, holm, no_verdict, paired_bootstrap
 from metarec_fast.evaluation.verdict import FEWEST
+from metarec_fast.files import write_atomically
 from metarec_fast.report.plot import Interval, Point, interval_chart, line_chart
 from metarec_fast.study.grid import Cell, Comparison, Study
 from metarec_fast.study.run import AMONG_ALL, RANKS, cell_stem
-from metarec_fast.train.checkpoint import write_atomically
 
 CUTOFF = 10
 METRICS = (f"ndcg@{CUTOFF}", f"recall@{CUTOFF}")

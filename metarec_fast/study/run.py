@@ -44,8 +44,8 @@ from metarec_fast.data import (
     synthetic,
 )
 from metarec_fast.evaluation import Metrics, Scorer, best_floor, choice_catalogue, evaluate, floors
+from metarec_fast.files import write_atomically
 from metarec_fast.study.grid import FORMAT, Cell, Study
-from metarec_fast.train.checkpoint import write_atomically
 from metarec_fast.train.trainer import Interrupted, Silent
 
 RANKS = ("users", "greater", "equal", "greater, history masked", "equal, history masked")  # rows of a cell's .npy

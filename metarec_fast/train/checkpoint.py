@@ -2,52 +2,96 @@
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metarec_fast.files import (
+    COUNT,
+    SHA256,
+    Damaged,
+    Field,
+    check_fields,
+    check_file,
+    check_format,
+    check_seal,
+    read_json,
+    sealed,
+    write_atomically,
+)
+
+FORMAT = 2
 MANIFEST = "checkpoint.json"
+STATE = re.compile(r"state-[0-9]+(-again)?\.safetensors")
+FIELDS = {
+    "format": COUNT,
+    "file": Field("state-<step>.safetensors", lambda v: isinstance(v, str) and STATE.fullmatch(v) is not None),
+    "bytes": COUNT,
+    "sha256": SHA256,
+    "checksum": SHA256,
+}
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``, or leave it as it was."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def is_in(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
 
 
 def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, step: int) -> None:
-    """Write a checkpoint of ``step``; the one before stays valid until the manifest names the new file."""
+    """Write a checkpoint of ``step``; the one before stays valid until the manifest names the new file.
+
+    facts: for JSON, under other keys than those of FIELDS.
+    """
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
     name = f"state-{step}.safetensors"
-    write_atomically(folder / name, to_bytes({key: value.contiguous() for key, value in tensors.items()}))
-    write_atomically(folder / MANIFEST, json.dumps({"file": name, **facts}, indent=2).encode())
+    if _named(folder) == name:  # a step that is saved again
+        name = f"state-{step}-again.safetensors"
+    data = to_bytes({key: value.contiguous() for key, value in tensors.items()})
+    about = {"format": FORMAT, "file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_atomically(folder / name, data)
+    write_atomically(folder / MANIFEST, sealed({**about, **facts}))
     for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink()
 
 
+def _named(folder: Path) -> str | None:
+    """The file of the checkpoint that is there, if it tells."""
+    try:
+        return read_json(folder, MANIFEST).get("file")
+    except (ValueError, AttributeError):
+        return None
+
+
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The latest checkpoint in ``folder``, or None if there is none. Raises ValueError if it is damaged."""
+    """The latest checkpoint in ``folder``, or None if there is none.
+
+    Raises ValueError, naming file and field, if it is damaged or of another format.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not (folder / MANIFEST).exists():
+    if not is_in(folder):
         return None
     try:
-        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return load_file(folder / facts["file"]), facts
-    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError, SafetensorError) as error:
+        facts = read_json(folder, MANIFEST)
+        if isinstance(facts, dict) and "format" not in facts and "config" in facts:
+            facts["format"] = 1  # which had none
+        advice = "finish it with the version that wrote it, or start again with --overwrite (overwrite=True)"
+        check_format(facts, FORMAT, f"checkpoint in {folder}", older=advice)
+        check_fields(facts, FIELDS, MANIFEST, exact=False)
+        check_seal(facts, MANIFEST)
+        tensors = load_file(check_file(folder, facts["file"], facts))
+        return tensors, {key: value for key, value in facts.items() if key not in FIELDS}
+    except Damaged as error:
         raise ValueError(f"checkpoint in {folder} is damaged: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint in {folder} is damaged: {facts['file']}: {error}") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, *, prefix: str = "optimizer") -> dict[str, Tensor]:

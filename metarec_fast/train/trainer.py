@@ -7,10 +7,11 @@ that a run that was stopped goes on as if it had not been.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from metarec_fast.data.domain import Split
 from metarec_fast.data.prefetch import Prefetch
 from metarec_fast.data.sampler import Sampler, draw
 from metarec_fast.evaluation import choice_catalogue, evaluate
+from metarec_fast.files import COUNT, FINITE, LIST, OBJECT, TEXT, Damaged, Field, check_fields
 from metarec_fast.meta.captured import CapturedStep
 from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Source, outer_step
@@ -32,6 +34,7 @@ from metarec_fast.train import checkpoint
 from metarec_fast.train.left_out import LeftOut, NonFiniteTrainingError, not_finite, reason
 from metarec_fast.train.optimizer import TableAdamW
 from metarec_fast.train.profile import StepProfiler
+from metarec_fast.train.run_folder import check_data, data_of, other_data, other_options
 from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 
 # Tables from this many items on pay for the rows that a step touches, where its loss does not touch all. A step of
@@ -154,6 +157,20 @@ class Progress:
         return sum(self.left_out.by_stage.values())
 
 
+_KINDS = {"int": COUNT, "float": FINITE, "str": TEXT}
+PROGRESS_FIELDS = {f.name: _KINDS.get(f.type, LIST) for f in dataclasses.fields(Progress)} | {"left_out": OBJECT}
+LEFT_OUT_FIELDS = {
+    "by_stage": Field("counts by stage", lambda v: OBJECT.holds(v) and all(map(COUNT.holds, v.values()))),
+    "in_a_row": COUNT,
+    "not_run": Field("a list of strings", lambda v: LIST.holds(v) and all(map(TEXT.holds, v))),
+}
+IDENTITY_FIELDS = {
+    "data": OBJECT,
+    "config": OBJECT,
+    "origin": Field("a string or null", lambda v: v is None or isinstance(v, str)),
+}
+
+
 class Trainer:
     """Trains ``model`` on a target's split with the help of sources' splits."""
 
@@ -165,11 +182,13 @@ class Trainer:
         config: Config,
         *,
         folder: Path | None = None,
+        origin: str | None = None,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         profiler: StepProfiler | None = None,
     ) -> None:
-        self.profiler = profiler
+        """origin: what tells apart where ``model``'s parameters come from, if not from ``config``."""
+        self.profiler, self.origin = profiler, origin
         self.model, self.sources, self.target, self.config = model, sources, target, config
         self.folder, self.reporter, self.should_stop = folder, reporter or Silent(), should_stop
         self.catalogue = choice_catalogue(target, config.data.catalogue)
@@ -462,23 +481,47 @@ class Trainer:
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         if self.table_optimizer is not None:  # rows stay behind, so that a run that goes on rounds as if not stopped
             tensors |= checkpoint.optimizer_tensors(self.table_optimizer, prefix="table_optimizer")
-        facts = {**asdict(self.progress), "config": self.config.to_json()}
+        facts = {**dataclasses.asdict(self.progress), **self._identity()}
         done = sum(s.steps for s in self.stages[: self.progress.stage]) + self.progress.step
         checkpoint.save(self.folder, tensors, facts, step=done)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been made from for this run to go on with it."""
+        domains = [split.domain for split in self.sources.values()]
+        data = data_of(domains, self.target.domain, self.config)
+        return {"data": data, "config": dataclasses.asdict(self.config), "origin": self.origin}
+
+    def _check_identity(self, facts: dict[str, Any]) -> None:
+        own, where = self._identity(), f"checkpoint in {self.folder}"
+        advice = "use another run folder, or start again with --overwrite (overwrite=True)"
+        if other := other_data(own["data"], facts["data"]):
+            raise ValueError(f"{where} belongs to other domains: {other}; {advice}")
+        if other := other_options(self.config, facts["config"]):
+            raise ValueError(f"{where} belongs to another configuration: {other}; {advice}")
+        if own["origin"] != facts["origin"]:
+            raise ValueError(f"{where} belongs to another start: the model that is adapted was another one; {advice}")
 
     def restore(self) -> bool:
         """Take up the run saved in the folder; False if there is none.
 
-        Raises ValueError if it is damaged or belongs to another configuration.
+        Raises ValueError if it is damaged, or belongs to another configuration or other data, and says which.
         """
         loaded = checkpoint.load(self.folder) if self.folder is not None else None
         if loaded is None:
             return False
         tensors, facts = loaded
-        if facts.pop("config") != self.config.to_json():
-            raise ValueError(f"checkpoint in {self.folder} belongs to another configuration; use another run folder")
-        facts.pop("file")
-        self.progress = Progress(**facts | {"left_out": LeftOut(**facts["left_out"])})
+        try:
+            check_fields(facts, PROGRESS_FIELDS | IDENTITY_FIELDS, checkpoint.MANIFEST)
+            check_data(facts["data"], f"{checkpoint.MANIFEST}: 'data'")
+            self._check_identity(facts)
+            for name in IDENTITY_FIELDS:
+                facts.pop(name)
+            check_fields(facts["left_out"], LEFT_OUT_FIELDS, f"{checkpoint.MANIFEST}: 'left_out'")
+            progress = Progress(**facts | {"left_out": LeftOut(**facts["left_out"])})
+            self._check_progress(progress)
+        except Damaged as error:
+            raise ValueError(f"checkpoint in {self.folder} is damaged: {error}") from error
+        self.progress = progress
 
         def pick(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -487,7 +530,7 @@ class Trainer:
             self.model.load_state_dict(pick("model."))
         except RuntimeError as error:
             raise ValueError(
-                f"checkpoint in {self.folder} belongs to other domains; use another run folder: {error}"
+                f"checkpoint in {self.folder} belongs to other domains, of another shape: {error}"
             ) from error
         self.best_state = pick("best.")
         self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
@@ -500,3 +543,8 @@ class Trainer:
             if self.table_optimizer is not None:
                 checkpoint.restore_optimizer(self.table_optimizer, tensors, prefix="table_optimizer")
         return True
+
+    def _check_progress(self, progress: Progress) -> None:
+        done = progress.stage == len(self.stages) and not progress.step
+        if not done and not (progress.stage < len(self.stages) and progress.step <= self.stages[progress.stage].steps):
+            raise Damaged(f"{checkpoint.MANIFEST}: no stage {progress.stage} of the run has a step {progress.step}")

@@ -1,15 +1,17 @@
 """A domain written and read again is the same domain."""
 
+import copy
 import errno
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from metarec_fast.data import Domain, Sequences, Vocabulary, load_domain, save_domain
+from metarec_fast.data import Domain, Sequences, Vocabulary, import_file, load_domain, save_domain
+from metarec_fast.files import sealed
+from tests.killed import killed
 
 OFFSETS, ITEMS = np.array([0, 3, 3, 5], np.int64), np.array([0, 1, 2, 1, 0], np.int32)
 
@@ -49,9 +51,12 @@ def test_a_slice_of_larger_arrays_is_saved_as_itself(tmp_path):
     assert load_domain(tmp_path).sequences.times.tolist() == [0, 2, 4, 6, 8]
 
 
-def test_saving_over_another_domain(tmp_path):
+def test_saving_over_another_domain_is_asked_for(tmp_path):
     save_domain(DOMAINS["whole times"], tmp_path)
-    save_domain(DOMAINS["strings"], tmp_path)
+    with pytest.raises(ValueError, match=r"holds a domain already; .*overwrite=True.*'t' of 3 users and 3 items"):
+        save_domain(DOMAINS["strings"], tmp_path)
+    assert load_domain(tmp_path).name == "t"
+    save_domain(DOMAINS["strings"], tmp_path, overwrite=True)
     assert load_domain(tmp_path).sequences.times is None
 
 
@@ -60,56 +65,36 @@ def test_what_is_there_stays_until_the_new_is_whole(tmp_path, monkeypatch):
     save_domain(DOMAINS["strings"], folder)
     monkeypatch.setattr("metarec_fast.data.folder.write_all", lambda *_: (_ for _ in ()).throw(full_disk()))
     with pytest.raises(OSError, match="No space left on device") as raised:
-        save_domain(DOMAINS["integers"], folder)
+        save_domain(DOMAINS["integers"], folder, overwrite=True)
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(folder)
     assert load_domain(folder).name == "s"
     assert os.listdir(tmp_path) == ["d"]
+
+
+def describe(folder, facts):
+    """A description that somebody wrote who knows how."""
+    del facts["checksum"]
+    (folder / "domain.json").write_bytes(sealed(facts))
+    facts["checksum"] = None
 
 
 def full_disk():
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["mkdir", "fsync", "rename"])
-@pytest.mark.parametrize("before", [False, True])
-def test_a_failure_at_any_step_leaves_what_was(tmp_path, monkeypatch, call, before):
-    folder = tmp_path / "d"
-    if before:
-        save_domain(DOMAINS["strings"], folder)
-    owner = Path if call == "mkdir" else os
-    calls = getattr(owner, call)
-
-    def fail(*given, **named):
-        if call == "mkdir" and given[0] == tmp_path:
-            return calls(*given, **named)
-        raise PermissionError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(owner, call, fail)
-    if call == "rename":
-        monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="Read-only"):
-        save_domain(DOMAINS["integers"], folder)
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == (["d"] if before else [])
-    if before:
-        assert load_domain(folder, verify=True).name == "s"
-
-
-def test_the_old_domain_comes_back_when_the_new_cannot_take_its_place(tmp_path, monkeypatch):
-    folder = tmp_path / "d"
+@pytest.mark.parametrize("swap", ["exchange", "two renames"])
+def test_a_save_that_is_killed_leaves_the_old_domain_or_the_new(tmp_path, monkeypatch, swap):
+    if swap == "two renames":
+        monkeypatch.setattr("metarec_fast.files._exchange", lambda *_: False)
+    folder, seen, at, died = tmp_path / "d", set(), 0, True
     save_domain(DOMAINS["strings"], folder)
-    rename = os.rename
-
-    def fail_for_the_new(source, target):
-        if ".partial-" in str(source):
-            raise OSError(errno.EIO, "Input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", fail_for_the_new)
-    with pytest.raises(OSError, match="Input/output"):
-        save_domain(DOMAINS["integers"], folder)
-    assert load_domain(folder).name == "s"
-    assert os.listdir(tmp_path) == ["d"]
+    while died:
+        at += 5
+        died = killed(lambda: save_domain(DOMAINS["integers"], folder, overwrite=True), at)
+        seen.add(load_domain(folder, verify=True).name)
+        save_domain(DOMAINS["strings"], folder, overwrite=True)
+        assert os.listdir(tmp_path) == ["d"]
+    assert seen == {"s", "i"} and at > 20
 
 
 @pytest.mark.parametrize("folder", ["foreign", "file"])
@@ -173,14 +158,55 @@ def test_damage_is_named(tmp_path, name, mmap):
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_a_changed_byte_is_found_on_request(tmp_path, name):
+def test_a_changed_byte_is_found_on_request_and_always_in_arrays_that_are_read(tmp_path, name):
     save_domain(DOMAINS["whole times"], tmp_path / "d")
     path = tmp_path / "d" / f"{name}.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="damaged"):
-        load_domain(tmp_path / "d", verify=True)
+    for options in ({}, {"verify": True, "mmap": True}):
+        with pytest.raises(ValueError, match=rf"damaged: {name}\.npy has another checksum"):
+            load_domain(tmp_path / "d", **options)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_offsets_that_fall_and_items_outside_the_catalogue_are_found_without_checksums(tmp_path, mmap):
+    for name, at, value in (("offsets", 1, 4), ("items", 2, 3), ("items", 0, -1)):
+        domain = DOMAINS["strings"]
+        arrays = {"offsets": OFFSETS.copy(), "items": ITEMS.copy()}
+        arrays[name][at] = value
+        bad = Domain("bad", Sequences(**arrays, num_items=3), domain.users, domain.items)
+        save_domain(bad, tmp_path / "d", overwrite=True)
+        with pytest.raises(ValueError, match=rf"damaged: {name} must"):
+            load_domain(tmp_path / "d", mmap=mmap, verify=False)
+
+
+def test_every_malformed_field_is_named(tmp_path):
+    folder = tmp_path / "d"
+    path = write_csv(tmp_path / "x.csv")
+    import_file(path, folder)
+    whole = json.loads((folder / "domain.json").read_text())
+    places = [("", key) for key in whole] + [("source", key) for key in whole["source"]]
+    places += [("arrays", key) for key in whole["arrays"]]
+    for section, key in places:
+        values = [True, [[]], {"a": {}}, -1, 1.5, float("nan")] + ([] if section == "arrays" else ["gone"])
+        for value in values:
+            facts = copy.deepcopy(whole)
+            held = facts[section] if section else facts
+            if (section, key) == ("source", "tied") and value == 1.5:
+                continue  # a number there is
+            if value == "gone":
+                del held[key]
+            else:
+                held[key] = value
+            describe(folder, facts) if key != "checksum" else (folder / "domain.json").write_text(json.dumps(facts))
+            with pytest.raises(ValueError, match=rf"domain\.json.*{key}"):
+                load_domain(folder)
+
+
+def write_csv(path):
+    path.write_text("user_id,item_id,timestamp\na,x,1\na,y,2\nb,x,3\n")
+    return path
 
 
 def test_arrays_that_do_not_fit_each_other(tmp_path):
@@ -199,16 +225,16 @@ def test_arrays_that_do_not_fit_each_other(tmp_path):
         for name in swapped:
             shutil.copy(other / f"{name}.npy", mixed)
         arrays = facts["arrays"] | {name: theirs[name] for name in swapped}
-        (mixed / "domain.json").write_text(json.dumps(facts | {"arrays": arrays}))
+        describe(mixed, facts | {"arrays": arrays})
         with pytest.raises(ValueError, match="mixed is damaged"):
             load_domain(mixed)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 2, "arrays": {"offsets": 3}}', "\0"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 3}', '{"format": 3, "arrays": {"offsets": 3}}', "\0"])
 def test_descriptions_that_describe_nothing(tmp_path, text):
     save_domain(DOMAINS["strings"], tmp_path / "d")
     (tmp_path / "d" / "domain.json").write_text(text)
-    with pytest.raises(ValueError, match=r"is damaged|format None"):
+    with pytest.raises(ValueError, match=r"is damaged: domain\.json"):
         load_domain(tmp_path / "d")
 
 
@@ -217,7 +243,7 @@ def test_names_in_a_description_do_not_lead_out_of_the_folder(tmp_path):
     shutil.copy(tmp_path / "d" / "items.npy", tmp_path / "outside.npy")
     facts = json.loads((tmp_path / "d" / "domain.json").read_text())
     facts["arrays"]["../outside"] = facts["arrays"]["items"]
-    (tmp_path / "d" / "domain.json").write_text(json.dumps(facts))
+    describe(tmp_path / "d", facts)
     with pytest.raises(ValueError, match="is damaged"):
         load_domain(tmp_path / "d")
 
@@ -228,16 +254,16 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path):
     np.save(path, np.array([print], object), allow_pickle=True)
     facts = json.loads((tmp_path / "d" / "domain.json").read_text())
     facts["arrays"]["items"]["bytes"] = path.stat().st_size
-    (tmp_path / "d" / "domain.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    describe(tmp_path / "d", facts)
+    with pytest.raises(ValueError, match=r"is damaged: items\.npy holds \|O"):
         load_domain(tmp_path / "d")
 
 
 def test_a_missing_description_and_another_format(tmp_path):
     save_domain(DOMAINS["strings"], tmp_path / "d")
     path = tmp_path / "d" / "domain.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
-    with pytest.raises(ValueError, match="format 3, this version reads 2"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    with pytest.raises(ValueError, match="format 2, this version reads 3: import or save the domain again"):
         load_domain(tmp_path / "d")
     path.unlink()
     with pytest.raises(ValueError, match=r"domain\.json is missing"):
