@@ -103,7 +103,7 @@ def test_resume_goes_on_to_the_end(run):
 def test_the_run_folder(run):
     out = run[1]
     assert {p.name for p in out.iterdir()} == {
-        *("config.json", "log.jsonl", "metrics.json", "table.md"),
+        *("config.json", "log.jsonl", "metrics.json", "run.json", "table.md"),
         *("target_only", "metarec"),
     }
     config = Config.load(out / "config.json")
