@@ -2,10 +2,12 @@
 
     python bench/exactness.py [--rows 10000000] [--interpreted-rows 10000] [--seed 0] [--isa avx2 ...]
 
-Each problem is drawn from (family, seed) alone; `metarec_fast.vq.verify` is the referee. Per problem: the indices of
-nearest_codeword against float64; those of vq_commit, and its quantized rows bit for bit, against them; its weighted
-loss against float64; and whole results against results of random splits of the rows under another number of threads,
-bit for bit. Every instruction set runs in a process of its own, the Triton kernels under Triton's interpreter (fewer
+The nearest code is that of least distance, or of largest product: always in the families of codes for cosine
+similarity, and in every fourth problem of the others. Each problem is drawn from (family, seed) alone;
+`metarec_fast.vq.verify` is the referee. Per problem: the indices of nearest_codeword against float64; those of
+vq_commit, and its quantized rows bit for bit, against them; its weighted loss against float64; and whole results
+against results of random splits of the rows under another number of threads, bit for bit. Every instruction set runs
+in a process of its own, the Triton kernels under Triton's interpreter (fewer
 rows, small shapes: it is a thousand times slower). Prints a table, writes results/exactness.md, and exits with 1 if
 anything was wrong; every finding is printed with the call that draws its problem again.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +35,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from metarec_fast.ops import backend_info, nearest_codeword, vq_commit  # noqa: E402
+from metarec_fast.reference.nearest_codeword import Metric  # noqa: E402
 from metarec_fast.vq import verify  # noqa: E402
 
 CODES = (1, 2, 5, 63, 64, 65, 257, 1000, 8196)
@@ -180,14 +184,71 @@ def on_codes(N: int, K: int, D: int) -> Drawn:
     return torch.where(torch.rand(N, 1) < 0.5, x, x.nextafter(torch.tensor(INF))), codes
 
 
+def unit(N: int, K: int, D: int) -> Drawn:
+    return F.normalize(normal(N, D), dim=-1), F.normalize(normal(K, D), dim=-1)
+
+
+def cosine_shrunk(N: int, K: int, D: int) -> Drawn:
+    """Lengths from 1 to denormal, and zeros, as averages leave codes out of use; rows of zeros."""
+    x, codes = unit(N, K, D)
+    shrinks = torch.rand(K, 1) < random.choice((0.1, 0.5, 0.99))
+    codes = codes * torch.where(shrinks, 10.0 ** -(46 * torch.rand(K, 1)), 1)
+    codes[torch.rand(K) < random.choice((0.0, 0.3, 0.9))] = 0
+    x[torch.rand(N) < 0.05] = 0
+    return x, codes
+
+
+def cosine_half_stored(N: int, K: int, D: int) -> Drawn:
+    """Lengths not quite 1."""
+    x, codes = unit(N, K, D)
+    return x, codes.to(random.choice((torch.float16, torch.bfloat16))).float()
+
+
+def cosine_near_duplicates(N: int, K: int, D: int) -> Drawn:
+    """Few directions, each with many codes, and few rows that are not along one."""
+    x, codes = unit(N, max(1, K // random.choice((2, 20, 500))), D)
+    codes = codes[torch.randint(len(codes), (K,))]
+    x = torch.where(torch.rand(N, 1) < 0.5, codes[torch.randint(K, (N,))], x)
+    return x, codes + 10.0 ** -random.randint(4, 8) * normal(K, D)
+
+
+def cosine_opposite(N: int, K: int, D: int) -> Drawn:
+    """Codes and their opposites, some twice, and rows along, against and across them."""
+    x, codes = unit(N, K, D)
+    codes = codes[torch.randint(K, (K,))] * (1 - 2 * torch.randint(0, 2, (K, 1)))
+    x = torch.where(torch.rand(N, 1) < 0.3, -codes[torch.randint(K, (N,))], x)
+    return x, codes
+
+
+def cosine_lengths(N: int, K: int, D: int) -> Drawn:
+    """A few directions at lengths about 1 or far apart, so that lengths decide."""
+    x, codes = unit(N, max(1, K // random.choice((1, 5, 100))), D)
+    codes = codes[torch.randint(len(codes), (K,))]
+    spread = random.choice((1e-7, 1e-4, 0.1, 3.0))
+    return x, codes * torch.exp(spread * normal(K, 1))
+
+
+def cosine_narrow(N: int, K: int, D: int) -> Drawn:
+    """All within a narrow cone, where products differ by little."""
+    axis, spread = normal(1, D), 10.0 ** -random.randint(1, 5)
+    return tuple(F.normalize(axis + spread * normal(n, D), dim=-1) for n in (N, K))
+
+
+COSINE = (
+    unit, cosine_shrunk, cosine_half_stored, cosine_near_duplicates, cosine_opposite, cosine_lengths, cosine_narrow
+)  # fmt: skip
 FAMILIES: dict[str, Callable[[int, int, int], Drawn]] = {
     draw.__name__: draw
     for draw in (
         gaussian, clusters, offset, offset_rows, duplicates, near_duplicates, collapsed, last_bit, halfway, denormals,
         huge, overflow, mixed_scales, grid, midpoints, not_finite, constant_dims, outlier_element, outlier_code,
-        on_codes,
+        on_codes, *COSINE,
     )
 }  # fmt: skip
+
+
+def metric_of(family: str, number: int) -> Metric:
+    return "product" if FAMILIES[family] in COSINE or number % 4 == 3 else "distance"
 
 
 def problem(family: str, seed: int, shape: Shape, dtype: torch.dtype = torch.float32) -> Drawn:
@@ -230,15 +291,19 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 class Operators(NamedTuple):
-    """lookup(x, codebook) -> (indices, margin); commit(x, codebook, row_weight) -> (quantized, indices, loss)."""
+    """lookup(x, codebook, metric) -> (indices, margin); commit(x, codebook, row_weight, metric) -> (quantized,
+    indices, loss). The metric is given by name."""
 
-    lookup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    commit: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    lookup: Callable[..., tuple[Tensor, Tensor]]
+    commit: Callable[..., tuple[Tensor, Tensor, Tensor]]
     interpreted: bool = False  # whose products, by NumPy, round by a row's place in its tile, and with them the margin
 
 
 def public_operators() -> Operators:
-    return Operators(nearest_codeword, lambda x, codebook, weight: vq_commit(x, codebook, row_weight=weight))
+    def commit(x: Tensor, codebook: Tensor, weight: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+        return vq_commit(x, codebook, row_weight=weight, metric=metric)
+
+    return Operators(nearest_codeword, commit)
 
 
 def loss_is_close(loss: Tensor, x: Tensor, codes: Tensor, weight: Tensor, narrow: bool) -> bool:
@@ -253,10 +318,17 @@ def loss_is_close(loss: Tensor, x: Tensor, codes: Tensor, weight: Tensor, narrow
     return bool((loss.double() - expected).abs() <= 1e-5 * expected + (1e-37 if narrow else 0))
 
 
-def check(x: Tensor, codebook: Tensor, operators: Operators, cuts: list[int], threads: tuple[int, int]) -> dict:
+def check(
+    x: Tensor,
+    codebook: Tensor,
+    operators: Operators,
+    cuts: list[int],
+    threads: tuple[int, int],
+    metric: Metric = "distance",
+) -> dict:
     """Counts of what is wrong, and the first wrong row."""
     torch.set_num_threads(threads[0])
-    indices, margin = operators.lookup(x, codebook)
+    indices, margin = operators.lookup(x, codebook, metric=metric)
     codes = codebook.gather(
         -2, indices.clamp(0, codebook.shape[-2] - 1).unsqueeze(-1).expand(*indices.shape, x.shape[-1])
     )
@@ -265,19 +337,21 @@ def check(x: Tensor, codebook: Tensor, operators: Operators, cuts: list[int], th
     N = x.shape[-2]
     weight = torch.randint(0, 4, (N,)).float() / 2
     weight[~((error if x.dim() == 2 else error.amax(0)) < 1e33)] = 0
-    quantized, commit_indices, loss = operators.commit(x, codebook, weight)
-    found = verify(x, codebook, indices)
+    quantized, commit_indices, loss = operators.commit(x, codebook, weight, metric=metric)
+    found = verify(x, codebook, indices, metric=metric)
 
     torch.set_num_threads(threads[1])
     edges = [0, *sorted(cuts), N]
     parts = [x[..., a:b, :] for a, b in itertools.pairwise(edges)]
     part_weights = [weight[a:b] for a, b in itertools.pairwise(edges)]
-    looked = [operators.lookup(part, codebook) for part in parts]
+    looked = [operators.lookup(part, codebook, metric=metric) for part in parts]
     pieces = [torch.cat(p, -1) for p in zip(*looked, strict=True)]
     if operators.interpreted:
         wholes, pieces = (indices,), pieces[:1]
     else:
-        committed = [operators.commit(part, codebook, w) for part, w in zip(parts, part_weights, strict=True)]
+        committed = [
+            operators.commit(part, codebook, w, metric=metric) for part, w in zip(parts, part_weights, strict=True)
+        ]
         pieces += [torch.cat([c[1] for c in committed], -1), torch.cat([c[0] for c in committed], -2)]
         wholes = indices, margin, commit_indices, quantized
     torch.set_num_threads(threads[0])
@@ -320,12 +394,13 @@ def run_family(
     for number, (drawn, shape, dtype) in enumerate(plan(family, seed, rows, codes=codes, dims=dims, dtypes=dtypes)):
         x, codebook = problem(family, drawn, shape, dtype)
         cuts = [random.randint(0, shape.N) for _ in range(2)]
-        outcome = check(x, codebook, operators, cuts, (1, 1 if number % 3 else threads))
+        metric = metric_of(family, number)
+        outcome = check(x, codebook, operators, cuts, (1, 1 if number % 3 else threads), metric)
         for name in COUNTS:
             total[name] += outcome[name]
         if any(outcome[name] for name in COUNTS[2:]):
             counts = ", ".join(f"{name} {outcome[name]}" for name in COUNTS[2:] if outcome[name])
-            call = f"problem({family!r}, {drawn}, {shape}, {dtype})"
+            call = f"problem({family!r}, {drawn}, {shape}, {dtype}) by {metric}"
             total["findings"].append(f"{call}: {counts}; {outcome.get('first', '')}")
     return total
 
@@ -343,15 +418,15 @@ def interpreted_operators() -> Operators:
     config = kernel.screen_config
     kernel.screen_config = lambda D, *, split: config(D, split=split) | {"BLOCK_N": 512}
 
-    def lookup(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(x: Tensor, codebook: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor]:
         if x.dim() == 3:
-            return kernel.nearest_codeword(x, codebook)
-        indices, margin = kernel.nearest_codeword(x[None], codebook[None])
+            return kernel.nearest_codeword(x, codebook, metric=metric)
+        indices, margin = kernel.nearest_codeword(x[None], codebook[None], metric=metric)
         return indices[0], margin[0]
 
-    def commit(x: Tensor, codebook: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def commit(x: Tensor, codebook: Tensor, weight: Tensor, *, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
         heads = (x, codebook) if x.dim() == 3 else (x[None], codebook[None])
-        quantized, indices, row_error, *_ = commit_kernel(*heads)
+        quantized, indices, row_error, *_ = commit_kernel(*heads, metric=metric)
         loss = mean_row_error(row_error, weight, x.shape[-1])
         return (quantized, indices, loss) if x.dim() == 3 else (quantized[0], indices[0], loss)
 
@@ -436,9 +511,10 @@ def main() -> int:
 {{{", ".join(map(str, DIMS))}}}, 1 to 5 heads, float32 with a share of float16, bfloat16 and float64; the interpreter
 runs K up to 257, D up to 100, float32 and float16, in taller tiles than a card would.
 
-Wrong codes: rows whose index is not the lowest of least float64 distance. Commit's index: rows where vq_commit chose
-another than nearest_codeword. Stored codes: rows of vq_commit that are not the code's bits. Split or threads: rows of
-which any bit changed when the rows were cut at random places under another number of threads. Losses: problems whose
+Wrong codes: rows whose index is not the lowest of least float64 distance, or of largest float64 product. Commit's
+index: rows where vq_commit chose another than nearest_codeword. Stored codes: rows of vq_commit that are not the code's
+bits. Split or threads: rows of which any bit changed when the rows were cut at random places under another number of
+threads. Losses: problems whose
 weighted loss is not within 1e-5 of float64's. Every column after the rows must be 0.
 
 {table(found)}

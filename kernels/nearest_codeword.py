@@ -14,6 +14,13 @@ rounded |c|^2 and score. The float64 sum that defines the index is itself up to 
 least and second least score more than 2 (E + F) apart prove the index. The other rows (ties among them, and whatever
 overflowed) are compared in float64.
 Float16 and bfloat16 codebooks enter as they are: their products are exact in float32 and only g and u remain.
+
+For the largest product whatever the codes' lengths, s_k = -2<x, c_k - m> = -2<x - m, c_k - m> - 2<m, c_k - m>: the last
+term stands where |c_k - m|^2 stood, rounded once from float64. With M = |m| (0 where codes enter as they are)
+
+    E = 2 R C (g + 2^-19) + 4 u M C,    F = (D + 4) 2^-52 (R + M) (C + M),
+
+u once for that term and once for the score, F for the float64 sum of (x c)_d that defines the product, twice over.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metarec_fast.kernels import _common
+from metarec_fast.reference.nearest_codeword import Metric
 
 # Up to this many terms (x - c)^2 the float64 pass alone is over before the screen's launches would be.
 _SETTLE_ALL = 1 << 26
@@ -72,9 +80,12 @@ def _prepare(
     codebook_ptr, mean_ptr, least_ptr, most_ptr,  # [H, K, D], [H, D] three times
     high_ptr, low_ptr, norm_ptr, unscale_ptr, count_ptr,  # [H, K', D'] twice, [H, K'], [H], [1]
     K, D,
-    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The codebook as the screen reads it, padded to whole blocks: zeros in D, codes at infinite norm in K."""
+    """The codebook as the screen reads it, padded to whole blocks: zeros in D, codes at infinite norm in K.
+
+    norm: what a code adds to its scores.
+    """
     h = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     padded_K = tl.num_programs(0).to(tl.int64) * BLOCK_K
@@ -104,12 +115,16 @@ def _prepare(
         if SPLIT:
             mean = tl.load(mean_ptr + h * D + d, mask=d < D, other=0.0)
             centred = tl.where(inside, code.to(tl.float64) - mean.to(tl.float64)[None, :], 0.0)
-            norm += tl.sum(centred * centred, 1)
+            if PRODUCT:
+                norm -= 2.0 * tl.sum(centred * mean.to(tl.float64)[None, :], 1)
+            else:
+                norm += tl.sum(centred * centred, 1)
             high, low = _split(centred.to(tl.float32) * scale)
             tl.store(high_ptr + out, high)
             tl.store(low_ptr + out, low)
         else:
-            norm += tl.sum(code.to(tl.float64) * code.to(tl.float64), 1)
+            if not PRODUCT:
+                norm += tl.sum(code.to(tl.float64) * code.to(tl.float64), 1)
             tl.store(high_ptr + out, code)
     tl.store(norm_ptr + h * padded_K + k, tl.where(k < K, norm, float("inf")).to(tl.float32))
 
@@ -155,9 +170,10 @@ def _split_rows(
 def _screen(
     x_ptr, x_low_ptr, x_unscale_ptr, x_radius_ptr,  # [H, N, D]; what _split_rows wrote, unless RESIDENT
     mean_ptr, high_ptr, low_ptr, norm_ptr, unscale_ptr,  # [H, D], then what _prepare wrote
+    reach_ptr,  # [H, 2] for products: the largest |c - m|, and |m|
     indices_ptr, margin_ptr, undecided_ptr, count_ptr,  # [H, N] three times, [1]
     N, K, D, x_stride, padded_K,
-    SPLIT: tl.constexpr, RESIDENT: tl.constexpr,
+    SPLIT: tl.constexpr, PRODUCT: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Least and second least score of BLOCK_N rows; rows that are not proven go to the list of the undecided."""
@@ -225,7 +241,8 @@ def _screen(
                     product = tl.dot(x_high, low, product, input_precision="ieee")
                 product = tl.dot(x_high, high, product, input_precision="ieee")
         norm = tl.load(norm_ptr + k0 + lane)
-        most_norm = tl.maximum(most_norm, tl.where(k0 + lane < K, norm, 0.0))
+        if not PRODUCT:
+            most_norm = tl.maximum(most_norm, tl.where(k0 + lane < K, norm, 0.0))
         score = norm[None, :] - factor[:, None] * product
         left, right = _halves(score)
         least_left, least_right = _halves(tl.minimum(left, right))
@@ -247,19 +264,28 @@ def _screen(
     row_second = tl.min(tl.where(index == row_index[:, None], second, best), 1)
     margin = row_second - row_best
 
-    c_square = tl.max(most_norm, 0)
     gamma = (D + 32) * 2.0**-22
     if SPLIT:
         gamma += 2.0**-19
-    c_radius = tl.sqrt(c_square)
-    reach = x_radius + c_radius
-    error = 2.0 * gamma * x_radius * c_radius + 2.0**-22 * c_square + (D + 4) * 2.0**-52 * reach * reach
+    if PRODUCT:
+        c_radius = tl.load(reach_ptr + 2 * h)
+        m_radius = tl.load(reach_ptr + 2 * h + 1)
+        rounded = m_radius * c_radius
+        defined = (x_radius + m_radius) * (c_radius + m_radius)
+    else:
+        rounded = tl.max(most_norm, 0)
+        c_radius = tl.sqrt(rounded)
+        reach = x_radius + c_radius
+        defined = reach * reach
+    error = 2.0 * gamma * x_radius * c_radius + 2.0**-22 * rounded + (D + 4) * 2.0**-52 * defined
     # 1.001 for the rounding of R, C and the margin; 2^-100 for what underflowed
     bound = 2.002 * error + 2.0**-100
     proven = (margin > bound) & (margin < float("inf"))
 
     out = first + row
     tl.store(indices_ptr + out, row_index.to(tl.int64), mask=row < rows)
+    if PRODUCT:
+        margin *= 0.5
     tl.store(margin_ptr + out, margin, mask=row < rows)
     undecided = ((row < rows) & (proven == 0)).to(tl.int32)
     total = tl.sum(undecided, 0)
@@ -268,14 +294,23 @@ def _screen(
         tl.store(undecided_ptr + slot + tl.cumsum(undecided, 0) - 1, out, mask=undecided == 1)
 
 
+@triton.jit
+def _cost(x, c, PRODUCT: tl.constexpr):
+    if PRODUCT:
+        return -(x * c)
+    else:
+        difference = x - c
+        return difference * difference
+
+
 @triton.jit(do_not_specialize=["N", "K", "rows"])
 def _settle(
     x_ptr, codebook_ptr,  # [H, N, D], [H, D, K]
     undecided_ptr, count_ptr, indices_ptr, margin_ptr,  # [H, N], [1], [H, N] twice
     N, K, D, rows,
-    ALL: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
+    ALL: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sum_d (x_d - c_d)^2 in float64, d by d, for every code of the listed rows (ALL: of every row)."""
+    """sum_d (x_d - c_d)^2, or -sum_d x_d c_d, in float64, d by d, for every code of the rows listed (ALL: of each)."""
     lane = tl.arange(0, BLOCK_K)
     count = rows
     if not ALL:
@@ -297,16 +332,15 @@ def _settle(
             for d in range(0, D // UNROLL * UNROLL, UNROLL):
                 for j in tl.static_range(UNROLL):
                     c = tl.load(codes + j * K, mask=k < K, other=0.0).to(tl.float64)
-                    difference = tl.load(x_row + d + j).to(tl.float64) - c
-                    distance += difference * difference
+                    distance += _cost(tl.load(x_row + d + j).to(tl.float64), c, PRODUCT)
                 codes += UNROLL * K
             for d in range(D // UNROLL * UNROLL, D):
                 c = tl.load(codes, mask=k < K, other=0.0).to(tl.float64)
-                difference = tl.load(x_row + d).to(tl.float64) - c
-                distance += difference * difference
+                distance += _cost(tl.load(x_row + d).to(tl.float64), c, PRODUCT)
                 codes += K
-            # infinitely far too: a distance with a NaN
-            distance = tl.where((k < K) & (distance < float("inf")), distance, float("inf"))
+            # infinitely far too: a distance with a NaN, a product that is not finite
+            finite = (distance < float("inf")) & (distance > float("-inf"))
+            distance = tl.where((k < K) & finite, distance, float("inf"))
             second = tl.minimum(second, tl.maximum(best, distance))
             index = tl.where(distance < best, k, index)
             best = tl.minimum(best, distance)
@@ -334,41 +368,58 @@ def screen_config(D: int, *, split: bool) -> dict[str, int | bool]:
 
 
 def _settle_rows(
-    x: Tensor, codebook: Tensor, indices: Tensor, margin: Tensor, undecided: Tensor | None, count: Tensor | None
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    margin: Tensor,
+    undecided: Tensor | None,
+    count: Tensor | None,
+    *,
+    product: bool,
 ) -> None:
     (H, N, D), K = x.shape, codebook.shape[1]
     _settle[(min(H * N, _SETTLE_PROGRAMS),)](
         x, codebook.transpose(1, 2).contiguous(), undecided, count, indices, margin, N, K, D, H * N,
-        ALL=undecided is None, BLOCK_K=_SETTLE_BLOCK_K, UNROLL=2, num_warps=4,
+        ALL=undecided is None, PRODUCT=product, BLOCK_K=_SETTLE_BLOCK_K, UNROLL=2, num_warps=4,
         # Not fused here, so that a tie falls as it does in any plain float64 loop.
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def nearest_codeword(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor]:
+def _reach(codebook: Tensor, mean: Tensor | None) -> Tensor:
+    """float32 [H, 2]: the largest |c - m| of a head's codes and |m|, which is 0 without a mean."""
+    codes = codebook.double()  # in which no square underflows
+    mean = torch.zeros_like(codes[:, 0]) if mean is None else mean.double()
+    most = torch.linalg.vector_norm(codes - mean.unsqueeze(1), dim=-1).amax(1)
+    return torch.stack((most, torch.linalg.vector_norm(mean, dim=-1)), 1).float()
+
+
+def nearest_codeword(x_HND: Tensor, codebook_HKD: Tensor, *, metric: Metric = "distance") -> tuple[Tensor, Tensor]:
     """Index of the nearest code of each row, and by how much it is nearer than the second.
 
     x_HND, codebook_HKD: float16, bfloat16, float32 or float64 on one device; 1 <= K < 2^28. The dtypes may differ.
 
     Returns indices_HN (int64): the lowest k of least sum_d (x_d - c_kd)^2, evaluated in float64 wherever rounding could
-    matter; margin_HN (float32): second least minus least squared distance, infinite for K = 1. What holds a NaN or an
+    matter, or by metric "product" of largest sum_d x_d c_kd; margin_HN (float32): second least minus least squared
+    distance, or largest minus second largest product, infinite for K = 1. What holds a NaN or an
     infinity is infinitely far; where every code is, the index is 0 and the margin too. Nothing waits for the device.
     """
-    return search(x_HND, codebook_HKD)[:2]
+    return search(x_HND, codebook_HKD, metric=metric)[:2]
 
 
-def search(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def search(x_HND: Tensor, codebook_HKD: Tensor, *, metric: Metric = "distance") -> tuple[Tensor, Tensor, Tensor]:
     """``nearest_codeword``, and how many rows [1] int32 the screen left to float64."""
     (H, N, D), K = x_HND.shape, codebook_HKD.shape[1]
     _common.check_shapes(codebook=(codebook_HKD, (H, max(1, K), D)))
     x, codebook = x_HND.contiguous(), codebook_HKD.contiguous()
+    product = metric == "product"
     indices = _common.empty((H, N), dtype=torch.int64, device=x.device)
     margin = _common.empty((H, N), dtype=torch.float32, device=x.device)
     count = _common.empty((1,), dtype=torch.int32, device=x.device)
     if indices.numel() == 0:
         return indices, margin, count.zero_()
     if K == 1 or torch.float64 in (x.dtype, codebook.dtype) or H * N * K * D <= _SETTLE_ALL:
-        _settle_rows(x, codebook, indices, margin, None, None)
+        _settle_rows(x, codebook, indices, margin, None, None, product=product)
         return indices, margin, count.fill_(H * N)
 
     split = x.dtype != codebook.dtype or codebook.dtype == torch.float32
@@ -387,9 +438,11 @@ def search(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor]
     unscale = buffer((H,), torch.float32)
     undecided = buffer((H, N), torch.int64)
     mean, (least, most) = (codebook.mean(1), torch.aminmax(codebook, dim=1)) if split else (None, (None, None))
+    reach = _reach(codebook, mean) if product else None
     _prepare[(padded_K // _PREPARE_BLOCK_K, H)](
         codebook, mean, least, most, high, low, norm, unscale, count, K, D,
-        SPLIT=split, BLOCK_K=_PREPARE_BLOCK_K, BLOCK_D=config["BLOCK_D"], num_warps=4, enable_fp_fusion=True,
+        SPLIT=split, PRODUCT=product, BLOCK_K=_PREPARE_BLOCK_K, BLOCK_D=config["BLOCK_D"], num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     x_high, x_low, x_unscale, x_radius, x_stride = x, None, None, None, D
     if not config["RESIDENT"]:
@@ -402,9 +455,9 @@ def search(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor]
             SPLIT=split, BLOCK_N=_SPLIT_BLOCK_N, BLOCK_D=config["BLOCK_D"], num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     _screen[(_common.cdiv(N, config["BLOCK_N"]), H)](
-        x_high, x_low, x_unscale, x_radius, mean, high, low, norm, unscale,
+        x_high, x_low, x_unscale, x_radius, mean, high, low, norm, unscale, reach,
         indices, margin, undecided, count, N, K, D, x_stride, padded_K,
-        **config, enable_fp_fusion=True,
+        PRODUCT=product, **config, enable_fp_fusion=True,
     )  # fmt: skip
-    _settle_rows(x, codebook, indices, margin, undecided, count)
+    _settle_rows(x, codebook, indices, margin, undecided, count, product=product)
     return indices, margin, count

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metarec_fast.kernels import _common
 from metarec_fast.kernels.nearest_codeword import search
+from metarec_fast.reference.nearest_codeword import Metric
 
 _TILE = 2048  # elements of x that a program holds
 
@@ -40,17 +41,19 @@ def _gather(
     tl.store(error_ptr + first + row, error, mask=row < rows)
 
 
-def vq_commit(x_HND: Tensor, codebook_HKD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def vq_commit(
+    x_HND: Tensor, codebook_HKD: Tensor, *, metric: Metric = "distance"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Nearest code of each row, its index and the squared distance to it.
 
-    x_HND, codebook_HKD: as in ``nearest_codeword``.
+    x_HND, codebook_HKD, metric: as in ``nearest_codeword``.
 
     Returns quantized_HND (dtype of x), indices_HN (int64), row_error_HN (float32): sum over D of (x - c)^2, with c
     before it is rounded to the dtype of x; the same for a row whatever other rows come with it. Then margin_HN and the
     number of rows that the screen left to float64, as ``search`` returns them.
     """
     x, codebook = x_HND.contiguous(), codebook_HKD.contiguous()
-    indices, margin, undecided = search(x, codebook)
+    indices, margin, undecided = search(x, codebook, metric=metric)
     (H, N, D), K = x.shape, codebook.shape[1]
     quantized = _common.empty((H, N, D), dtype=x.dtype, device=x.device)
     row_error = _common.empty((H, N), dtype=torch.float32, device=x.device)

@@ -28,15 +28,21 @@ int max_threads() {
 #endif
 }
 
+Metric metric_of(const std::string& name) {
+    if (name == "distance") return Metric::distance;
+    if (name == "product") return Metric::product;
+    throw std::invalid_argument("metric must be distance or product, got " + name);
+}
+
 void search(const float* x, const float* codebook, const SearchOutput& out, int64_t heads, int64_t rows, int64_t codes,
-            int64_t dim) {
+            int64_t dim, Metric metric) {
     if (codes > std::numeric_limits<int32_t>::max()) {
         throw std::invalid_argument("codebook must hold fewer than 2^31 codes, got " + std::to_string(codes));
     }
     if (heads * rows == 0) return;
     const int threads = heads * rows * codes * dim < 1 << 15 ? 1 : max_threads();
     auto run = [&](int bits, const SearchRows& of, const Unsettled* unsettled) {
-        const PreparedCodebook prepared(codebook, heads, codes, dim, bits);
+        const PreparedCodebook prepared(codebook, heads, codes, dim, bits, metric);
         const AlignedMemory scratch = allocate_aligned(threads * METAREC_DISPATCH(search_scratch)(prepared.view()));
         METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), of, threads, scratch.get(), out, unsettled);
     };
@@ -131,8 +137,9 @@ void bind_vq(py::module_& m) {
     m.def(
         "nearest_codeword",
         [](const Span& x, const Span& codebook, const Span& indices, const Span& margin, int64_t heads, int64_t rows,
-           int64_t codes, int64_t dim) {
+           int64_t codes, int64_t dim, const std::string& metric) {
             check_codebook(codes, dim);
+            const Metric by = metric_of(metric);
             const SearchOutput out = {indices.of<int64_t>("indices", {heads, rows}),
                                       margin.maybe<float>("margin", {heads, rows}),
                                       1,
@@ -143,22 +150,23 @@ void bind_vq(py::module_& m) {
                 const auto* of = x.of<const double>("x", {heads, rows, dim});
                 const auto* among = codebook.of<const double>("codebook", {heads, codes, dim});
                 const py::gil_scoped_release release;
-                METAREC_DISPATCH(nearest_codeword_f64)(of, among, heads, rows, codes, dim, out.indices, out.margin);
+                METAREC_DISPATCH(nearest_codeword_f64)(of, among, heads, rows, codes, dim, by, out.indices, out.margin);
             } else {
                 const auto* of = x.of<const float>("x", {heads, rows, dim});
                 const auto* among = codebook.of<const float>("codebook", {heads, codes, dim});
                 const py::gil_scoped_release release;
-                search(of, among, out, heads, rows, codes, dim);
+                search(of, among, out, heads, rows, codes, dim, by);
             }
         },
         py::arg("x"), py::arg("codebook"), py::arg("indices"), py::arg("margin"), py::kw_only(), py::arg("heads"),
-        py::arg("rows"), py::arg("codes"), py::arg("dim"));
+        py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("metric"));
     m.def(
         "vq_commit",
         [](const Span& x, const Span& codebook, const Span& quantized, const Span& indices, const Span& row_error,
            const Span& margin, const Span& rechecked, int64_t margin_every, int64_t heads, int64_t rows, int64_t codes,
-           int64_t dim) {
+           int64_t dim, const std::string& metric) {
             check_codebook(codes, dim);
+            const Metric by = metric_of(metric);
             check_at_least("margin_every", margin_every, 1);
             check_at_least("rows", rows, 0);
             const auto* of = x.of<const float>("x", {heads, rows, dim});
@@ -172,11 +180,11 @@ void bind_vq(py::module_& m) {
                                       rechecked.of<int64_t>("rechecked", {})};
             const py::gil_scoped_release release;
             *out.rechecked = 0;
-            search(of, among, out, heads, rows, codes, dim);
+            search(of, among, out, heads, rows, codes, dim, by);
         },
         py::arg("x"), py::arg("codebook"), py::arg("quantized"), py::arg("indices"), py::arg("row_error"),
         py::arg("margin"), py::arg("rechecked"), py::kw_only(), py::arg("margin_every"), py::arg("heads"),
-        py::arg("rows"), py::arg("codes"), py::arg("dim"));
+        py::arg("rows"), py::arg("codes"), py::arg("dim"), py::arg("metric"));
     // grad, grad_error: None for 0.
     m.def(
         "vq_backward",

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "vq/exact.h"
+
 namespace metarec {
 
 // Beyond this squared norm, of a code or a row, sums of float32 products might overflow.
@@ -35,6 +37,7 @@ struct Clumps {
 // Slots are the distinct finite codes that enter the scan: ordinary ones, clumps, and last those of large norm,
 // each in the order of their indices.
 struct Codebook {
+    Metric metric;
     int64_t heads, codes, dim;
     int bits;  // of the numbers in the panels of the scan: 8 and 16 are integers, 32 is float32
     int64_t group, lanes, panels, words;
@@ -43,11 +46,13 @@ struct Codebook {
     int32_t* code;          // [H, panels * lanes * group] index of the slot's code; kMaxGroup more may be read
     uint8_t* duplicated;    // [H, codes] whether a later code equals this one
     int64_t* slots;         // [H]
-    Panels scan;            // of [H, panels]; start is -||code - mean||^2 / 2
+    Panels scan;            // of [H, panels]; start is -||code - mean||^2 / 2, for products (code - mean).mean
     // The score of any slot of a panel errs by at most by_rounding * ||x - x'|| + by_norm * ||x|| + constant,
     // x being a row minus the mean and x' what stands for it in the scan (nearest_codeword.cpp).
     float *by_rounding, *by_norm, *constant;  // [H, panels], padded to whole vectors
     float* reach;                             // [H] at least ||code - mean|| of any slot
+    float* length;                            // [H, codes] for products: at least ||code|| of the slots
+    float* mean_length;                       // [H] for products: at least ||mean||
     Clumps clumps;
 };
 

@@ -16,6 +16,13 @@
 // ||e||^2 / 2, whose error is k u (R p + Q p + p^2 / 2) + f (R + Q)^2.
 // For the codes left, d = sum (x - c)^2 in float32 is within (dim + 8) u d of the distance: mostly that proves the
 // nearest. If not, those that can still win are compared by the definition itself, in float64 (exact.cpp).
+//
+// By products the code of largest x.c = X.C + m.C (+ x.m, the same for all) is sought, whatever the codes' lengths.
+// -||C||^2 / 2 becomes m.C, summed in float64 and rounded once, so that with M >= ||m||
+//     |S - s| <= E = r Q + R q + k u (R Q + M Q) + f (R + M) (Q + M) + underflow,
+// where f covers the sum in float64 that defines the product. A clump adds R p + M p, and tells its members apart with
+// g = -m.e. For the codes left, x.c in float32 is within (dim + 8) u ||x|| ||c|| of the product; what a code costs is
+// minus its product.
 #include "vq/nearest_codeword.h"
 
 #ifdef _OPENMP
@@ -60,6 +67,7 @@ struct Search {
     const SearchRows& rows;
     const SearchOutput& out;
     const Unsettled* unsettled;
+    bool products;
     int64_t limit;  // codes whose distances are worth computing before a search in float32 would be cheaper
 };
 
@@ -119,6 +127,16 @@ inline float norm_bound(float square, int64_t dim) {
     if (!(square <= kMaxSquare)) return kInfinity;
     return __builtin_sqrtf(square) * (1 + static_cast<float>(dim + 8) * 0x1p-23f) +
            __builtin_sqrtf(static_cast<float>(dim)) * 0x1p-62f;
+}
+
+// At least the norm of a vector.
+inline float length(const float* x, int64_t dim) {
+    vfloat sum = {};
+    for (int64_t d = 0; d < dim; d += kFloats) {
+        const vfloat value = load_first(x + d, dim - d);
+        sum += value * value;
+    }
+    return norm_bound(sum_lanes(sum), dim);
 }
 
 // The largest element of row - mean, and its squared norm.
@@ -316,8 +334,17 @@ inline void recheck(const SearchOutput& out, int64_t rows) {
     *out.rechecked += rows;
 }
 
-// Squared distances of x from four codes.
-inline void distances(const float* x, const float* const* code, int64_t dim, float* out) {
+// What an element adds to a cost.
+template <Metric kMetric, typename T>
+[[gnu::always_inline]] inline T cost_of(T x, T code) {
+    if constexpr (kMetric == Metric::product) return -(x * code);
+    const T error = x - code;
+    return error * error;
+}
+
+// Costs of four codes: squared distances from x, or minus their products with it.
+template <Metric kMetric>
+inline void costs(const float* x, const float* const* code, int64_t dim, float* out) {
 #if defined(METAREC_ISA_avx512)
     if (dim <= 8) {  // narrow codes are common, and half a vector is summed in half the time
         const __mmask8 inside = static_cast<__mmask8>((1u << dim) - 1);
@@ -325,8 +352,7 @@ inline void distances(const float* x, const float* const* code, int64_t dim, flo
         __m256 square[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            const __m256 error = value - _mm256_maskz_loadu_ps(inside, code[j]);
-            square[j] = error * error;
+            square[j] = cost_of<kMetric>(value, _mm256_maskz_loadu_ps(inside, code[j]));
         }
         return sum_eights(square, out);
     }
@@ -336,50 +362,56 @@ inline void distances(const float* x, const float* const* code, int64_t dim, flo
     for (; d + kFloats <= dim; d += kFloats) {
         const vfloat value = load(x + d);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            const vfloat error = value - load(code[j] + d);
-            sum[j] += error * error;
-        }
+        for (int j = 0; j < 4; ++j) sum[j] += cost_of<kMetric>(value, load(code[j] + d));
     }
     if (d < dim) {
         const vfloat value = load_first(x + d, dim - d);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            const vfloat error = value - load_first(code[j] + d, dim - d);
-            sum[j] += error * error;
-        }
+        for (int j = 0; j < 4; ++j) sum[j] += cost_of<kMetric>(value, load_first(code[j] + d, dim - d));
     }
     sum_lanes(sum, out);
 }
 
-// Squared distance in float64, in no particular order.
-inline double accurate_distance(const float* x, const float* code, int64_t dim) {
+// The squared distance of x from one code.
+inline float squared_error(const float* x, const float* code, int64_t dim) {
+    vfloat sum = {};
+    for (int64_t d = 0; d < dim; d += kFloats) {
+        const vfloat error = load_first(x + d, dim - d) - load_first(code + d, dim - d);
+        sum += error * error;
+    }
+    return sum_lanes(sum);
+}
+
+// A cost in float64, in no particular order.
+template <Metric kMetric>
+inline double accurate_cost(const float* x, const float* code, int64_t dim) {
     constexpr int kDoubles = kFloats / 2;
     vdouble sum = {};
     int64_t d = 0;
     for (; d + kDoubles <= dim; d += kDoubles) {
-        const vdouble error = load_doubles(x + d) - load_doubles(code + d);
-        sum += error * error;
+        sum += cost_of<kMetric>(load_doubles(x + d), load_doubles(code + d));
     }
     double total = 0;
     for (int lane = 0; lane < kDoubles; ++lane) total += sum[lane];
     for (; d < dim; ++d) {
-        const double error = static_cast<double>(x[d]) - code[d];
-        total += error * error;
+        total += cost_of<kMetric>(static_cast<double>(x[d]), static_cast<double>(code[d]));
     }
     return total;
 }
 
+inline double accurate_cost(const Search& search, const float* x, const float* code) {
+    return search.products ? accurate_cost<Metric::product>(x, code, search.codebook.dim)
+                           : accurate_cost<Metric::distance>(x, code, search.codebook.dim);
+}
+
 #if defined(METAREC_ISA_avx512)
-// Squared distances of x [8] from eight neighbouring codes [8, 8]: two codes fill a vector.
-inline void distances_of_eight(const float* x, const float* codes, float* out) {
+// Costs of eight neighbouring codes [8, 8] for x [8]: two codes fill a vector.
+template <Metric kMetric>
+inline void costs_of_eight(const float* x, const float* codes, float* out) {
     const __m512 value = _mm512_broadcast_f32x8(_mm256_loadu_ps(x));
     __m512 square[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-        const __m512 error = value - _mm512_loadu_ps(codes + 16 * j);
-        square[j] = error * error;
-    }
+    for (int j = 0; j < 4; ++j) square[j] = cost_of<kMetric>(value, _mm512_loadu_ps(codes + 16 * j));
     // sums of pairs, then of fours side by side in each quarter, then of eights; even and odd codes lie apart
     const __m512 left = _mm512_shuffle_ps(square[0], square[1], 0x88) + _mm512_shuffle_ps(square[0], square[1], 0xDD);
     const __m512 right = _mm512_shuffle_ps(square[2], square[3], 0x88) + _mm512_shuffle_ps(square[2], square[3], 0xDD);
@@ -391,16 +423,17 @@ inline void distances_of_eight(const float* x, const float* codes, float* out) {
 }
 #endif
 
-// The least of `count` distances, padded with infinities to a whole vector.
+// The least of `count` costs, padded with infinities to a whole vector.
 inline float least_of(const float* distance, int64_t count) {
     vfloat least = broadcast(kInfinity);
     for (int64_t i = 0; i < count; i += kFloats) least = min(load(distance + i), least);
     return min_lane(least);
 }
 
-// Squared distances of a row from `count` codes; infinity behind them, to a whole vector.
-inline void measure_candidates(const Search& search, int64_t h, int64_t row, const int32_t* candidates, float* distance,
-                               int64_t count) {
+// Costs of `count` codes for a row; infinity behind them, to a whole vector.
+template <Metric kMetric>
+inline void measure_costs(const Search& search, int64_t h, int64_t row, const int32_t* candidates, float* distance,
+                          int64_t count) {
     const int64_t dim = search.codebook.dim;
     const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
     const float* original = search.codebook.original + h * search.codebook.codes * dim;
@@ -412,16 +445,48 @@ inline void measure_candidates(const Search& search, int64_t h, int64_t row, con
                 const __m256i run = _mm256_add_epi32(_mm256_set1_epi32(candidates[i]), eight);
                 const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(candidates + i));
                 if (_mm256_cmpeq_epi32_mask(codes, run) != 0xFF) break;
-                distances_of_eight(x, original + candidates[i] * dim, distance + i);
+                costs_of_eight<kMetric>(x, original + candidates[i] * dim, distance + i);
             }
             if (i >= count) break;
         }
 #endif
         const float* code[4];
         for (int64_t j = 0; j < 4; ++j) code[j] = original + candidates[i + j < count ? i + j : i] * dim;
-        distances(x, code, dim, distance + i);
+        costs<kMetric>(x, code, dim, distance + i);
     }
     store(distance + count, broadcast(kInfinity));
+}
+
+// By how much the difference of two measured costs may err: relative * cost + absolute.
+struct Blur {
+    float relative, absolute;
+    double of_float64;  // the same of products that are summed in float64, beside the definition's own error
+    float reach(float cost) const { return cost + (relative * cost + absolute); }
+};
+
+// Measure the costs of candidates; norm is at least ||x - mean||.
+inline Blur measure_candidates(const Search& search, int64_t h, int64_t row, float norm, const int32_t* candidates,
+                               float* distance, int64_t count) {
+    const Codebook& codebook = search.codebook;
+    const float dim = static_cast<float>(codebook.dim);
+    if (!search.products) {
+        measure_costs<Metric::distance>(search, h, row, candidates, distance, count);
+        return {3 * (dim + 8) * kUnit, dim * 0x1p-122f, 0};
+    }
+    measure_costs<Metric::product>(search, h, row, candidates, distance, count);
+    const float* length = codebook.length + h * codebook.codes;
+    float longest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float of_code = length[candidates[i]];
+        longest = of_code > longest ? of_code : longest;
+    }
+    const float size = (norm + codebook.mean_length[h]) * longest;  // no partial sum exceeds it
+    if (!(size <= kMaxSquare)) {
+        for (int64_t i = 0; i < count; ++i) distance[i] = 0;  // all equal: float32 says nothing
+        return {0, kInfinity, static_cast<double>(kInfinity)};
+    }
+    const double definition = static_cast<double>(codebook.dim + 8) * 0x1p-51;
+    return {0, 2.1f * (dim + 8) * kUnit * size + dim * 0x1p-122f, definition * static_cast<double>(size)};
 }
 
 // Ascending, by insertion: they come as a few ascending runs.
@@ -434,15 +499,20 @@ inline void sort(int32_t* codes, int64_t count) {
     }
 }
 
-// Decide one row by its measured distances of `count` codes, among which the nearest is (and the second
-// nearest, if the margin is wanted). A screen leaves it, and returns false, if float64 would have to compare many.
-bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count) {
+// Decide one row by the measured costs of `count` codes, among which the nearest is (and the second nearest, if the
+// margin is wanted). A screen leaves it, and returns false, if float64 would have to compare many.
+bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, float* distance, int64_t count,
+            const Blur& blur) {
     const Codebook& codebook = search.codebook;
     const int64_t dim = codebook.dim;
     const float* x = search.rows.x + (h * search.rows.rows + row) * dim;
     const float* original = codebook.original + h * codebook.codes * dim;
-    const float relative = 3 * static_cast<float>(dim + 8) * kUnit, absolute = static_cast<float>(dim) * 0x1p-122f;
-    const float least = least_of(distance, count), reach = least + (relative * least + absolute);
+    const float least = least_of(distance, count), reach = blur.reach(least);
+    // the squared error of a code that cost so much
+    auto row_error = [&](int64_t index, float cost) {
+        const bool needed = search.products && search.out.quantized != nullptr;
+        return needed ? squared_error(x, original + index * dim, dim) : cost;
+    };
     int64_t possible = 0, best = 0;
     for (int64_t i = 0; i < count; i += kFloats) {
         uint32_t bits = lanes_at_least(broadcast(reach), load(distance + i));
@@ -455,18 +525,18 @@ bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
         float margin = 0;
         if (wants_margin(search.out, row)) {
             distance[best] = kInfinity;
-            const float second = least_of(distance, count), near = second + (relative * second + absolute);
+            const float second = least_of(distance, count), near = blur.reach(second);
             double following = __builtin_inf();
             for (int64_t i = 0; i < count; ++i) {
                 if (i == best || distance[i] > near) continue;
-                const double d = accurate_distance(x, original + candidates[i] * dim, dim);
+                const double d = accurate_cost(search, x, original + candidates[i] * dim);
                 following = d < following ? d : following;
             }
             if (!codebook.duplicated[h * codebook.codes + index]) {
-                margin = static_cast<float>(following - accurate_distance(x, original + index * dim, dim));
+                margin = static_cast<float>(following - accurate_cost(search, x, original + index * dim));
             }
         }
-        emit(search, h, row, index, margin, least);
+        emit(search, h, row, index, margin, row_error(index, least));
         return true;
     }
     if (search.unsettled != nullptr && possible > kPossible) return false;
@@ -479,24 +549,25 @@ bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
             candidates[kept++] = candidates[i];
         }
     }
-    if (!with_margin && least < kInfinity) {
+    if (!with_margin && least < kInfinity && blur.absolute < kInfinity) {
         // float64 in any order tells apart all but ties
         double nearest = __builtin_inf(), following = __builtin_inf();
         for (int64_t i = 0; i < kept; ++i) {
-            const double d = accurate_distance(x, original + candidates[i] * dim, dim),
+            const double d = accurate_cost(search, x, original + candidates[i] * dim),
                          loser = d < nearest ? nearest : d;
             best = d < nearest ? i : best;
             nearest = d < nearest ? d : nearest;
             following = loser < following ? loser : following;
         }
-        if (following - nearest > static_cast<double>(dim + 8) * 0x1p-51 * following) {
-            emit(search, h, row, candidates[best], 0, distance[best]);
+        const double doubt = search.products ? blur.of_float64 : static_cast<double>(dim + 8) * 0x1p-51 * following;
+        if (following - nearest > doubt) {
+            emit(search, h, row, candidates[best], 0, row_error(candidates[best], distance[best]));
             return true;
         }
     }
     sort(candidates, kept);
     Nearest nearest = {__builtin_inf(), __builtin_inf(), -1};
-    offer_exact_f32(&nearest, x, original, candidates, kept, dim);
+    offer_exact_f32(&nearest, x, original, candidates, kept, dim, codebook.metric);
     float margin = codebook.codes == 1 ? kInfinity : 0;  // every distance is infinite
     if (nearest.index >= 0 && !codebook.duplicated[h * codebook.codes + nearest.index]) {
         margin = static_cast<float>(nearest.second - nearest.least);
@@ -504,9 +575,9 @@ bool decide(const Search& search, int64_t h, int64_t row, int32_t* candidates, f
     const int64_t index = nearest.index < 0 ? 0 : nearest.index;
     const float* code[4];
     for (int j = 0; j < 4; ++j) code[j] = original + index * dim;
-    float row_error[4];
-    distances(x, code, dim, row_error);
-    emit(search, h, row, index, margin, row_error[0]);
+    float error[4];
+    costs<Metric::distance>(x, code, dim, error);
+    emit(search, h, row, index, margin, row_error(index, error[0]));
     return true;
 }
 
@@ -572,17 +643,21 @@ int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, con
     for (int64_t c = 0; c < count; ++c) any |= of_code[w.candidates[c]] >= 0;
     if (!any) return count;
     // a group holds more clumps than the one that made it a candidate: those too far away stay closed
-    measure_candidates(search, h, row, w.candidates, w.distance, count);
-    const float relative = 3 * static_cast<float>(dim + 8) * kUnit;
-    const float nearest = __builtin_sqrtf(least_of(w.distance, count)) * (1 + relative) + 0x1p-60f;
+    const Blur blur = measure_candidates(search, h, row, w.norm[i], w.candidates, w.distance, count);
+    const float least = least_of(w.distance, count), M = search.products ? codebook.mean_length[h] : 0;
+    const float nearest = search.products ? blur.reach(least) : __builtin_sqrtf(least) * (1 + blur.relative) + 0x1p-60f;
     const bool with_margin = wants_margin(search.out, row), all = with_margin || !(nearest < kInfinity);
+    // whether no member of a clump can be the nearest, whose first costs so much
+    auto out_of_question = [&](float cost, float radius) {
+        if (search.products) return cost - 1.001f * (w.norm[i] + M) * radius > nearest;
+        return cost < kInfinity && __builtin_sqrtf(cost) > nearest + radius;
+    };
     int64_t kept = 0, opened = 0;
     for (int64_t c = 0; c < count; ++c) {
         const int32_t clump = of_code[w.candidates[c]];
         if (clump < 0) {
             w.candidates[kept++] = w.candidates[c];
-        } else if (all || !(w.distance[c] < kInfinity) ||
-                   !(__builtin_sqrtf(w.distance[c]) > nearest + clumps.radius[h * clumps.most + clump])) {
+        } else if (all || !out_of_question(w.distance[c], clumps.radius[h * clumps.most + clump])) {
             w.opened[opened++] = clump;
         }
     }
@@ -609,8 +684,10 @@ int64_t open_clumps(const Search& search, int64_t h, int64_t row, int64_t i, con
         const float radius = clumps.radius[j], norm = w.norm[i], Q = codebook.reach[h];
         const float unit = static_cast<float>(2 * dim + 16) * kUnit,
                     definition = static_cast<float>(dim + 4) * 0x1p-53f;
-        const float error = 1.001f * (unit * radius * (norm + Q + radius) + definition * (norm + Q) * (norm + Q)) +
-                            static_cast<float>(dim + 2) * 0x1p-120f;
+        const float error =
+            1.001f * (search.products ? unit * radius * (norm + M) + definition * (norm + M) * (Q + radius + M)
+                                      : unit * radius * (norm + Q + radius) + definition * (norm + Q) * (norm + Q)) +
+            static_cast<float>(dim + 2) * 0x1p-120f;
         float errors[64 / kFloats];
         for (float& e : errors) e = error;
         maxima += i % kRows * clumps.groups;
@@ -670,7 +747,7 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
                         stride);
         }
     }
-    const float definition = static_cast<float>(dim + 4) * 0x1p-53f;
+    const float definition = search.products ? 0 : static_cast<float>(dim + 4) * 0x1p-53f;
     for (int64_t i = 0; i < end - begin; ++i) {
         const float r = w.rounding[i], R = w.norm[i] + r;
         for (int64_t p = 0; p < panels; p += kFloats) {
@@ -683,21 +760,22 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
     }
     for (int64_t j = 0; j < codebook.clumps.most; ++j) w.clump_tile[j] = -1;
     int64_t left = 0;
-    auto settle = [&](int64_t row, int32_t* candidates, float* distance, int64_t count) {
-        if (count >= 0 && decide(search, h, row, candidates, distance, count)) return;
+    auto settle = [&](int64_t row, int32_t* candidates, float* distance, int64_t count, const Blur& blur) {
+        if (count >= 0 && decide(search, h, row, candidates, distance, count, blur)) return;
         leave(*search.unsettled, h, search.rows.rows, row);
         ++left;
     };
     // rows with few candidates wait for each other, so that the latency of one decision hides behind the next
     struct {
         int64_t row, count;
+        Blur blur;
         int32_t candidates[kFew + kMaxGroup];
         float distance[kFew + 4 + kFloats];
     } waiting[kWaiting];
     int64_t waits = 0;
     auto flush = [&] {
         for (int64_t j = 0; j < waits; ++j) {
-            settle(waiting[j].row, waiting[j].candidates, waiting[j].distance, waiting[j].count);
+            settle(waiting[j].row, waiting[j].candidates, waiting[j].distance, waiting[j].count, waiting[j].blur);
         }
         waits = 0;
     };
@@ -714,15 +792,16 @@ int64_t search_block(const Search& search, int64_t h, int64_t begin, int64_t end
             few.row = row;
             few.count = collect(search, h, w.threshold[i], maxima, error, panels, kFew, few.candidates);
             if (few.count >= 0) {
-                measure_candidates(search, h, row, few.candidates, few.distance, few.count);
+                few.blur = measure_candidates(search, h, row, w.norm[i], few.candidates, few.distance, few.count);
                 if (++waits == kWaiting) flush();
                 continue;
             }
         }
         int64_t count = collect(search, h, w.threshold[i], maxima, error, panels, search.limit, w.candidates);
         if (kBits == 32 && codebook.clumps.most > 0) count = open_clumps(search, h, row, i, w, count);
-        if (count >= 0) measure_candidates(search, h, row, w.candidates, w.distance, count);
-        settle(row, w.candidates, w.distance, count);
+        Blur blur = {};
+        if (count >= 0) blur = measure_candidates(search, h, row, w.norm[i], w.candidates, w.distance, count);
+        settle(row, w.candidates, w.distance, count, blur);
     }
     flush();
     return left;
@@ -746,6 +825,20 @@ inline void pack_nothing(int64_t words, uint32_t* word, float* start) {
     *start = -kInfinity;
 }
 
+// (row - from).mean in float64.
+inline double product_with_mean(const float* row, const float* from, const float* mean, int64_t dim) {
+    constexpr int kDoubles = kFloats / 2;
+    vdouble sum = {};
+    int64_t d = 0;
+    for (; d + kDoubles <= dim; d += kDoubles) {
+        sum += load_doubles(mean + d) * (load_doubles(row + d) - load_doubles(from + d));
+    }
+    double total = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) total += sum[lane];
+    for (; d < dim; ++d) total += static_cast<double>(mean[d]) * (static_cast<double>(row[d]) - from[d]);
+    return total;
+}
+
 // A panel of slots, and the errors of its scores.
 void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
     const int64_t dim = codebook.dim, group = codebook.group, width = kFloats * group;
@@ -764,7 +857,7 @@ void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
             radius = radius > reach ? radius : reach;
         }
     }
-    const bool fits = largest >= kSmallest;
+    const bool fits = largest >= kSmallest, products = codebook.metric == Metric::product;
     const bool integers = codebook.bits < 32;
     const float scale = integers && fits ? largest / most_of(codebook.bits) : 1;
     for (int64_t s = 0; s < width; ++s) {
@@ -778,7 +871,7 @@ void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
         const float* row = original + code[s] * dim;
         float square;
         measure(row, mean, dim, &square);
-        *start = -0.5f * square;
+        *start = products ? static_cast<float>(product_with_mean(row, mean, mean, dim)) : -0.5f * square;
         const float norm = norm_bound(square, dim);
         const float rounding = pack_code(row, mean, dim, codebook.bits, scale, word);
         Q = Q > norm ? Q : norm;
@@ -791,9 +884,15 @@ void pack_panel(const Codebook& codebook, int64_t h, int64_t p) {
     const int64_t at = h * padded_panels(codebook) + p;
     codebook.scan.scale[panel] = scale;
     codebook.by_rounding[at] = integers ? slack * Q : 0;  // float32 rows are not rounded, and infinity times 0 is NaN
+    const float underflow = static_cast<float>(dim + 2) * 0x1p-120f;
+    if (products) {
+        const float M = codebook.mean_length[h], of_definition = definition * (Q + radius + M);
+        codebook.by_norm[at] = slack * (q + radius + unit * Q + of_definition);
+        codebook.constant[at] = slack * (M * (radius + unit * Q + of_definition)) + underflow;
+        return;
+    }
     codebook.by_norm[at] = slack * (q + radius + unit * Q + 2 * definition * Q);
-    codebook.constant[at] =
-        slack * (Q * radius + (0.5f * unit + definition) * Q * Q) + static_cast<float>(dim + 2) * 0x1p-120f;
+    codebook.constant[at] = slack * (Q * radius + (0.5f * unit + definition) * Q * Q) + underflow;
 }
 
 // The members of a clump as differences from the first of them.
@@ -820,11 +919,15 @@ void pack_clump(const Codebook& codebook, int64_t h, int64_t j) {
         float square;
         measure(row, first, dim, &square);
         pack_code(row, first, dim, 32, 1, word);
-        double along = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-            along += (static_cast<double>(first[d]) - mean[d]) * (static_cast<double>(row[d]) - first[d]);
+        if (codebook.metric == Metric::product) {
+            *start = static_cast<float>(product_with_mean(row, first, mean, dim));
+        } else {
+            double along = 0;
+            for (int64_t d = 0; d < dim; ++d) {
+                along += (static_cast<double>(first[d]) - mean[d]) * (static_cast<double>(row[d]) - first[d]);
+            }
+            *start = -static_cast<float>(along + 0.5 * square);
         }
-        *start = -static_cast<float>(along + 0.5 * square);
         const float reach = norm_bound(square, dim);
         radius = radius > reach ? radius : reach;
     }
@@ -852,8 +955,13 @@ void measure_codes(const Codebook& codebook, float* squares) {
             squares[h * codebook.codes + code[s]] = square;
             const float norm = norm_bound(square, dim);
             reach = reach > norm ? reach : norm;
+            if (codebook.metric == Metric::product) {
+                codebook.length[h * codebook.codes + code[s]] =
+                    length(codebook.original + (h * codebook.codes + code[s]) * dim, dim);
+            }
         }
         codebook.reach[h] = reach;
+        if (codebook.metric == Metric::product) codebook.mean_length[h] = length(codebook.mean + h * dim, dim);
     }
 }
 
@@ -885,7 +993,7 @@ void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int 
                           const SearchOutput& out, const Unsettled* unsettled) {
     // beyond the limit, distances would cost more than half a search in float32
     const int64_t eighth = codebook.codes / 8, limit = unsettled == nullptr ? INT64_MAX : eighth > 32 ? eighth : 32;
-    const Search search = {codebook, rows, out, unsettled, limit};
+    const Search search = {codebook, rows, out, unsettled, codebook.metric == Metric::product, limit};
     const int64_t block = block_rows(codebook.words), blocks = (rows.rows + block - 1) / block;
     const int64_t bytes = search_scratch(codebook);
     int64_t tried = 0, left = 0;

@@ -141,9 +141,11 @@ void FreeAligned::operator()(void* memory) const { ::operator delete(memory, kAl
 
 AlignedMemory allocate_aligned(size_t bytes) { return AlignedMemory(::operator new(bytes, kAlignment)); }
 
-PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int bits) {
+PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int bits,
+                                   Metric metric) {
     Codebook& v = view_;
     v = {};
+    v.metric = metric;
     v.heads = heads;
     v.codes = codes;
     v.dim = dim;
@@ -164,6 +166,10 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
         v.by_rounding = arena.take<float>(heads * vectors);
         v.by_norm = arena.take<float>(heads * vectors);
         v.constant = arena.take<float>(heads * vectors);
+        if (metric == Metric::product) {
+            v.length = arena.take<float>(heads * codes);
+            v.mean_length = arena.take<float>(heads);
+        }
         v.clumps.of_code = bits < 32 ? nullptr : arena.take<int32_t>(heads * codes);
     });
 

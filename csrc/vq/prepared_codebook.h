@@ -17,7 +17,7 @@ AlignedMemory allocate_aligned(size_t bytes);
 class PreparedCodebook {
   public:
     // bits: 8 or 16 for the screen in integers, 32 for the search in float32, which knows clumps.
-    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int bits);
+    PreparedCodebook(const float* codebook, int64_t heads, int64_t codes, int64_t dim, int bits, Metric metric);
     const Codebook& view() const { return view_; }
 
   private:

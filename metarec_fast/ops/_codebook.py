@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast.ops._register import check_tensor
+from metarec_fast.reference.nearest_codeword import METRICS, Metric
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -31,6 +32,11 @@ def check_row_weight(row_weight: Tensor | None, x: Tensor) -> None:
     check_tensor(row_weight, "row_weight", dtypes=(*FLOATS, torch.bool), dims=1, device=x.device)
     if row_weight.shape[0] != x.shape[-2]:
         raise ValueError(f"row_weight must be [{x.shape[-2]}] to match x, got {tuple(row_weight.shape)}")
+
+
+def check_metric(metric: Metric) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric must be {' or '.join(map(repr, METRICS))}, got {metric!r}")
 
 
 def add_head(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from metarec_fast import _C
 from metarec_fast.ops._arrays import span
-from metarec_fast.ops._codebook import add_head, batched_lookup, check_pair, check_row_weight
+from metarec_fast.ops._codebook import add_head, batched_lookup, check_metric, check_pair, check_row_weight
 from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
 from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
 from metarec_fast.ops.portable_lookup import leaves_python, portable_nearest
 from metarec_fast.ops.vq_backward import vq_backward
+from metarec_fast.reference.nearest_codeword import Metric
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 from metarec_fast.reference.vq_backward import row_difference
 from metarec_fast.reference.vq_commit import mean_row_error
@@ -36,7 +38,8 @@ class VQCommit(NamedTuple):
 class Health(NamedTuple):
     """What a lookup tells by the way.
 
-    margin: float32 [] or [H], second least minus least squared distance, the mean over every 64th row.
+    margin: float32 [] or [H], by how much the nearest code is nearer than the second (see `nearest_codeword`), the
+    mean over every 64th row.
     rechecked: int64 [], rows that took more than the first pass to decide.
     """
 
@@ -67,9 +70,9 @@ def _mean(margin: Tensor) -> Tensor:
     return margin.sum(-1) / max(1, margin.shape[-1])
 
 
-def _cpu(x: Tensor, codebook: Tensor) -> _Outputs:
+def _cpu(x: Tensor, codebook: Tensor, metric: Metric = "distance") -> _Outputs:
     if x.dtype == torch.float64:
-        return _in_float64(x, codebook, nearest_codeword_op)
+        return _in_float64(x, codebook, partial(nearest_codeword_op, metric=metric))
     x, codebook = x.contiguous(), codebook.contiguous()
     H, N, D = x.shape
     quantized = empty((H, N, D), dtype=x.dtype, device=x.device)
@@ -84,30 +87,31 @@ def _cpu(x: Tensor, codebook: Tensor) -> _Outputs:
         rows=N,
         codes=codebook.shape[1],
         dim=D,
+        metric=metric,
     )
     return quantized, indices, row_error, _mean(margin), rechecked
 
 
-def _cuda(x: Tensor, codebook: Tensor) -> _Outputs:
+def _cuda(x: Tensor, codebook: Tensor, metric: Metric = "distance") -> _Outputs:
     if x.dtype == torch.float64:
-        return _in_float64(x, codebook, reference_nearest_codeword)
+        return _in_float64(x, codebook, partial(reference_nearest_codeword, metric=metric))
     from metarec_fast.kernels.vq_commit import vq_commit
 
-    *outputs, margin, undecided = vq_commit(x.contiguous(), codebook.contiguous())
+    *outputs, margin, undecided = vq_commit(x.contiguous(), codebook.contiguous(), metric=metric)
     return *outputs, _mean(margin[:, ::_MARGIN_EVERY]), undecided[0].long()
 
 
-def _fake(x: Tensor, codebook: Tensor) -> _Outputs:
+def _fake(x: Tensor, codebook: Tensor, metric: Metric = "distance") -> _Outputs:
     H, N, D = x.shape
     indices, rechecked = (x.new_empty(shape, dtype=torch.int64) for shape in ((H, N), ()))
     return x.new_empty((H, N, D)), indices, x.new_empty((H, N)), x.new_empty((H,), dtype=torch.float32), rechecked
 
 
-def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor) -> tuple[tuple, tuple]:
+def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor, metric: Metric = "distance") -> tuple[tuple, tuple]:
     health = []
 
     def run(x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
-        outputs = _op(x, codebook)
+        outputs = _op(x, codebook, metric)
         health.extend(outputs[3:])
         return outputs[:3]
 
@@ -117,7 +121,7 @@ def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor) -> tuple[tuple
 
 
 _op = define(
-    "vq_commit(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    'vq_commit(Tensor x, Tensor codebook, str metric="distance") -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
@@ -134,12 +138,14 @@ class _Commit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, codebook_grad: bool, gradient: Gradient | None) -> _Outputs:
-        return _op(x, codebook)
+    def forward(
+        x: Tensor, codebook: Tensor, codebook_grad: bool, gradient: Gradient | None, metric: Metric
+    ) -> _Outputs:
+        return _op(x, codebook, metric)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, ctx.codebook_grad, ctx.gradient = inputs
+        x, codebook, ctx.codebook_grad, ctx.gradient, _ = inputs
         quantized, indices, _, *health = output
         ctx.codes = codebook.shape[-2]
         ctx.mark_non_differentiable(indices, *health)
@@ -156,18 +162,18 @@ class _Commit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = vq_backward(to_x, grad_error, x, target, rotation=ctx.gradient == "rotation")
         if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None
+            return grad_x, None, None, None, None
         if ctx.codebook_grad and grad_error is not None:
             pulled = vq_backward(None, grad_error, x, target, rotation=False)
             to_codes = -pulled if to_codes is None else to_codes - pulled
         H, _, D = x.shape
         if to_codes is None:
-            return grad_x, x.new_zeros(H, ctx.codes, D), None, None
+            return grad_x, x.new_zeros(H, ctx.codes, D), None, None, None
         head_H1 = torch.arange(H, device=x.device).unsqueeze(1) * ctx.codes
         grad_codebook = to_codes.new_zeros(H * ctx.codes, D).index_add(
             0, (indices + head_H1).reshape(-1), to_codes.reshape(-1, D)
         )
-        return grad_x, grad_codebook.view(H, ctx.codes, D), None, None
+        return grad_x, grad_codebook.view(H, ctx.codes, D), None, None, None
 
 
 def vq_commit(
@@ -177,6 +183,7 @@ def vq_commit(
     row_weight: Tensor | None = None,
     codebook_grad: bool = False,
     gradient: Gradient | None = None,
+    metric: Metric = "distance",
     backend: Backend = "auto",
 ) -> VQCommit:
     """The nearest code of each row, its index, and the mean squared error between the rows and their codes.
@@ -188,14 +195,16 @@ def vq_commit(
     codebook_grad: let the loss move the codebook too; by default the loss sees it as constant.
     gradient: where the gradient of quantized goes: None, to the codebook; "rotation" or "straight_through", to x by
         that estimator and in the same pass as the loss's (see `metarec_fast.vq.rotate_to`, `straight_through`).
+    metric: what makes a code the nearest, "distance" or "product" (see `nearest_codeword`).
     backend: "auto", "reference", "cpu" or "triton".
 
     Returns quantized (dtype and shape of x), indices (see `nearest_codeword`) and the 0-dim loss, float32 unless an
     input is float64. The gradient of the loss to x is 2 (x - quantized) * weight / (sum of weights * D).
     Twice differentiable; works under torch.func and torch.compile.
-    Raises TypeError or ValueError for arguments of another dtype, shape or device, and for an unknown ``gradient``.
+    Raises TypeError or ValueError for arguments of another dtype, shape or device, and for an unknown ``gradient`` or
+    ``metric``.
     """
-    options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient}
+    options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient, "metric": metric}
     return vq_commit_with_health(x, codebook, **options, backend=backend)[0]
 
 
@@ -206,6 +215,7 @@ def vq_commit_with_health(
     row_weight: Tensor | None = None,
     codebook_grad: bool = False,
     gradient: Gradient | None = None,
+    metric: Metric = "distance",
     backend: Backend = "auto",
 ) -> tuple[VQCommit, Health | None]:
     """`vq_commit`, and what its pass over the codes tells of their health.
@@ -215,10 +225,11 @@ def vq_commit_with_health(
     """
     dtype = check_pair(x, codebook)
     check_row_weight(row_weight, x)
+    check_metric(metric)
     if gradient is not None and gradient not in GRADIENT_ESTIMATORS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)} or None, got {gradient!r}")
     if choose_backend(backend, x.device, operator="vq_commit", triton=True) == "reference":
-        options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient}
+        options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient, "metric": metric}
         return VQCommit(*reference_vq_commit(x, codebook, **options)), None
     x_HND, codebook_HKD = add_head(x.to(dtype)), add_head(codebook.to(dtype))
     # codes that learn must reach the loss past the estimator, which then is a step of its own
@@ -226,13 +237,11 @@ def vq_commit_with_health(
     fused = gradient is not None and not codebook_grad and not composed
     health = None
     if composed:
-        nearest = portable_nearest if leaves_python() else nearest_index
-        unweighted = None if row_weight is None else row_weight == 0
-        quantized, indices, row_error = _composed(
-            x_HND, codebook_HKD, nearest, codebook_grad=codebook_grad, unweighted=unweighted
-        )
+        nearest = partial(portable_nearest if leaves_python() else nearest_index, metric=metric)
+        options = {"codebook_grad": codebook_grad, "unweighted": None if row_weight is None else row_weight == 0}
+        quantized, indices, row_error = _composed(x_HND, codebook_HKD, nearest, **options)
     else:
-        outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None)
+        outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None, metric)
         quantized, indices, row_error, margin, rechecked = outputs
         health = Health(margin if x.dim() == 3 else margin[0], rechecked)
     if gradient is not None and not fused:

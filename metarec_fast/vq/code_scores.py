@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metarec_fast.ops._codebook import batched_lookup
 from metarec_fast.ops._register import define, traced_transform
 from metarec_fast.ops.portable_lookup import leaves_python, stable_order
+from metarec_fast.reference.nearest_codeword import costs
 
 CHUNK_ELEMENTS = 1 << 20  # scores held at a time
 _LEAST_SQUARED_DISTANCE = 1e-8
 _LEAST_PROBABILITY = 1e-5  # below it the logarithm in an entropy is held constant
-_SPARE_CANDIDATES = 8  # codes beyond k that a top-k settles in exact differences
+_SPARE_CANDIDATES = 8  # codes beyond k that a top-k compares by the definition
 
 
 class CodeScores:
@@ -46,7 +48,7 @@ class CodeScores:
         rows, codes = self.rows.detach(), self.codes.detach()
         if temperature is not None:
             return _sample(rows, codes, k, float(temperature), self.cosine)
-        return _topk(rows, codes, k, self.cosine)
+        return (_portable_topk if leaves_python() else topk_codes)(rows, codes, k, self.cosine)
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
         """-log softmax(scores) [H, N] at targets [H, N]; 0 where the target is -1."""
@@ -151,29 +153,73 @@ def _sample(rows: Tensor, codes: Tensor, k: int, temperature: float, cosine: boo
     return torch.stack(found)
 
 
-@_as_operator(
-    "vq_topk_codes(Tensor rows, Tensor codes, SymInt k, bool cosine) -> Tensor",
-    lambda rows, codes, k, cosine: rows.new_empty((*rows.shape[:2], k), dtype=torch.int64),
-)
 def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
-    """By float64 distance, ties to the lower index."""
+    """By the lookup's definition, ties to the lower index: the first is the nearest code."""
+    metric = "product" if cosine else "distance"
     candidates = min(codes.shape[1], k + _SPARE_CANDIDATES)
     codes = codes.double()
     found = []
     for part in _chunks(rows, codes):
         chunk = rows[:, part].double()
-        scores = (chunk @ codes.transpose(1, 2) if cosine else -_squared_distances(chunk, codes)).nan_to_num(
-            nan=-torch.inf
+        near = _float64_scores(chunk, codes, cosine=cosine).topk(candidates, -1)
+        at = near.indices.sort(-1).values
+        H, n, _ = at.shape
+        of_row = codes.gather(1, at.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(
+            H * n, candidates, codes.shape[-1]
         )
-        nearest = scores.topk(candidates, -1).indices.sort(-1).values
-        H, n, _ = nearest.shape
-        near = codes.gather(1, nearest.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(
-            H, n, candidates, codes.shape[-1]
-        )
-        chunk = chunk.unsqueeze(-2)
-        distance = -(chunk * near).sum(-1) if cosine else (chunk - near).square().sum(-1)
-        found.append(nearest.gather(-1, stable_order(distance)[..., :k]))
+        cost = costs(chunk.reshape(H * n, 1, codes.shape[-1]), of_row, metric).view(H, n, candidates)
+        best = at.gather(-1, cost.sort(dim=-1, stable=True).indices[..., :k])
+        if candidates < codes.shape[1]:
+            gap = near.values[..., k - 1] - near.values[..., -1]
+            for h, open_n in enumerate(~(gap > 2 * _score_error(chunk, codes, cosine=cosine))):
+                which = open_n.nonzero()[:, 0]
+                for row in which.split(max(1, CHUNK_ELEMENTS // codes.shape[1])):
+                    cost = costs(chunk[h : h + 1, row], codes[h : h + 1], metric)
+                    best[h, row] = cost[0].sort(dim=-1, stable=True).indices[:, :k]
+        found.append(best)
     return torch.cat(found, 1)
+
+
+def _float64_scores(rows: Tensor, codes: Tensor, *, cosine: bool) -> Tensor:
+    scores = rows @ codes.transpose(1, 2) if cosine else -_squared_distances(rows, codes)
+    return scores.nan_to_num(nan=-torch.inf)
+
+
+def _portable_topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
+    """`_topk` in torch's own operators, without its last resort: of codes that differ by no more than float64's rounding
+    and are more than the candidates, others may be left out."""
+    rows, codes = rows.double(), codes.double()
+    candidates = min(codes.shape[1], k + _SPARE_CANDIDATES)
+    at = stable_order(-_float64_scores(rows, codes, cosine=cosine))[..., :candidates].sort(-1).values
+    of_row = codes.gather(1, at.reshape(at.shape[0], -1, 1).expand(-1, -1, codes.shape[-1])).view(
+        *at.shape, codes.shape[-1]
+    )
+    terms = -(rows.unsqueeze(-2) * of_row) if cosine else (rows.unsqueeze(-2) - of_row).square()
+    return at.gather(-1, stable_order(terms.cumsum(-1)[..., -1])[..., :k])
+
+
+def _score_error(rows: Tensor, codes: Tensor, *, cosine: bool) -> Tensor:
+    """[H, n]: by how much a float64 score of any order, and the definition's, may differ from the real one at most."""
+    length, longest = (torch.linalg.vector_norm(t, dim=-1) for t in (rows, codes))
+    longest = longest.amax(-1, keepdim=True)
+    # what distances are centred by is no longer than the longest code
+    size = length * longest if cosine else (length + 2 * longest).square()
+    return 4 * (rows.shape[-1] + 8) * 2.0**-53 * size
+
+
+def _topk_vmap(info: Any, in_dims: tuple, rows: Tensor, codes: Tensor, k: int, cosine: bool) -> tuple[Tensor, int]:
+    (indices,), (dim,) = batched_lookup(info, in_dims, rows, codes, lambda *pair: (topk_codes(*pair, k, cosine),))
+    return indices, dim
+
+
+# how many rows need every code by the definition depends on the data: always an operator
+topk_codes = define(
+    "vq_topk_codes(Tensor rows, Tensor codes, SymInt k, bool cosine) -> Tensor",
+    cpu=_topk,
+    cuda=_topk,
+    fake=lambda rows, codes, k, cosine: rows.new_empty((*rows.shape[:2], k), dtype=torch.int64),
+    vmap=_topk_vmap,
+)
 
 
 def gumbel_noise(like: Tensor) -> Tensor:

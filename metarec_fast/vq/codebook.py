@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from metarec_fast.ops import vq_ema_update_
 from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.vq_commit import Health as LookupHealth
+from metarec_fast.reference.nearest_codeword import Metric
 from metarec_fast.vq.health import Health
 from metarec_fast.vq.kmeans import start_by_kmeans_, statistics, traced_start_by_kmeans_
 from metarec_fast.vq.projection import project
@@ -93,6 +94,11 @@ class Codebook(nn.Module):
     def transform_input(self, x: Tensor) -> Tensor:
         """Rows as they are compared with the codes: of length 1 for cosine similarity, else as they are."""
         return F.normalize(x, dim=-1, eps=COSINE_EPS) if self.use_cosine_sim else x
+
+    @property
+    def metric(self) -> Metric:
+        """What makes a code the nearest: for cosine similarity the largest product, whatever the codes' lengths."""
+        return "product" if self.use_cosine_sim else "distance"
 
     @property
     def has_dead_code_replacement(self) -> bool:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.ops.gradient_estimators import rotate_to, step_towards, straight_through
@@ -107,25 +106,13 @@ def _choose(vq: FastVQ, rows: Tensor, scores: CodeScores | TokenCodes, call: Cal
         indices = scores.topk(call.topk, call.temperature if drawn else None)
     elif drawn:
         indices = scores.sample(call.temperature)
-    elif call.transform is None and vq.cosine_codes_have_lengths:
-        indices = _largest_product(rows, scores.codes)
     elif call.transform is None:
-        indices = nearest_codeword(rows, scores.codes, with_margin=False).indices
+        indices = nearest_codeword(rows, scores.codes, metric=vq._codebook.metric, with_margin=False).indices
     else:
         indices = scores.nearest()
     if warm and vq.straight_through and call.topk is None and not call.routed:
         return indices, scores.straight_through(indices, call.temperature)
     return indices, scores.gather(indices)
-
-
-def _largest_product(rows: Tensor, codes: Tensor) -> Tensor:
-    """Indices [H, N] of the codes of largest inner product: the nearest, once one more column makes all equally long.
-
-    The column is rounded to the codes' type, which for codes near to length 1 is far below the rounding of a product.
-    """
-    square = codes.detach().double().square().sum(-1, keepdim=True)
-    column = (square.amax(1, keepdim=True) - square).sqrt().to(codes.dtype)
-    return nearest_codeword(F.pad(rows, (0, 1)), torch.cat((codes, column), -1), with_margin=False).indices
 
 
 def _optimize_in_place(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> Tensor:

@@ -36,8 +36,9 @@ class FastVQ(nn.Module):
     """Replace vectors by their nearest codes of a codebook that learns; a drop-in for ``VectorQuantize``.
 
     Constructor, call, results and state_dict are those of vector_quantize_pytorch.VectorQuantize 1.32; checkpoints
-    load in both directions. Indices are exact (lowest index at the least real distance of the float32 values), also
-    under autocast, and do not depend on the rest of the batch. Statistics stay float32 whatever the module is cast to.
+    load in both directions. Indices are exact (lowest index at the least real distance of the float32 values, for
+    cosine similarity at the largest real product), also under autocast, and do not depend on the rest of the batch.
+    Statistics stay float32 whatever the module is cast to.
 
     dim, codebook_size: width of the vectors and number of codes.
     codebook_dim, heads, separate_codebook_per_head: width of a code (default dim), codes per vector, and whether
@@ -45,7 +46,9 @@ class FastVQ(nn.Module):
         norm if layernorm_after_project_in.
     decay, eps: of the moving averages that set the codes (arXiv 1711.00937, appendix A.1).
     kmeans_init, kmeans_iters, sync_kmeans: start from the k-means centres of the first batch (of all ranks).
-    use_cosine_sim: compare directions. threshold_ema_dead_code: replace codes used less than this by rows of the batch.
+    use_cosine_sim: give rows, made length 1, the code of largest product, whatever the lengths of the codes as they are
+        stored; a row of zeros has code 0. threshold_ema_dead_code: replace codes used less than this by rows of the
+        batch.
     channel_last, accept_image_fmap, accept_3d_fmap: form of the input, see ``forward``.
     commitment_weight: of the mean squared distance between vector and code, or with
         commitment_use_cross_entropy_loss of the cross-entropy of the code under the softmax of minus the distances.
@@ -233,11 +236,6 @@ class FastVQ(nn.Module):
         with torch.no_grad():
             self.codebook.copy_(codes)
 
-    @property
-    def cosine_codes_have_lengths(self) -> bool:
-        """Whether someone else's optimizer moves codes off the unit sphere, where VectorQuantize compares products."""
-        return self.use_cosine_sim and self.has_codebook_orthogonal_loss
-
     @repeatable
     def forward(
         self,
@@ -341,7 +339,6 @@ class FastVQ(nn.Module):
             or (routed and self.directional_reparam)
             or (moves and self.in_place_codebook_optimizer is not None)
             or self._codebook.compares_other_codes
-            or self.cosine_codes_have_lengths
             or self._compares_lengths(masked=masked)
         )
 
@@ -356,6 +353,7 @@ class FastVQ(nn.Module):
             row_weight=keep,
             codebook_grad=pulled_by_commitment,
             gradient=self._gradient if routed else None,
+            metric=self._codebook.metric,
         )
         to_codes = None
         if pulled and self.training and self.codebook_weight is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from metarec_fast.ops import vq_commit
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.ops.vq_commit import Gradient
+from metarec_fast.reference.nearest_codeword import Metric
 
 
 def quantize(
@@ -16,6 +17,7 @@ def quantize(
     gradient: Gradient = "rotation",
     row_weight: Tensor | None = None,
     codebook_grad: bool = True,
+    metric: Metric = "distance",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replace each row by its nearest code, with a gradient to the row.
 
@@ -23,11 +25,14 @@ def quantize(
     gradient: what passes to x through ``quantized``: "rotation" (see rotate_to) or "straight_through".
     row_weight: weight of each row in the loss, 0 to leave it out; None counts all alike.
     codebook_grad: let the loss pull the codes to the rows as well; False when an average moves the codes.
+    metric: what makes a code the nearest, "distance" or "product", the largest inner product: with rows of length 1,
+        cosine similarity.
 
     Returns (quantized like x, indices int64 [N], loss: mean squared distance of row and code, one number). Nothing
     is mutated, so it may be used under torch.func and functional_call.
-    Raises ValueError for an unknown ``gradient`` and what vq_commit raises.
+    Raises ValueError for an unknown ``gradient`` or ``metric`` and what vq_commit raises.
     """
     if gradient not in GRADIENT_ESTIMATORS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)}, got {gradient!r}")
-    return vq_commit(x, codebook, row_weight=row_weight, codebook_grad=codebook_grad, gradient=gradient)
+    options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient, "metric": metric}
+    return vq_commit(x, codebook, **options)

@@ -33,8 +33,15 @@ def start_by_kmeans_(
     valid: bool [H, N]. sync: over the rows of all ranks; if some of them are initialised, the first of these gives its
     codes to those that are not, with a warning there. Waits for the device.
     Returns whether the codes are there now: False, with nothing done, if a codebook has no row.
+
+    A centre that loses its rows stays where it is, and may win some back. One that has none in the end (fewer distinct
+    rows than codes) starts at a random row, as if that row were its only one: cluster_size 1, so that no average draws
+    it to the origin. cosine: rows are of length 1 and join the centre of largest product; rows of zeros have no
+    direction and count for nothing.
     """
     K = embed.shape[1]
+    if cosine:
+        valid = valid & rows.any(-1)
     num_rows, giver = _ranks_agree(initted, valid, sync=sync)
     if giver is not None:
         _take_codes_(embed, embed_avg, cluster_size, initted, giver=giver)
@@ -47,12 +54,18 @@ def start_by_kmeans_(
     rows = torch.where(valid.unsqueeze(-1), rows, 0)
     means, _ = draw_rows(rows, valid, torch.ones_like(cluster_size, dtype=torch.bool), sync=sync)
     for _ in range(iterations):
-        indices = nearest_codeword(rows, means, with_margin=False).indices.masked_fill(~valid, -1)
+        nearest = nearest_codeword(rows, means, metric="product" if cosine else "distance", with_margin=False)
+        indices = nearest.indices.masked_fill(~valid, -1)
         counts, sums = statistics(rows, indices, K, sync=sync)
         centres = sums / counts.clamp_min(1).unsqueeze(-1)
         if cosine:
             centres = F.normalize(centres, dim=-1, eps=1e-6)
         means = torch.where((counts > 0).unsqueeze(-1), centres, means)
+    empty = counts == 0
+    if empty.any():
+        drawn, _ = draw_rows(rows, valid, empty, sync=sync)
+        means = torch.where(empty.unsqueeze(-1), drawn, means)
+        counts = counts.masked_fill(empty, 1)
     # decay 0: the averages become these statistics, and the codes follow from them as in any step
     sums = means * counts.unsqueeze(-1)
     vq_ema_update_(cluster_size, embed_avg, embed, counts, sums, decay=0.0, eps=eps, normalize=cosine)
@@ -115,7 +128,10 @@ def _run(
     if not start_by_kmeans_(
         embed, embed_avg, cluster_size, initted, rows, valid, iterations=iterations, eps=eps, cosine=cosine, sync=sync
     ):
-        raise RuntimeError("under torch.compile the first batch must have a finite row that is kept, got none")
+        raise RuntimeError(
+            "under torch.compile the first batch must have a finite row that is kept"
+            f"{' and is not 0' if cosine else ''}, got none"
+        )
 
 
 # For a trace, which cannot wait for a first batch that has rows.

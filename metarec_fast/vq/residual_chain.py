@@ -73,7 +73,9 @@ def residual_chain(
             table_of_level.append(len(tables) - 1)
             embed = tables[-1]
         with torch.no_grad():
-            (codes, chosen, commitment), health = vq_commit_with_health(compared, embed, row_weight=keep)
+            (codes, chosen, commitment), health = vq_commit_with_health(
+                compared, embed, row_weight=keep, metric=codebook.metric
+            )
         if update:
             codebook.update(compared, chosen, keep=keep, lookup=health)
         indices.append(chosen[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metarec_fast.ops.portable_lookup import stable_order
+from metarec_fast.reference.nearest_codeword import costs
 from metarec_fast.vq.code_scores import entropy, gumbel_noise, score_cross_entropy
 
 _PAIRWISE_EPS = 1e-6  # added to each difference, as torch.nn.functional.pairwise_distance does
@@ -19,10 +20,18 @@ class TokenCodes:
 
     def __init__(self, rows: Tensor, codes: Tensor, *, cosine: bool) -> None:
         self.codes = F.normalize(codes, dim=-1, eps=1e-6) if cosine else codes
+        self.rows, self.cosine = rows, cosine
         if cosine:
             self.scores = (rows.unsqueeze(-2) * self.codes).sum(-1)
         else:
             self.scores = -torch.linalg.vector_norm(rows.unsqueeze(-2) - self.codes + _PAIRWISE_EPS, dim=-1)
+
+    def _exact_scores(self) -> Tensor:
+        """What decides the nearest: products as the lookup's definition has them, the distances of `scores`."""
+        if not self.cosine:
+            return self.scores.detach()
+        rows, codes = self.rows.detach().flatten(0, 1).unsqueeze(1), self.codes.detach().flatten(0, 1)
+        return -costs(rows, codes, "product").view(self.scores.shape)
 
     def gather(self, indices: Tensor, *, detach: bool = False) -> Tensor:
         codes, at = self.codes.detach() if detach else self.codes, indices
@@ -32,15 +41,16 @@ class TokenCodes:
         return found if indices.dim() == 3 else found.squeeze(2)
 
     def nearest(self) -> Tensor:
-        return self.scores.detach().argmax(-1)
+        return self._exact_scores().argmax(-1)
 
     def sample(self, temperature: float) -> Tensor:
         scores = self.scores.detach()
         return (scores / temperature + gumbel_noise(scores)).argmax(-1)
 
     def topk(self, k: int, temperature: float | None = None) -> Tensor:
-        scores = self.scores.detach()
+        scores = self._exact_scores()
         if temperature is not None:
+            scores = self.scores.detach()
             scores = scores / temperature + gumbel_noise(scores)
         return stable_order(-scores)[..., :k]
 

@@ -10,6 +10,9 @@ definition's own sum is within (D + 3) u (R + ||C_k||)^2 of the real distance. S
 a code with s_k - E_k > min_j (s_j + E_j) is farther than another by the definition as well. The slack 2^-6 holds the
 second-order terms and the roundings of R, ||C_k|| and E_k for D < 2^40. What is left, nearly always one code a row, is
 compared by the definition's own sum. Rows whose squares might overflow are left to that sum entirely.
+
+For the largest product nothing is centred: s_k = -<x, c_k>, and a product of matrices and the definition's sum are each
+within D u ||x|| ||c_k|| of the real value, so that E_k = 2 (D + 4) u ||x|| ||c_k|| (1 + 2^-6) + what may underflow.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarec_fast.ops._codebook import add_head, check_pair
+from metarec_fast.ops._codebook import add_head, check_metric, check_pair
 from metarec_fast.ops._register import check_tensor
-from metarec_fast.reference.nearest_codeword import squared_distances
+from metarec_fast.reference.nearest_codeword import Metric, costs
 from metarec_fast.vq.layout import check_is_tensor
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -36,8 +39,9 @@ class Verification(NamedTuple):
     checked: number of rows, over all heads. wrong: number of those whose index is not the definition's.
     rows: int64 [wrong], or [wrong, d] of places in ``indices`` if it has d > 1 dimensions, ascending.
     expected: int64 [wrong], the right indices.
-    excess: float64 [wrong], how much larger the squared distance to the given code is: 0 at a tie that should have gone
-        to a lower index, infinite for an index out of range or a code that is not finite.
+    excess: float64 [wrong], how much larger the squared distance to the given code is, or how much smaller its product:
+        0 at a tie that should have gone to a lower index, infinite for an index out of range or a code that is not
+        finite.
     """
 
     checked: int
@@ -55,26 +59,29 @@ class Verification(NamedTuple):
 
 
 @torch.no_grad()
-def verify(x: Tensor, codebook: Tensor, indices: Tensor) -> Verification:
+def verify(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: Metric = "distance") -> Verification:
     """Whether ``indices`` are the lowest k of least real-valued ||x - c_k||^2, with float64 as the referee near ties.
 
     x: [..., D], float32, float16, bfloat16 or float64: the values that were quantized (for cosine similarity the
         normalized rows). codebook: [K, D], or [H, K, D] for x [H, N, D]; K >= 1. indices: integers [...].
+    metric: "product" for the largest real-valued <x, c_k>, as FastVQ has it with use_cosine_sim.
 
     Returns a `Verification`, true if no index is wrong; wrong are those that ``reference.nearest_codeword`` does not
-    give. Holds a chunk of the distances at a time, besides float64 copies of the codebook. An index outside [0, K) is
-    counted as wrong. Raises TypeError or ValueError for arguments of another dtype, shape or device.
+    give. Holds a chunk of the scores at a time, besides float64 copies of the codebook. An index outside [0, K) is
+    counted as wrong. Raises TypeError or ValueError for arguments of another dtype, shape or device, and for an unknown
+    ``metric``.
     """
     check_is_tensor(x, "x")
     check_is_tensor(codebook, "codebook")
     check_is_tensor(indices, "indices")
     if codebook.dim() == 2 and x.dim() > 2:
-        found = verify(x.flatten(0, -2), codebook, _matching(indices, x).flatten())
+        found = verify(x.flatten(0, -2), codebook, _matching(indices, x).flatten(), metric=metric)
         return found._replace(rows=torch.stack(torch.unravel_index(found.rows, x.shape[:-1]), -1))
     check_pair(x, codebook)
+    check_metric(metric)
     indices = _matching(indices, x)
     given_HN = indices if x.dim() == 3 else indices[None]
-    found = [_verify_head(*head) for head in zip(add_head(x), add_head(codebook), given_HN, strict=True)]
+    found = [_verify_head(*head, metric) for head in zip(add_head(x), add_head(codebook), given_HN, strict=True)]
     rows, expected, excess = _concatenate(found, x.device)
     if x.dim() == 3:
         wrong = torch.tensor([len(rows) for rows, _, _ in found], dtype=torch.int64, device=x.device)
@@ -95,9 +102,9 @@ def _concatenate(outcomes: list[tuple[Tensor, ...]], device: torch.device) -> tu
     return tuple(torch.cat(parts) for parts in zip((none, none, none.double()), *outcomes, strict=True))
 
 
-def _verify_head(x_ND: Tensor, codebook_KD: Tensor, given_N: Tensor) -> tuple[Tensor, ...]:
-    """Rows of wrong indices, the right ones, and the excess distances."""
-    candidates = _Candidates(codebook_KD.double())
+def _verify_head(x_ND: Tensor, codebook_KD: Tensor, given_N: Tensor, metric: Metric) -> tuple[Tensor, ...]:
+    """Rows of wrong indices, the right ones, and the excess costs."""
+    candidates = _Candidates(codebook_KD.double(), metric)
     outcomes = []
     rows = max(1, CHUNK_ELEMENTS // max(len(candidates.code), x_ND.shape[1]))
     for first in range(0, len(x_ND), rows):
@@ -105,23 +112,23 @@ def _verify_head(x_ND: Tensor, codebook_KD: Tensor, given_N: Tensor) -> tuple[Te
         expected_n = candidates.nearest(x_nD)
         wrong = (given_n != expected_n).nonzero()[:, 0]
         if len(wrong):
-            excess = _excess(x_nD[wrong], candidates.codebook, given_n[wrong], expected_n[wrong])
+            excess = _excess(x_nD[wrong], candidates.codebook, given_n[wrong], expected_n[wrong], metric)
             outcomes.append((first + wrong, expected_n[wrong], excess))
     return _concatenate(outcomes, x_ND.device)
 
 
-def _excess(x_nD: Tensor, codebook: Tensor, given_n: Tensor, expected_n: Tensor) -> Tensor:
+def _excess(x_nD: Tensor, codebook: Tensor, given_n: Tensor, expected_n: Tensor, metric: Metric) -> Tensor:
     inside = (given_n >= 0) & (given_n < len(codebook))
-    given, least = (_pair_distances(x_nD, codebook[k]) for k in (torch.where(inside, given_n, 0), expected_n))
+    given, least = (_pair_costs(x_nD, codebook[k], metric) for k in (torch.where(inside, given_n, 0), expected_n))
     excess = torch.where(given == least, 0.0, given - least)  # both may be infinite
     return torch.where(inside, excess, float("inf"))
 
 
-def _pair_distances(x_PD: Tensor, code_PD: Tensor) -> Tensor:
-    """The definition's sum for each pair, [P]."""
+def _pair_costs(x_PD: Tensor, code_PD: Tensor, metric: Metric) -> Tensor:
+    """The definition's cost for each pair, [P]."""
     # transposed, as the definition reads an element of every pair at a time
     x_PD, code_PD = x_PD.T.contiguous().T, code_PD.T.contiguous().T
-    return squared_distances(x_PD[:, None], code_PD[:, None]).view(-1)
+    return costs(x_PD[:, None], code_PD[:, None], metric).view(-1)
 
 
 def _first_of_equal(codebook_KD: Tensor, code: Tensor) -> Tensor:
@@ -141,14 +148,15 @@ def _first_of_equal(codebook_KD: Tensor, code: Tensor) -> Tensor:
 class _Candidates:
     """One head's codes that can be nearest: finite, and the lowest index of those that are equal."""
 
-    def __init__(self, codebook_KD: Tensor) -> None:
+    def __init__(self, codebook_KD: Tensor, metric: Metric) -> None:
         D = codebook_KD.shape[1]
-        self.codebook = codebook_KD
+        self.codebook, self.metric = codebook_KD, metric
         self.code = _first_of_equal(codebook_KD, codebook_KD.isfinite().all(1).nonzero()[:, 0])  # ascending
         codes = codebook_KD[self.code]
         # Any vector near the codes will do; the median of some does not follow a far code as a mean would.
         some = codes[:: max(1, len(codes) // 64)]
-        self.centre = some.median(0).values if len(codes) else codebook_KD.new_zeros(D)
+        centred = len(codes) and metric == "distance"
+        self.centre = some.median(0).values if centred else codebook_KD.new_zeros(D)
         self.centred = codes - self.centre
         self.square = self.centred.square().sum(1)
         self.norm = self.square.sqrt()
@@ -162,10 +170,13 @@ class _Candidates:
             return torch.zeros(len(x_nD), dtype=torch.int64, device=x_nD.device)
         centred = x_nD - self.centre
         radius_n = centred.square().sum(1).sqrt()
-        score_nk = torch.addmm(self.square, centred, self.centred.T, alpha=-2)
+        if self.metric == "product":
+            score_nk = -(centred @ self.centred.T)
+        else:
+            score_nk = torch.addmm(self.square, centred, self.centred.T, alpha=-2)
         least_n, candidate_n = score_nk.min(1)
         reach_n = radius_n + self.most
-        bound_n = least_n + 2 * (self.unit * reach_n.square() + self.underflow)
+        bound_n = least_n + 2 * self._error(radius_n, self.most)
         proven_n = ((score_nk <= bound_n[:, None]).sum(1) == 1) & (reach_n < _LARGEST_NORM)
         index_n = self.code[candidate_n]
         undecided = (~proven_n).nonzero()[:, 0]
@@ -177,9 +188,14 @@ class _Candidates:
             index_n[undecided] = self._settle(x_nD, undecided, possible[several])
         return index_n
 
+    def _error(self, radius: Tensor, norm: Tensor) -> Tensor:
+        """E of rows within ``radius`` and codes within ``norm``."""
+        size = radius * norm if self.metric == "product" else (radius + norm).square()
+        return size.mul_(self.unit).add_(self.underflow)
+
     def _possible(self, score_nk: Tensor, radius_n: Tensor) -> Tensor:
         """Which codes can be nearest, by each code's own bound: bool [n, k]."""
-        error_nk = (radius_n[:, None] + self.norm).square_().mul_(self.unit).add_(self.underflow)
+        error_nk = self._error(radius_n[:, None], self.norm)
         bound_n = (score_nk + error_nk).amin(1)
         # so that NaN is possible too
         return ~(score_nk - error_nk > bound_n[:, None]) | ~(radius_n + self.most < _LARGEST_NORM)[:, None]
@@ -188,18 +204,18 @@ class _Candidates:
         """The first of the least sums among the possible codes of each row."""
         least = x_nD.new_full((len(rows),), float("inf"))
         index = torch.full((len(rows),), len(self.codebook), device=rows.device)
-        for row_P, code_P, distance_P in self._distances(x_nD, rows, possible_rk):
+        for row_P, code_P, cost_P in self._costs(x_nD, rows, possible_rk):
             before = least.clone()
-            least.scatter_reduce_(0, row_P, distance_P, "amin")
+            least.scatter_reduce_(0, row_P, cost_P, "amin")
             index[least < before] = len(self.codebook)
-            nearest = distance_P == least[row_P]
+            nearest = cost_P == least[row_P]
             index.scatter_reduce_(0, row_P[nearest], code_P[nearest], "amin")
         return torch.where(least.isinf(), 0, index)  # every code is infinitely far, also those that are not candidates
 
-    def _distances(self, x_nD: Tensor, rows: Tensor, possible_rk: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(row, code, distance) of the possible pairs, a chunk at a time."""
+    def _costs(self, x_nD: Tensor, rows: Tensor, possible_rk: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(row, code, cost) of the possible pairs, a chunk at a time."""
         row, candidate = possible_rk.nonzero().unbind(1)
         pairs = max(1, CHUNK_ELEMENTS // x_nD.shape[1])
         for row_P, candidate_P in zip(row.split(pairs), candidate.split(pairs), strict=True):
             code_P = self.code[candidate_P]
-            yield row_P, code_P, _pair_distances(x_nD[rows[row_P]], self.codebook[code_P])
+            yield row_P, code_P, _pair_costs(x_nD[rows[row_P]], self.codebook[code_P], self.metric)

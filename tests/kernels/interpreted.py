@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from metarec_fast.kernels import (
 from metarec_fast.ops import popularity_table, sample_shared_negatives
 from metarec_fast.ops.gpu_negatives import GpuSeenItems, sample_unseen_on_gpu
 from metarec_fast.ops.sample_negatives import sample_unseen, seen_items
+from tests.ops.test_nearest_codeword import DATA, UNIT
 from tests.ops.test_philox import KNOWN
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreter.py instead"
@@ -66,17 +68,17 @@ def undecided(monkeypatch, screened):
     counts = []
     settle = nearest_codeword._settle_rows
 
-    def counting(x, codebook, indices, margin, rows, count):
+    def counting(x, codebook, indices, margin, rows, count, **options):
         counts.append(indices.numel() if count is None else int(count))
-        settle(x, codebook, indices, margin, rows, count)
+        settle(x, codebook, indices, margin, rows, count, **options)
 
     monkeypatch.setattr(nearest_codeword, "_settle_rows", counting)
     return counts
 
 
-def check(x, codebook):
-    indices, margin = nearest_codeword.nearest_codeword(x, codebook)
-    expected, expected_margin = reference.nearest_codeword(x, codebook)
+def check(x, codebook, metric="distance"):
+    indices, margin = nearest_codeword.nearest_codeword(x, codebook, metric=metric)
+    expected, expected_margin = reference.nearest_codeword(x, codebook, metric=metric)
     assert torch.equal(indices, expected)
     return margin, expected_margin
 
@@ -94,11 +96,22 @@ SHAPES = [
 
 @pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_nearest_codeword(path, H, N, K, D, dtype):
+@pytest.mark.parametrize("metric", ["distance", "product"])
+def test_nearest_codeword(path, H, N, K, D, dtype, metric):
     rows = min(N, 7) if path == "settled" else N  # one at a time there, which is slow to interpret
     x, codebook = torch.randn(H, rows, D).to(dtype), torch.randn(H, K, D).to(dtype)
-    margin, expected = check(x, codebook)
+    margin, expected = check(x, codebook, metric)
     torch.testing.assert_close(margin, expected, rtol=1e-5, atol=1e-5 * D)
+
+
+@pytest.mark.parametrize("data", UNIT)
+@pytest.mark.parametrize(
+    ("K", "D", "dtype"), [(70, 8, torch.float32), (40, 70, torch.float32), (70, 16, torch.float16)]
+)
+def test_largest_product_whatever_the_lengths(path, data, K, D, dtype):
+    x, codebook = (t[None].to(dtype) for t in DATA[data](6 if path == "settled" else 40, K, D))
+    margin, expected = check(x, codebook, "product")
+    torch.testing.assert_close(margin, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_wide_half_rows(path):
@@ -115,6 +128,7 @@ def test_float64(path):
 
 def test_ties_take_the_lowest_index(path):
     x, codebook = torch.randint(-2, 3, (2, 21, 3)).float(), torch.randint(-2, 3, (2, 140, 3)).float()
+    check(x, codebook, "product")
     margin, expected = check(x, codebook)
     assert (expected == 0).float().mean() > 0.5
     torch.testing.assert_close(margin, expected, rtol=0, atol=1e-5)
@@ -128,9 +142,14 @@ def test_duplicates_of_the_nearest_code(path):
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-22, 1e15, 1e25, 3e37])
 def test_extreme_scales(path, scale):
-    check(torch.randn(1, 8, 6) * scale, torch.randn(1, 30, 6) * scale)
-    check(torch.randn(1, 8, 6) * scale, torch.randn(1, 30, 6))
-    check(torch.randn(1, 8, 6), torch.randn(1, 30, 6) * scale)
+    for metric in ("distance", "product"):
+        check(torch.randn(1, 8, 6) * scale, torch.randn(1, 30, 6) * scale, metric)
+        check(torch.randn(1, 8, 6) * scale, torch.randn(1, 30, 6), metric)
+        check(torch.randn(1, 8, 6), torch.randn(1, 30, 6) * scale, metric)
+
+
+def test_products_of_long_rows_with_short_codes(path):
+    check(torch.randn(1, 8, 6) * 1e15, torch.randn(1, 30, 6) * 1e-23, "product")
 
 
 def test_rows_and_codes_that_are_not_finite(path):
@@ -138,10 +157,13 @@ def test_rows_and_codes_that_are_not_finite(path):
     x[0, 3, 4], x[0, 5, 0], x[0, 6, 5] = float("nan"), float("inf"), -float("inf")
     margin, expected = check(x, codebook)
     torch.testing.assert_close(margin, expected)
+    check(x, codebook, "product")
     codebook[0, 7, 2], codebook[0, 8, 2] = float("nan"), float("inf")
     check(x, codebook)
+    check(x, codebook, "product")
     codebook[:] = float("nan")
     check(x, codebook)
+    check(x, codebook, "product")
 
 
 def test_offset_far_beyond_the_spread(undecided):
@@ -164,11 +186,13 @@ def test_screen_decides_all_but_close_rows(undecided, D, dtype):
     margin, _ = check(x.to(dtype), codebook.to(dtype))
     assert 10 <= undecided[-1] <= 14
     assert margin[0, 20:].min() > 0
+    check(F.normalize(x, dim=-1).to(dtype), F.normalize(codebook, dim=-1).to(dtype), "product")
+    assert undecided[-1] <= 10
 
 
 def test_scores_stay_within_the_stated_error(monkeypatch, screened):
     # the margin of the screen alone, against float64
-    monkeypatch.setattr(nearest_codeword, "_settle_rows", lambda *_: None)
+    monkeypatch.setattr(nearest_codeword, "_settle_rows", lambda *_, **__: None)
     x, codebook = torch.randn(1, 128, 64) * torch.logspace(-3, 3, 64), torch.randn(1, 64, 64) * 30
     _, margin = nearest_codeword.nearest_codeword(x, codebook)
     _, expected = reference.nearest_codeword(x, codebook)
@@ -176,14 +200,19 @@ def test_scores_stay_within_the_stated_error(monkeypatch, screened):
     R, C = (x - m).norm(dim=2), (codebook - m).norm(dim=2).max()
     error = 2 * R * C * (96 * 2**-22 + 2**-19) + 2**-22 * C**2
     assert ((margin - expected).abs() <= 2 * error).all()
+    _, margin = nearest_codeword.nearest_codeword(x, codebook, metric="product")
+    _, expected = reference.nearest_codeword(x, codebook, metric="product")
+    error = 2 * R * C * (96 * 2**-22 + 2**-19) + 2**-22 * m.norm() * C
+    assert ((margin - expected).abs() <= error).all()
 
 
 @pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_vq_commit(screened, H, N, K, D, dtype):
+@pytest.mark.parametrize("metric", ["distance", "product"])
+def test_vq_commit(screened, H, N, K, D, dtype, metric):
     x, codebook = torch.randn(H, N, D).to(dtype), torch.randn(H, K, D)
-    quantized, indices, row_error, *_ = vq_commit.vq_commit(x, codebook)
-    expected, _ = reference.nearest_codeword(x, codebook)
+    quantized, indices, row_error, *_ = vq_commit.vq_commit(x, codebook, metric=metric)
+    expected, _ = reference.nearest_codeword(x, codebook, metric=metric)
     codes = codebook.gather(1, expected[..., None].expand(H, N, D))
     assert torch.equal(indices, expected)
     assert torch.equal(quantized, codes.to(dtype))

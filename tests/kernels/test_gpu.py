@@ -35,19 +35,23 @@ def data(H, N, K, D, dtype, kind):
     x, codebook = torch.randn(H, N, D), torch.randn(H, K, D)
     if kind == "offset":
         x, codebook = x + 300, codebook + 300
+    elif kind == "lengths":
+        codebook *= 10.0 ** -torch.randint(0, 40, (H, K, 1))
+        codebook[:, ::3] = 0
     elif kind == "ties":
         x, codebook = x.round().clamp(-1, 1), codebook.round().clamp(-1, 1)
         codebook[:, K // 2 :] = codebook[:, : K - K // 2]
     return x.to(dtype).cuda(), codebook.to(dtype).cuda()
 
 
-@pytest.mark.parametrize("kind", ["normal", "offset", "ties"])
+@pytest.mark.parametrize("kind", ["normal", "offset", "ties", "lengths"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
-def test_nearest_codeword(path, H, N, K, D, dtype, kind):
+@pytest.mark.parametrize("metric", ["distance", "product"])
+def test_nearest_codeword(path, H, N, K, D, dtype, kind, metric):
     x, codebook = data(H, N, K, D, dtype, kind)
-    indices, margin = kernel.nearest_codeword(x, codebook)
-    expected, expected_margin = reference.nearest_codeword(x, codebook)
+    indices, margin = kernel.nearest_codeword(x, codebook, metric=metric)
+    expected, expected_margin = reference.nearest_codeword(x, codebook, metric=metric)
     assert torch.equal(indices, expected)
     if kind == "normal":
         torch.testing.assert_close(margin, expected_margin, rtol=1e-4, atol=1e-5 * D)
@@ -68,9 +72,10 @@ def test_operators_agree_with_the_cpu(dtype):
     x, codebook = torch.randn(20000, 64).to(dtype), torch.randn(700, 64).to(dtype)
     cpu, gpu = ops.nearest_codeword(x, codebook), ops.nearest_codeword(x.cuda(), codebook.cuda())
     assert torch.equal(cpu.indices, gpu.indices.cpu())
-    cpu, gpu = ops.vq_commit(x, codebook), ops.vq_commit(x.cuda(), codebook.cuda())
-    assert torch.equal(cpu.quantized, gpu.quantized.cpu())
-    torch.testing.assert_close(cpu.loss, gpu.loss.cpu())
+    for metric in ("product", "distance"):
+        cpu, gpu = (ops.vq_commit(*pair, metric=metric) for pair in ((x, codebook), (x.cuda(), codebook.cuda())))
+        assert torch.equal(cpu.quantized, gpu.quantized.cpu())
+        torch.testing.assert_close(cpu.loss, gpu.loss.cpu())
     cpu = ops.vq_statistics(x, cpu.indices, 700)
     gpu = ops.vq_statistics(x.cuda(), gpu.indices, 700)
     assert torch.equal(cpu.counts, gpu.counts.cpu())

@@ -5,6 +5,7 @@ import torch
 
 from bench.exactness import COUNTS, FAMILIES, Shape, check, plan, problem, public_operators, run_backend, totals
 from metarec_fast.ops import backend_info, nearest_codeword, vq_commit
+from metarec_fast.reference.nearest_codeword import METRICS
 
 ROWS = 200_000
 SUPPORTED = backend_info()["cpu"]["supported_isas"]
@@ -34,45 +35,51 @@ def test_problems_are_what_they_claim(family):
         assert torch.equal(x.nan_to_num(7), again.nan_to_num(7))
 
 
-def outcome(**changes):
+def outcome(metric="distance", **changes):
     operators = public_operators()._replace(**changes)
-    return check(*problem("gaussian", 3, Shape(2, 50, 30, 6)), operators, cuts=[20, 33], threads=(1, 1))
+    return check(*problem("gaussian", 3, Shape(2, 50, 30, 6)), operators, cuts=[20, 33], threads=(1, 1), metric=metric)
 
 
-def test_what_is_right_passes():
-    assert outcome() == dict.fromkeys(COUNTS, 0) | {"rows": 100, "problems": 1}
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_right_passes(metric):
+    assert outcome(metric) == dict.fromkeys(COUNTS, 0) | {"rows": 100, "problems": 1}
 
 
-def wrong_lookup(x, codebook):
-    indices, margin = nearest_codeword(x, codebook)
+def test_the_code_of_the_other_metric_is_wrong():
+    assert outcome("product", lookup=lambda x, codebook, metric: nearest_codeword(x, codebook))["wrong"] > 10
+
+
+def wrong_lookup(x, codebook, metric):
+    indices, margin = nearest_codeword(x, codebook, metric=metric)
     if x.shape[-2] == 50:
         indices[1, 7] = (indices[1, 7] + 1) % 30
     return indices, margin
 
 
-def with_margin_of_the_batch(x, codebook):
-    indices, margin = nearest_codeword(x, codebook)
+def with_margin_of_the_batch(x, codebook, metric):
+    indices, margin = nearest_codeword(x, codebook, metric=metric)
     return indices, margin + 1e-3 * x.shape[-2]
 
 
-def commit(x, codebook, weight, *, flip=0.0, factor=1.0):
-    quantized, indices, loss = vq_commit(x, codebook, row_weight=weight)
+def commit(x, codebook, weight, *, metric, flip=0.0, factor=1.0):
+    quantized, indices, loss = vq_commit(x, codebook, row_weight=weight, metric=metric)
     quantized[0, :1] += flip
     return quantized, indices, loss * factor
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("changes", "caught"),
     [
         # the wrong row is not vq_commit's, nor that of the parts
         ({"lookup": wrong_lookup}, {"wrong": 1, "commit": 1, "codes": 1, "split": 1, "loss": 1}),
         ({"lookup": with_margin_of_the_batch}, {"split": 100}),
-        ({"commit": lambda *a: commit(*a, flip=1e-6)}, {"codes": 1, "split": 2}),
-        ({"commit": lambda *a: commit(*a, factor=1.001)}, {"loss": 1}),
+        ({"commit": lambda *a, **o: commit(*a, **o, flip=1e-6)}, {"codes": 1, "split": 2}),
+        ({"commit": lambda *a, **o: commit(*a, **o, factor=1.001)}, {"loss": 1}),
     ],
 )
-def test_what_is_wrong_is_caught(changes, caught):
-    found = outcome(**changes)
+def test_what_is_wrong_is_caught(changes, caught, metric):
+    found = outcome(metric, **changes)
     first = found.pop("first", "")
     assert found == dict.fromkeys(COUNTS, 0) | {"rows": 100, "problems": 1} | caught
     assert caught.keys() == {"codes", "split"} or first

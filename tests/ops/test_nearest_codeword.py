@@ -1,5 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast import reference
@@ -34,6 +37,39 @@ def not_finite(N, K, D):
     return x, codes
 
 
+def unit(N, K, D):
+    return tuple(F.normalize(torch.randn(n, D), dim=-1) for n in (N, K))
+
+
+def shrunk(N, K, D):
+    """Codes of lengths from 1 to denormal, and zeros, as averages leave the unused ones; rows of zeros."""
+    x, codes = unit(N, K, D)
+    codes = codes * 10.0 ** -torch.randint(0, 46, (K, 1))
+    codes[::3], x[1::4] = 0, 0
+    return x, codes
+
+
+def opposite(N, K, D):
+    x, codes = unit(N, K, D)
+    codes[K // 2 :] = -codes[: K - K // 2].clone()
+    return x, codes
+
+
+def one_direction(N, K, D):
+    """Codes that differ in length alone, and rows along them, against them and elsewhere."""
+    x, codes = unit(N, K, D)
+    x[::3], x[1::3] = codes[0], -codes[0]
+    return x, codes[:1] * torch.rand(K, 1)
+
+
+def near_unit(N, K, D):
+    """Few directions, each with many codes 1e-6 apart, stored in half precision in part."""
+    x, codes = unit(N, K, D)
+    codes = codes[torch.randint(max(1, K // 20), (K,))] + 1e-6 * torch.randn(K, D)
+    codes[K // 2 :] = codes[K // 2 :].half().float()
+    return x, codes
+
+
 # What makes float32 scores lie: ties, equal and almost equal codes, offsets, extreme and non-finite values.
 DATA = {
     "gaussian": lambda N, K, D: (torch.randn(N, D), torch.randn(K, D)),
@@ -51,31 +87,54 @@ DATA = {
     "tiny": lambda N, K, D: (1e-30 * torch.randn(N, D), 1e-30 * torch.randn(K, D)),
     "subnormal": lambda N, K, D: (1e-40 * torch.randn(N, D), 1e-22 * torch.randn(K, D)),
     "not_finite": not_finite,
+    "unit": unit,
+    "shrunk": shrunk,
+    "half_stored": lambda N, K, D: (unit(N, K, D)[0], unit(N, K, D)[1].half().float()),
+    "opposite": opposite,
+    "one_direction": one_direction,
+    "near_unit": near_unit,
 }
+UNIT = ("unit", "shrunk", "half_stored", "opposite", "one_direction", "near_unit")
+METRICS_AND_DATA = [("distance", data) for data in DATA if data not in UNIT] + [("product", data) for data in DATA]
 
 
-def check(x, codebook):
-    found, (indices, margin) = nearest_codeword(x, codebook), reference.nearest_codeword(x, codebook)
+def check(x, codebook, metric="distance"):
+    found = nearest_codeword(x, codebook, metric=metric)
+    indices, margin = reference.nearest_codeword(x, codebook, metric=metric)
     assert found.indices.dtype == torch.int64 and found.margin.dtype == torch.float32
     assert torch.equal(found.indices, indices)
-    alone = nearest_codeword(x, codebook, with_margin=False)
+    alone = nearest_codeword(x, codebook, metric=metric, with_margin=False)
     assert alone.margin is None and torch.equal(alone.indices, indices)
     assert torch.equal(found.margin == 0, margin == 0)  # zero for ties, and for ties only
     assert torch.equal(found.margin.isinf(), margin.isinf())
     finite = margin.isfinite()
     # float32 scores: an error of D + 6 roundings of ||x|| ||c|| + ||c||^2 / 2, after centring, doubled by the gap
     x, codebook = x.double().nan_to_num(0, 0, 0), codebook.double().nan_to_num(0, 0, 0)
-    centre = codebook.mean(-2, keepdim=True)
-    size = (x - centre).norm(dim=-1) + (codebook - centre).norm(dim=-1).amax(-1, keepdim=True)
-    bound = 4 * (x.shape[-1] + 6) * 2.0**-24 * size.square() + 2.0**-24 * margin.double()
+    if metric == "product":
+        size = x.norm(dim=-1) * codebook.norm(dim=-1).amax(-1, keepdim=True)
+    else:
+        centre = codebook.mean(-2, keepdim=True)
+        size = ((x - centre).norm(dim=-1) + (codebook - centre).norm(dim=-1).amax(-1, keepdim=True)).square()
+    bound = 4 * (x.shape[-1] + 6) * 2.0**-24 * size + 2.0**-24 * margin.double()
     assert ((found.margin.double() - margin.double()).abs() <= bound)[finite].all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(("metric", "data"), METRICS_AND_DATA)
 @pytest.mark.usefixtures("poison")
-def test_equals_reference(data, shape):
-    check(*DATA[data](*shape))
+def test_equals_reference(metric, data, shape):
+    check(*DATA[data](*shape), metric)
+
+
+def test_a_product_is_largest_whatever_the_lengths_of_the_codes():
+    codebook = torch.tensor([[0.0, 0], [1, 0], [1e-30, 1e-30], [0, 3], [-0.0, 0], [1, 0]])
+    x = torch.tensor([[0.4, 0.1], [0.4, 0.2], [-1, -1e-3], [-1, -1], [0, 0], [INF, 0], [NAN, 0]])
+    found = nearest_codeword(x, codebook, metric="product")
+    assert found.indices.tolist() == [1, 3, 0, 0, 0, 0, 0]
+    # ties of equal codes, of codes that all have the product 0, and of nothing
+    torch.testing.assert_close(found.margin, torch.tensor([0, 0.2, 0, 0, 0, 0, 0]))
+    # what is not finite has no product, not even an infinite one
+    assert nearest_codeword(x[:1], torch.tensor([[INF, 0], [NAN, 0], [-1.0, 0]]), metric="product").indices.item() == 2
 
 
 def test_rows_so_far_away_that_float64_distances_tie():
@@ -94,6 +153,15 @@ def test_codes_of_very_different_norms():
             assert torch.equal(nearest_codeword(x, codebook, with_margin=with_margin).indices, indices)
 
 
+@pytest.mark.parametrize("data", ["unit", "near_unit", "opposite", "shrunk"])
+def test_products_of_many_rows_by_random_lengths(data):
+    for scale in (1e-20, 1e-3, 1.0, 1e15):
+        x, codebook = DATA[data](300, 700, 24)
+        check(x * scale, codebook * (1 + 0.01 * torch.randn(700, 1)), "product")
+    for D in (2, 8, 9):
+        check(torch.randn(91, D) * 10.0 ** torch.randint(-30, 30, (91, 1)), DATA[data](1, 300, D)[1], "product")
+
+
 def clumped(N, K, D, spread):
     centres = torch.randn(max(1, K // 30), D)
     return torch.randn(N, D), centres[torch.randint(len(centres), (K,))] + spread * torch.randn(K, D)
@@ -101,13 +169,14 @@ def clumped(N, K, D, spread):
 
 @pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("D", [3, 8, 24, 64])
-def test_clumps_of_nearly_equal_codes(spread, D):
+@pytest.mark.parametrize("metric", ["distance", "product"])
+def test_clumps_of_nearly_equal_codes(spread, D, metric):
     for rows in (1000, 30):
-        check(*clumped(rows, 600, D, spread))
+        check(*clumped(rows, 600, D, spread), metric)
     x, codebook = clumped(500, 600, D, spread)
-    check(codebook[torch.randint(600, (500,))] + spread * torch.randn(500, D), codebook)
+    check(codebook[torch.randint(600, (500,))] + spread * torch.randn(500, D), codebook, metric)
     codebook[:200] = spread * torch.randn(200, D)  # collapsed, as dead codes are
-    check(x, codebook)
+    check(x, codebook, metric)
 
 
 def test_clump_whose_first_member_is_beyond_float32():
@@ -148,6 +217,7 @@ def test_dtypes_and_heads(data, dtype):
     heads = [DATA[data](53, 37, 12) for _ in range(3)]
     x, codebook = (torch.stack(tensors).to(dtype) for tensors in zip(*heads, strict=True))
     check(x, codebook)
+    check(x, codebook, "product")
     for h in range(3):
         assert torch.equal(nearest_codeword(x, codebook).indices[h], nearest_codeword(x[h], codebook[h]).indices)
 
@@ -201,12 +271,15 @@ def test_vmap(in_dims):
         x = x[0]
     if in_dims[1] is None:
         codebook = codebook[0]
+    by_product = torch.vmap(partial(nearest_codeword, metric="product"), in_dims=in_dims)(x, codebook)
     batched = torch.vmap(nearest_codeword, in_dims=in_dims)(x, codebook)
     alone = torch.vmap(lambda x, c: nearest_codeword(x, c, with_margin=False).indices, in_dims=in_dims)(x, codebook)
     assert torch.equal(alone, batched.indices)
     for b in range(4):
         one = nearest_codeword(take(x, in_dims[0], b), take(codebook, in_dims[1], b))
         assert torch.equal(batched.indices[b], one.indices)
+        one = nearest_codeword(take(x, in_dims[0], b), take(codebook, in_dims[1], b), metric="product")
+        assert torch.equal(by_product.indices[b], one.indices) and torch.equal(by_product.margin[b], one.margin)
     nested = torch.vmap(torch.vmap(nearest_codeword, in_dims=(0, None)), in_dims=(0, 0))
     x, codebook = torch.randn(2, 3, 5, 6), torch.randn(2, 7, 6)
     expected = nearest_codeword(x.reshape(2, 15, 6), codebook).indices.view(2, 3, 5)
@@ -231,8 +304,9 @@ def test_compiles_without_breaks_and_without_recompiling():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     arguments = (torch.randn(2, 6, 3, dtype=dtype), torch.randn(2, 4, 3, dtype=dtype))
-    torch.library.opcheck(torch.ops.metarec_fast.nearest_codeword.default, arguments)
-    torch.library.opcheck(torch.ops.metarec_fast.nearest_codeword_index.default, arguments)
+    for more in ((), ("product",)):
+        torch.library.opcheck(torch.ops.metarec_fast.nearest_codeword.default, arguments + more)
+        torch.library.opcheck(torch.ops.metarec_fast.nearest_codeword_index.default, arguments + more)
 
 
 @pytest.mark.gpu
@@ -271,3 +345,5 @@ def test_backends():
         nearest_codeword(x, codebook, backend="triton")
     with pytest.raises(ValueError, match="backend must be one of"):
         nearest_codeword(x, codebook, backend="fast")
+    with pytest.raises(ValueError, match="metric must be 'distance' or 'product', got 'cosine'"):
+        nearest_codeword(x, codebook, metric="cosine")

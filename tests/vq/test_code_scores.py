@@ -7,8 +7,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metarec_fast.ops import nearest_codeword
+from metarec_fast.reference.nearest_codeword import costs
 from metarec_fast.vq import FastVQ, code_scores
 from metarec_fast.vq.code_scores import CodeScores
+from tests.ops.test_nearest_codeword import DATA
 
 HEADS, ROWS, CODES, DIM = 2, 30, 13, 5
 
@@ -131,8 +133,20 @@ def test_topk_is_ordered_exact_and_breaks_ties_downwards(cosine, monkeypatch):
     expected = scores.sort(dim=-1, descending=True, stable=True).indices
     for k in (1, 4, CODES):
         assert torch.equal(CodeScores(rows, codes, cosine=cosine).topk(k), expected[..., :k])
-    if not cosine:
-        assert torch.equal(expected[..., 0], nearest_codeword(rows, codes).indices)
+    metric = "product" if cosine else "distance"
+    assert torch.equal(expected[..., 0], nearest_codeword(rows, codes, metric=metric).indices)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("data", ["shrunk", "duplicated", "near_unit", "one_direction", "not_finite", "lattice"])
+def test_topk_where_more_codes_tie_than_are_compared_at_first(data, cosine):
+    rows, codes = (torch.stack(t) for t in zip(*(DATA[data](40, 70, 5) for _ in range(2)), strict=True))
+    rows[0, 0] = 0  # by products all codes tie
+    expected = costs(rows, codes, "product" if cosine else "distance").sort(dim=-1, stable=True).indices
+    for k in (1, 5, 40):
+        assert torch.equal(CodeScores(rows, codes, cosine=cosine).topk(k), expected[..., :k])
+    batched = torch.vmap(lambda r, c: CodeScores(r[None], c[None], cosine=cosine).topk(5)[0])(rows, codes)
+    assert torch.equal(batched, expected[..., :5])
 
 
 class LargestTensor(TorchDispatchMode):

@@ -74,12 +74,7 @@ def draw(fast, shape, transform=None):
         with torch.no_grad():
             rows = fast._rows(fast._layout.tokens(x))
             codes = copy.deepcopy(fast._codebook).codes_for(rows, None)
-            if fast.cosine_codes_have_lengths:
-                best = (rows @ codes.mT).topk(2).values
-                if (best[..., 0] - best[..., 1]).min() > 1e-4:
-                    return x
-                continue
-            if nearest_codeword(rows, codes).margin.min() > 1e-4:
+            if nearest_codeword(rows, codes, metric=fast._codebook.metric).margin.min() > 1e-4:
                 return x
     raise AssertionError("no batch without near ties")
 

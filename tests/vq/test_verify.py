@@ -5,7 +5,7 @@ import torch
 
 from metarec_fast import reference
 from metarec_fast.vq import verify
-from tests.ops.test_nearest_codeword import DATA
+from tests.ops.test_nearest_codeword import DATA, METRICS_AND_DATA
 
 module = sys.modules["metarec_fast.vq.verify"]  # the package's attribute of this name is the function
 INF, NAN = float("inf"), float("nan")
@@ -21,23 +21,23 @@ def settled(monkeypatch):
     """How many distances were summed as the definition does."""
     pairs = []
 
-    def counting(x, codebook):
+    def counting(x, codebook, metric):
         pairs.append(len(x))
-        return reference.nearest_codeword.__globals__["squared_distances"](x, codebook)
+        return reference.nearest_codeword.__globals__["costs"](x, codebook, metric)
 
-    monkeypatch.setattr(module, "squared_distances", counting)
+    monkeypatch.setattr(module, "costs", counting)
     return lambda: sum(pairs)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("data", DATA)
-def test_accepts_what_the_reference_gives_and_nothing_else(data, shape):
+@pytest.mark.parametrize(("metric", "data"), METRICS_AND_DATA)
+def test_accepts_what_the_reference_gives_and_nothing_else(metric, data, shape):
     x, codebook = DATA[data](*shape)
-    expected, _ = reference.nearest_codeword(x, codebook)
-    assert verify(x, codebook, expected)
+    expected, _ = reference.nearest_codeword(x, codebook, metric=metric)
+    assert verify(x, codebook, expected, metric=metric)
     for step in (1, len(codebook) // 2):
         given = (expected + step) % len(codebook)
-        found = verify(x, codebook, given)
+        found = verify(x, codebook, given, metric=metric)
         wrong = given != expected
         assert found.ok == (not wrong.any()) and found.wrong == wrong.sum() and found.checked == len(x)
         assert torch.equal(found.rows, wrong.nonzero()[:, 0]) and torch.equal(found.expected, expected[wrong])
@@ -57,12 +57,21 @@ def test_dtypes_and_heads(data, dtype):
     assert torch.equal(found.expected, expected)
 
 
+@pytest.mark.parametrize("metric", ["distance", "product"])
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e100, 1e150, 1e170, 1e300])
-def test_float64_beyond_float32(scale):
+def test_float64_beyond_float32(scale, metric):
     x, codebook = (scale * t.double() for t in DATA["gaussian"](50, 40, 6))
-    given, _ = reference.nearest_codeword(x, codebook)
-    assert verify(x, codebook, given)
-    assert verify(x, codebook, (given + 1) % 40).wrong == 50
+    given, _ = reference.nearest_codeword(x, codebook, metric=metric)
+    assert verify(x, codebook, given, metric=metric)
+    assert verify(x, codebook, (given + 1) % 40, metric=metric).wrong == 50
+
+
+def test_excess_of_a_product_is_how_much_smaller_it_is():
+    x, codebook = torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([[0.25, 0], [0, 0], [0.75, 1]])
+    found = verify(x, codebook, torch.tensor([0, 1]), metric="product")
+    assert (found.rows.tolist(), found.expected.tolist(), found.excess.tolist()) == ([0, 1], [2, 0], [0.5, 0])
+    with pytest.raises(ValueError, match="metric must be 'distance' or 'product', got 'cosine'"):
+        verify(x, codebook, torch.tensor([0, 1]), metric="cosine")
 
 
 def test_one_code_left_whose_distance_overflows():
