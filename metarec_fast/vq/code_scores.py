@@ -186,8 +186,7 @@ def _float64_scores(rows: Tensor, codes: Tensor, *, cosine: bool) -> Tensor:
 
 
 def _portable_topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
-    """`_topk` in torch's own operators, without its last resort: of codes that differ by no more than float64's rounding
-    and are more than the candidates, others may be left out."""
+    """`_topk` in torch's own operators: candidates alone are compared, and more codes than these may tie in float64."""
     rows, codes = rows.double(), codes.double()
     candidates = min(codes.shape[1], k + _SPARE_CANDIDATES)
     at = stable_order(-_float64_scores(rows, codes, cosine=cosine))[..., :candidates].sort(-1).values
