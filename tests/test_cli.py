@@ -315,7 +315,9 @@ def test_what_is_skipped_and_ignored_is_told(folder, study_file, tmp_path, capsy
         assert main(["study", str(study_file), "--fractions", "0.5", "--arms", "popularity", *options]) == 0
     shown = capsys.readouterr().out
     target, source = tmp_path / "shop.csv", tmp_path / "books.csv"
-    assert f"2 of {bad + 1:,} rows skipped" in shown and f"{target}: {bad + 1:,} rows, 2 rejected, 1 duplicates" in shown
+    assert (
+        f"2 of {bad + 1:,} rows skipped" in shown and f"{target}: {bad + 1:,} rows, 2 rejected, 1 duplicates" in shown
+    )
     assert f"{target}:{bad}: missing item" in shown and f"{target}:{bad + 2}: time 'soon' is neither" in shown
     assert "ordered by column 'timestamp'" in shown and "in the order of rows: no time column" in shown
     assert f"{source}: events stay in the order of rows" in shown and "'my_clock_time' looks like times" in shown

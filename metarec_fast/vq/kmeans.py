@@ -37,7 +37,7 @@ def start_by_kmeans_(
     A centre that loses its rows stays where it is, and may win some back. One that has none in the end (fewer distinct
     rows than codes) starts at a random row, as if that row were its only one: cluster_size 1, so that no average draws
     it to the origin. cosine: rows are of length 1 and join the centre of largest product; rows of zeros have no
-    direction and count for nothing.
+    direction and count for nothing, and a centre whose rows cancel stays where it is.
     """
     K = embed.shape[1]
     if cosine:
@@ -57,10 +57,11 @@ def start_by_kmeans_(
         nearest = nearest_codeword(rows, means, metric="product" if cosine else "distance", with_margin=False)
         indices = nearest.indices.masked_fill(~valid, -1)
         counts, sums = statistics(rows, indices, K, sync=sync)
-        centres = sums / counts.clamp_min(1).unsqueeze(-1)
+        centres, moves = sums / counts.clamp_min(1).unsqueeze(-1), counts > 0
         if cosine:
             centres = F.normalize(centres, dim=-1, eps=1e-6)
-        means = torch.where((counts > 0).unsqueeze(-1), centres, means)
+            moves = moves & (torch.linalg.vector_norm(centres, dim=-1) > 0.5)
+        means = torch.where(moves.unsqueeze(-1), centres, means)
     empty = counts == 0
     if empty.any():
         drawn, _ = draw_rows(rows, valid, empty, sync=sync)

@@ -210,3 +210,10 @@ def test_a_cosine_start_waits_for_rows_that_have_a_direction():
     assert vq(torch.zeros(1, 20, DIM), freeze_codebook=True)[1].eq(0).all() and not vq._codebook.initted
     vq(torch.randn(1, 20, DIM), freeze_codebook=True)
     assert vq._codebook.initted and (vq.codebook.norm(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_a_cosine_centre_whose_rows_cancel_keeps_a_direction():
+    row = torch.randn(1, 1, DIM)
+    vq = FastVQ(DIM, 1, use_cosine_sim=True, kmeans_init=True)
+    vq(torch.cat((row, -row), 1), freeze_codebook=True)
+    assert vq.codebook.norm().item() == pytest.approx(1)
