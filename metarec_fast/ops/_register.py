@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     from metarec_fast import _C
@@ -90,12 +91,18 @@ def transformed() -> bool:
 transformed._dynamo_marked_constant = True
 
 
-def traced_transform() -> bool:
-    """Whether torch.compile traces a torch.func transform here, where no autograd.Function may be applied.
+def forward_mode() -> bool:
+    """Whether tangents are computed, by torch.func.jvp or torch.autograd.forward_ad."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
-    It would reduce the Function to operators without gradient, silently (torch 2.13).
+
+def traced_transform() -> bool:
+    """Whether no autograd.Function may be applied here, and plain operators must do.
+
+    Where torch.compile traces a torch.func transform, as it would reduce the Function to operators without gradient,
+    silently (torch 2.13); and in forward mode, where it would need a rule of its own.
     """
-    return torch.compiler.is_compiling() and transformed()
+    return forward_mode() or (torch.compiler.is_compiling() and transformed())
 
 
 def check_tensor(

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from metarec_fast.ops import vq_ema_update_
+from metarec_fast.ops._register import transformed
 from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.reference.nearest_codeword import Metric
@@ -277,7 +278,7 @@ class Codebook(nn.Module):
         state = (self.embed.detach(), self.embed_avg, self.cluster_size, self.initted)
         rows, valid = rows.detach().float(), self.valid_rows(rows, keep)
         sync = self._syncs and self.sync_kmeans
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():  # which let an operator alone write to buffers
             traced_start_by_kmeans_(*state, rows, valid, self.kmeans_iters, self.eps, self.use_cosine_sim, sync)
         elif not start_by_kmeans_(
             *state, rows, valid, iterations=self.kmeans_iters, eps=self.eps, cosine=self.use_cosine_sim, sync=sync

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metarec_fast.ops._register import forward_mode
 from metarec_fast.ops.portable_lookup import check_leaves_in_eval
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.affine_codebook import AffineCodebook
@@ -281,7 +282,7 @@ class FastVQ(nn.Module):
         topk = None if topk is None else self._check_topk(int(topk))
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         pulled = self.learnable_codebook and not frozen
-        routed = self.training and self.route_gradients_to_input and x.requires_grad
+        routed = self.training and self.route_gradients_to_input and (x.requires_grad or forward_mode())
         update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
         update = update if self.training and not frozen else None
         asked = topk is not None or indices is not None or codebook_transform_fn is not None

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad
 
-from metarec_fast.vq import FastVQ
+from metarec_fast.vq import FastResidualVQ, FastVQ
 
 LEARNABLE = {"learnable_codebook": True, "ema_update": False}
 MASK = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) > 0.3
@@ -265,3 +265,37 @@ def test_what_torch_cannot_transform_says_so():
     in_place = FastVQ(8, 20, in_place_codebook_optimizer=torch.optim.SGD, **LEARNABLE)
     with pytest.raises(RuntimeError, match="backward"):
         grad(lambda x: in_place(x)[2])(x[0])
+
+
+FORWARD_MODE = {
+    "nearest": lambda: FastVQ(8, 20, codebook_dim=4),
+    "cosine_straight_through": lambda: FastVQ(8, 20, use_cosine_sim=True, rotation_trick=False),
+    "learnable": lambda: FastVQ(8, 20, **LEARNABLE),
+    "stochastic": lambda: FastVQ(8, 20, stochastic_sample_codes=True),
+    "cross_entropy": lambda: FastVQ(8, 20, commitment_use_cross_entropy_loss=True),
+    "diversity": lambda: FastVQ(8, 20, codebook_diversity_loss_weight=0.5, codebook_diversity_temperature=2.0),
+    "kmeans": lambda: FastVQ(8, 20, kmeans_init=True),
+    "residual": lambda: FastResidualVQ(dim=8, codebook_size=20, num_quantizers=3),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_tangents_in_training_are_the_transpose_of_gradients(name):
+    vq = FORWARD_MODE[name]()
+    reference, x, tangent = copy.deepcopy(vq), torch.randn(3, 9, 8), torch.randn(3, 9, 8)
+
+    def run(module):
+        return lambda x: (lambda out: (out[0], out[2]))(module(x))
+
+    torch.manual_seed(1)
+    outputs, tangents = torch.func.jvp(run(vq), (x,), (tangent,))
+    torch.manual_seed(1)
+    leaf = x.clone().requires_grad_()
+    expected = run(reference)(leaf)
+    torch.testing.assert_close(outputs, expected)
+    cotangents = [torch.randn_like(out) for out in outputs]
+    (gradient,) = torch.autograd.grad(expected, leaf, cotangents)
+    pushed = sum((t * c).sum() for t, c in zip(tangents, cotangents, strict=True))
+    torch.testing.assert_close(pushed.float(), (gradient * tangent).sum(), rtol=1e-3, atol=1e-4)
+    assert pushed.abs() > 0
+    torch.testing.assert_close(state(vq), state(reference))
