@@ -69,6 +69,14 @@ class ResidualVQ(nn.Module):
         self.num_quantizers, self.quantize_dropout, self.quantize_dropout_cutoff_index = num_quantizers, False, 0
         self.layers = nn.ModuleList(VectorQuantize(dim, codebook_size, **options) for _ in range(num_quantizers))
 
+    @property
+    def codebook_dim(self):  # 1.18 to 1.26 have properties where the fast class has attributes
+        return self.layers[0].no_such_attribute
+
+    @property
+    def levels(self):
+        return len(self.layers)
+
     def forward(self, x):
         total, residual, indices, losses = 0.0, x, [], []
         for layer in self.layers:
@@ -115,6 +123,7 @@ def test_a_residual_quantizer_of_an_older_structure_becomes_one_loop():
     new = replace_vector_quantize(copy.deepcopy(old), strict_upstream=True)
     assert isinstance(new, FastResidualVQ) and isinstance(new, ResidualVQ)
     assert new(torch.randn(1, 4, 8))[2].shape == (1, 3)
+    assert new.codebook_dim == 8 and new.levels == 3
     new = replace_vector_quantize(copy.deepcopy(old), strict_upstream=True)
     assert_same_steps(old, new)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +57,23 @@ def stand_in_class(
         "replaced_class": replaced_class,
         "loss_has_axis": loss_has_axis,
     }
+    for name in dir(replaced_class):
+        found = inspect.getattr_static(replaced_class, name)
+        if isinstance(found, property) and not hasattr(fast_class, name):
+            members[name] = _Yielding(found)
     if loss_has_axis:
         members["forward"] = _with_loss_axis(fast_class.forward)
     return type(fast_class.__name__, (StandIn, fast_class, replaced_class), members)
+
+
+class _Yielding:
+    """A property of the replaced class that gives way to an attribute of the fast module."""
+
+    def __init__(self, replaced: property) -> None:
+        self.replaced = replaced
+
+    def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:
+        return self.replaced.__get__(instance, owner)
 
 
 def _with_loss_axis(forward: Callable) -> Callable:
