@@ -759,6 +759,9 @@ def doctor(command: Doctor) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if doctor finds a fault, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal's encoding does not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"metarec-fast {__version__}")
         return 0

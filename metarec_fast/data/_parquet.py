@@ -32,7 +32,10 @@ def parquet_tables(
                 shutil.copyfileobj(file, whole, 1 << 20)
         else:  # under a name in which polars sees neither a pattern nor a home folder
             source = scratch / "source.parquet"
-            source.symlink_to(path.absolute())
+            try:
+                source.symlink_to(path.absolute())
+            except OSError:  # a file system without links
+                source = path.absolute()
     try:
         schema = pl.read_parquet_schema(source)
         columns = Columns(path, list(schema), wanted)

@@ -46,7 +46,8 @@ class Unpacked:
 
     def __init__(self, path: Path, file: BinaryIO):
         self._path, self._file = path, file
-        self._source = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file
+        with self._named():
+            self._source = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file
         self.position = 0
 
     @property
@@ -55,16 +56,22 @@ class Unpacked:
 
     def read(self, size: int) -> bytes:
         """``size`` bytes, fewer at the end; all if -1. Raises ValueError where a gzip file is damaged or cut short."""
-        try:
+        with self._named():
             data = self._source.read(size)
+        self.position = self._file.tell() if self._file.seekable() else self.position + len(data)
+        return data
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of reading name the file."""
+        try:
+            yield
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{self._path}: not a complete gzip file: {error}") from None
         except OSError as error:
             if error.filename is None:
                 raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
             raise
-        self.position = self._file.tell() if self._file.seekable() else self.position + len(data)
-        return data
 
 
 @contextmanager

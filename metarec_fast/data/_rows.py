@@ -198,7 +198,7 @@ def _iso(text: pl.Series) -> pl.Series:
 
     # polars takes 20 for the year 20, and blanks for zeros.
     text = pl.select(pl.when(text.str.contains(ISO)).then(text)).to_series()
-    text = text.str.replace("T", " ", literal=True).str.replace(" ?(?:Z|UTC)$", "+00:00")
+    text = text.str.replace("^([0-9-]+)T", "${1} ").str.replace(" ?(?:Z|UTC)$", "+00:00")
     zoned = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False, time_unit="us")
     plain = [
         text.str.to_datetime(form, strict=False, time_unit="us") for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")

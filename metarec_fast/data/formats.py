@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def split_suffix(path: Path, format: str | None) -> tuple[str, str]:
         format = SUFFIXES[suffix]
     elif format not in SUFFIXES.values():
         raise ValueError(f"format must be one of {sorted(set(SUFFIXES.values()))}, got {format!r}")
-    return (stem[: -len(suffix)] if suffix in SUFFIXES else stem), format
+    stem = stem[: -len(suffix)] if suffix in SUFFIXES else stem
+    return os.fsencode(stem).decode("utf-8", "replace"), format  # a name that can be printed and written
 
 
 def tables(

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import subprocess
 import sys
 import warnings
 from datetime import date, datetime, timezone
@@ -159,6 +160,15 @@ def test_a_packed_file_of_nothing(tmp_path, both):
         assert "empty file" in message or "not a complete gzip file" in message
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that opens and cannot be read is made by Linux alone")
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_file_that_opens_and_cannot_be_read_is_named(tmp_path, kind):
+    for load in (read, lambda path, **options: import_file(path, tmp_path / "out", **options)):
+        with pytest.raises((OSError, ValueError)) as raised:
+            load("/proc/self/mem", format=kind)
+        assert "/proc/self/mem" in str(raised.value) and str(tmp_path) not in str(raised.value)
+
+
 # File names
 
 
@@ -183,7 +193,12 @@ def test_a_file_name_that_is_not_unicode(tmp_path, both):
         path = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xff" + name.encode()))
         with open(path, "wb") as file:
             file.write(data)
-        assert rows_of(both(path)) == [("a", "x", None)]
+        domain = both(path)
+        assert rows_of(domain) == [("a", "x", None)] and domain.name == "\ufffdd"
+        command = [sys.executable, "-m", "metarec_fast.cli", "import", path, str(tmp_path / f"{name}-domain")]
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "\ufffdd: 1 users".encode() in done.stdout and rb"\udcff" in done.stdout
 
 
 # JSON: one meaning, whatever path through the reader a line takes
@@ -259,6 +274,13 @@ def test_a_time_is_a_number_or_an_iso_date(tmp_path, both, suffix, text):
     assert [u for u, _, _ in rows_of(domain)] == ["a", "c"]
     assert f"time {text!r} is neither a finite number nor an ISO date" in domain.report.examples[0][1]
     assert domain.report.examples[0][0] == {"csv": 3, "jsonl": 2, "parquet": 2}[suffix]
+
+
+def test_zones_of_dates(tmp_path, both):
+    same = ["2019-10-01 10:00:00 UTC", "2019-10-01T10:00:00UTC", "2019-10-01T10:00:00Z", "2019-10-01 12:00:00+02:00"]
+    same += ["2019-10-01 10:00", "2019-10-01T10:00:00.000", "2019-10-1 10:00:00 +00:00"]
+    path = write(tmp_path, "d.csv", "user,item,time\n" + "".join(f"u{k},x,{time}\n" for k, time in enumerate(same)))
+    assert set(both(path).sequences.times.tolist()) == {1569924000}
 
 
 def nearest(microseconds):
