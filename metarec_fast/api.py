@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from metarec_fast.checks import POSITIVE_COUNT, check_choice, check_count, check_flag
 from metarec_fast.config import Config
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, time_cut
+from metarec_fast.data.copies import copied
 from metarec_fast.data.domain import Catalogue
 from metarec_fast.data.evidence import EvidenceStatistics
+from metarec_fast.data.vocabulary import Vocabulary
 from metarec_fast.evaluation import (
     Metrics,
     NonFiniteScoresError,
@@ -34,11 +41,14 @@ from metarec_fast.models.saved import load_model, save_model
 from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
 from metarec_fast.report.table import Row
 from metarec_fast.report.transfer import html, transfer_report
+from metarec_fast.text import printable
 from metarec_fast.train import run_folder
 from metarec_fast.train.evidence import EvidenceTrainer
 from metarec_fast.train.profile import StepProfiler
-from metarec_fast.train.trainer import Reporter, Trainer
+from metarec_fast.train.stop import StopAsked
+from metarec_fast.train.trainer import Interrupted, Reporter, Trainer
 
+MOST_NAMED = 10  # unknown ids of one call
 EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
 
 
@@ -46,6 +56,47 @@ def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Sp
     """The split that ``config.data`` asks for."""
     split = time_cut(domain) if config.data.split == "time" else leave_one_out(domain)
     return limit_users(split, fraction, seed=config.train.seed) if fraction < 1 else split
+
+
+@contextmanager
+def _watched(
+    what: str,
+    domains: Sequence[Domain],
+    run_dir: str | Path | None,
+    progress: bool | None,
+    reporter: Reporter | None,
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[Reporter | None, Callable[[], bool]]]:
+    """Progress where somebody looks, and Ctrl-C that saves: the reporter and ``should_stop`` to take.
+
+    Where somebody else handles Ctrl-C, and outside the main thread, that is left alone.
+    """
+    stop, own, started = StopAsked((signal.SIGINT,), yielding=True), None, time.perf_counter()
+    with ExitStack() as stack:
+        if progress is None:
+            progress = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        if reporter is None and check_flag(progress, "progress"):
+            from metarec_fast.report.console import ConsoleReporter, plain_console
+
+            reporter = own = stack.enter_context(ConsoleReporter(console=plain_console(stderr=True)))
+            own.begin(what)
+            own.tell(f"{what}: " + "\n     ".join(domain.summary() for domain in domains))
+        stack.enter_context(stop)
+        try:
+            yield reporter, lambda: should_stop() or stop()
+        except Interrupted as reason:
+            if not stop.asked:
+                raise
+            kept = f"nothing is kept, for {what} was given no run_dir"
+            if run_dir is not None:
+                kept = f"saved in {printable(run_dir)}; the same call with resume=True goes on"
+            raise KeyboardInterrupt(f"{reason}; {kept}") from None
+        if stop.asked:  # after the last step
+            where = "" if run_dir is None else f"; what it made is in {printable(run_dir)}"
+            raise KeyboardInterrupt(f"{what} had come to its end{where}")
+        if own is not None:
+            where = "" if run_dir is None else f", kept in {printable(run_dir)}"
+            own.tell(f"{what}: {time.perf_counter() - started:.0f} s{where}")
 
 
 class MetaRec:
@@ -87,6 +138,7 @@ class MetaRec:
         run_dir: str | Path | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        progress: bool | None = None,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         profiler: StepProfiler | None = None,
@@ -100,15 +152,18 @@ class MetaRec:
         run_dir: receives config, checkpoints, the model and report.html; the target-only run in target_only/.
         resume: go on from its checkpoints if it has some, which must be of the same data and options.
         overwrite: replace the run that it holds; the model in it stays until the new one takes its place.
+        progress: show it, where no ``reporter`` is told instead; None: on a terminal and in a notebook.
         should_stop: asked before every step; if true the state is saved and ``Interrupted`` is raised.
         profiler: watches some steps of each stage and tells where their time goes; not of the target-only run beside.
-        Raises ValueError for domains of one name, a domain without training events, a target without validation
-        cases, no source where one is needed, or a run_dir that holds a run already, or that a process is at work in;
-        `NonFiniteTrainingError`, a ValueError, where training cannot go on because its numbers are not finite
-        (``train.left_out``).
+        Ctrl-C saves to ``run_dir`` and raises KeyboardInterrupt, which says how to go on; a second one ends at once.
+        Raises TypeError for what is no Domain, ValueError for domains of one name, a domain without training events,
+        a target without validation cases, no source where one is needed, or a run_dir that holds a run already, or that
+        a process is at work in; `NonFiniteTrainingError`, a ValueError, where training cannot go on because its numbers
+        are not finite (``train.left_out``).
         """
-        config = config or Config()
-        sources = [sources] if isinstance(sources, Domain) else list(sources)
+        config = _checked_config(config, Config())
+        check_device(config)
+        sources, target = check_domains(sources, target)
         if config.train.method == "target_only":
             sources = []
         elif not sources:
@@ -116,19 +171,28 @@ class MetaRec:
         names = [d.name for d in (*sources, target)]
         if len(set(names)) < len(names):
             raise ValueError(f"domains must have different names, got {', '.join(names)}")
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
-        run.refuse(overwrite)
-        splits = {d.name: split_domain(d, config) for d in sources}
-        split = split_domain(target, config, fraction=config.data.target_fraction)
-        check_splits(splits, split, config)
-        with run.claimed("fit", config, sources, target, overwrite=overwrite):
-            fitted = cls._train(build(config, [*splits.values(), split]), splits, split, config, run, profiler=profiler)
-            if splits and config.train.compare_target_only:
-                fitted = fitted._or_target_only(run, list(splits))
-            run.keep(fitted)
-        return fitted
+        for source in sources:
+            if how := copied(source, target):
+                warnings.warn(
+                    f"source {source.name!r} {how}: it looks like a copy of the target, and teaches what is held out",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        with _watched("fit", (target, *sources), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
+            if config.train.threads:
+                torch.set_num_threads(config.train.threads)
+            run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+            run.refuse(overwrite)
+            splits = {d.name: split_domain(d, config) for d in sources}
+            split = split_domain(target, config, fraction=config.data.target_fraction)
+            check_splits(splits, split, config)
+            with run.claimed("fit", config, sources, target, overwrite=overwrite):
+                model = build(config, [*splits.values(), split])
+                fitted = cls._train(model, splits, split, config, run, profiler=profiler)
+                if splits and config.train.compare_target_only:
+                    fitted = fitted._or_target_only(run, list(splits))
+                run.keep(fitted)
+            return fitted
 
     def adapt(
         self,
@@ -139,6 +203,7 @@ class MetaRec:
         run_dir: str | Path | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        progress: bool | None = None,
         reporter: Reporter | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> MetaRec:
@@ -148,33 +213,45 @@ class MetaRec:
         everything is fine-tuned on the domain, as ``train.finetune_scope`` says; steps and the weights of encoder and
         evidence are chosen on validation. This model stays as it is.
 
-        config: options of the fine-tuning; by default this model's, with all of the domain's users. Only
+        config: options of the fine-tuning; by default ``adapt_config()``, this model's with all of the users. Only
             ``finetune_steps`` and ``finetune_passes`` of steps are taken.
         compare_target_only: train on the domain alone too, with as many steps, and return what validation likes better.
-        run_dir, resume, overwrite, reporter, should_stop: as for ``fit``.
+        run_dir, resume, overwrite, progress, reporter, should_stop: as for ``fit``.
         Raises ValueError for another ``config.model`` than this model's, or a domain that cannot be trained on.
         """
-        config = config or self.config.replace(data={"target_fraction": 1.0})
+        _, domain = check_domains((), domain)
+        config = _checked_config(config, self.adapt_config())
+        check_device(config)
         if config.model != self.config.model:
             raise ValueError("config.model must be that of the model to adapt: its parameters have that shape")
         # the shared parameters come from elsewhere, whatever made them, and the last stage is the new domain's alone
         method = "metarec" if config.train.method == "metarec" else "pretrain"
         config = config.replace(train={"method": method, "warmup_steps": 0, "meta_steps": 0})
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
-        run.refuse(overwrite)
-        split = split_domain(domain, config, fraction=config.data.target_fraction)
-        check_splits({}, split, config)
-        model = build(config, [split], shared=self.model.shared)
-        start = self.evidence.scorer if isinstance(self.evidence, EvidencePath) else None
-        with run.claimed("adapt", config, [], domain, overwrite=overwrite):
-            adapted = self._train(model, {}, split, config, run, start=start, origin=self._origin(start))
-            adapted.history["adapted_from"] = self.domain.name
-            if compare_target_only:
-                adapted = adapted._or_target_only(run, [])
-            run.keep(adapted)
-        return adapted
+        with _watched("adapt", (domain,), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
+            if config.train.threads:
+                torch.set_num_threads(config.train.threads)
+            run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+            run.refuse(overwrite)
+            split = split_domain(domain, config, fraction=config.data.target_fraction)
+            check_splits({}, split, config)
+            model = build(config, [split], shared=self.model.shared)
+            start = self.evidence.scorer if isinstance(self.evidence, EvidencePath) else None
+            with run.claimed("adapt", config, [], domain, overwrite=overwrite):
+                adapted = self._train(model, {}, split, config, run, start=start, origin=self._origin(start))
+                adapted.history["adapted_from"] = self.domain.name
+                if compare_target_only:
+                    adapted = adapted._or_target_only(run, [])
+                run.keep(adapted)
+            return adapted
+
+    def adapt_config(self) -> Config:
+        """What ``adapt`` takes by default: this model's options, all users, the CPU where its device is not here."""
+        config = self.config.replace(data={"target_fraction": 1.0})
+        try:
+            check_device(config)
+        except ValueError:
+            return config.replace(train={"device": "cpu", "capture": False})
+        return config
 
     def _origin(self, start: EvidenceScorer | None) -> str:
         """What tells the parameters that an adapted model starts from apart from any others."""
@@ -354,14 +431,13 @@ class MetaRec:
             (``outside``), and ``among_all`` has the figures among all items; "all" ranks every item of the domain, also
             those known from held-out events alone. By default ``config.data.catalogue``.
         """
-        if split not in ("valid", "test"):
-            raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
+        check_choice(split, "split", ("valid", "test"))
         return evaluate(
             self.scorer(evidence=evidence),
             getattr(self.split, split),
             mask_history=self.config.data.mask_history if mask_history is None else mask_history,
             protocol=f"{self.split.protocol}; {split}",
-            catalogue=self.split.candidates(catalogue or self.config.data.catalogue),
+            catalogue=self.split.candidates(self.config.data.catalogue if catalogue is None else catalogue),
             among_all=True,
         )
 
@@ -373,27 +449,45 @@ class MetaRec:
         k: int = 10,
         exclude_seen: bool = True,
         catalogue: Catalogue | None = None,
+        on_unknown: Literal["raise", "skip"] = "raise",
     ) -> list[list[tuple[Any, float]]]:
         """The ``k`` best items, with scores, for users of the target domain or for histories of item ids.
 
         users: the domain's own user ids; all their events are read. histories: item ids, oldest first.
         catalogue: "training" recommends items of training events alone, so that there may be fewer than ``k``; "all"
             every item of the domain, also those of which nothing was learned. By default ``config.data.catalogue``.
+        on_unknown: "raise", or "skip" with a warning: an unknown user has no items, a history goes without its unknown
+            ones and has none if it knows no other.
         Of equal scores the item of the lower number comes first. Memory is that of a batch of users, and the answers'.
-        Raises ValueError for unknown ids, unless exactly one of users and histories is given, and for scores that are
-        not finite.
+        Raises ValueError for unknown ids, by their places, unless exactly one of users and histories is given, and for
+        scores that are not finite.
         """
         if (users is None) == (histories is None):
             raise ValueError("recommend needs either users or histories, and not both")
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        asked = None if users is None else list(users)
+        k = check_count(k, "k", POSITIVE_COUNT)
+        check_flag(exclude_seen, "exclude_seen")
+        check_choice(on_unknown, "on_unknown", ("raise", "skip"))
+        asked = _ids("users", users)
         if asked is not None:
-            rows = [self.domain.sequences[u] for u in self.domain.users.encode(asked)]
+            known = self._known(self.domain.users, [(f"users[{i}]", user) for i, user in enumerate(asked)], on_unknown)
+            places = np.flatnonzero(known >= 0)
+            rows = [self.domain.sequences[u] for u in known[places]]
+            answers: list[list[tuple[Any, float]]] = [[] for _ in asked]
+            asked = [asked[place] for place in places]
         else:
-            rows = [self.domain.items.encode(list(history)) for history in histories]
+            given = [_ids(f"histories[{i}]", history) for i, history in enumerate(_ids("histories", histories))]
+            named = [
+                (f"histories[{i}][{j}]", item) for i, history in enumerate(given) for j, item in enumerate(history)
+            ]
+            ends = np.cumsum([len(history) for history in given], dtype=np.int64)
+            rows = [
+                found[found >= 0] for found in np.split(self._known(self.domain.items, named, on_unknown), ends)[:-1]
+            ]
+            places = [i for i, (row, history) in enumerate(zip(rows, given, strict=True)) if len(row) or not history]
+            rows = [rows[place] for place in places]
+            answers = [[] for _ in given]
         if not rows:
-            return []
+            return answers
         read = Sequences(
             offsets=np.concatenate(([0], np.cumsum([len(r) for r in rows]))).astype(np.int64),
             items=np.concatenate(rows).astype(np.int64),
@@ -404,13 +498,29 @@ class MetaRec:
             read,
             k=k,
             exclude_seen=exclude_seen,
-            catalogue=self.split.candidates(catalogue or self.config.data.catalogue),
+            catalogue=self.split.candidates(self.config.data.catalogue if catalogue is None else catalogue),
         )
         try:
-            return [list(zip(self.domain.items.decode(items), scores.tolist(), strict=True)) for items, scores in found]
+            for place, (items, scores) in zip(places, found, strict=True):
+                answers[place] = list(zip(self.domain.items.decode(items), scores.tolist(), strict=True))
+            return answers
         except NonFiniteScoresError as error:
-            who = f"history {error.case}" if asked is None else f"user {asked[error.case]!r}"
+            who = f"history {places[error.case]}" if asked is None else f"user {asked[error.case]!r}"
             raise ValueError(f"{who}: {error}") from error
+
+    @staticmethod
+    def _known(ids: Vocabulary, named: list[tuple[str, Any]], on_unknown: str) -> np.ndarray:
+        """Numbers of ids, each with its place in words: int64 [n], -1 for those that are left out."""
+        found = ids.find([value for _, value in named])
+        unknown = [named[i] for i in np.flatnonzero(found < 0)]
+        if unknown:
+            listed = ", ".join(f"{ids.unknown(value)} at {place}" for place, value in unknown[:MOST_NAMED])
+            if len(unknown) > MOST_NAMED:
+                listed += f" and {len(unknown) - MOST_NAMED:,} more"
+            if on_unknown == "raise":
+                raise ValueError(f"{listed}; on_unknown='skip' goes on without")
+            warnings.warn(f"{listed}: left out", RuntimeWarning, stacklevel=3)
+        return found
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the shared parameters, the target's table and the target's domain: safetensors and JSON only.
@@ -446,6 +556,15 @@ class MetaRec:
             evidence = EvidencePath(loaded.parts["evidence"].eval(), EvidenceStatistics(split.train))
         weights = {name: loaded.facts[name] for name in ("evidence_weight", "encoder_weight")}
         return cls(model.eval(), split, config, evidence=evidence, history=loaded.facts["history"], **weights)
+
+
+def _ids(name: str, given: Iterable[Any] | None) -> list[Any] | None:
+    """As a list. Raises TypeError for a single id."""
+    if given is None:
+        return None
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
+    return given.tolist() if isinstance(given, np.ndarray) else list(given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,6 +615,64 @@ def write_report(model: MetaRec, folder: Path) -> None:
     if report is not None:
         text = html(report, title=f"Transfer to {model.domain.name}")
         write_atomically(folder / "report.html", text.encode())
+
+
+def check_domains(sources: Any, target: Any) -> tuple[list[Domain], Domain]:
+    """Raises TypeError for what is no Domain, with what makes one of it."""
+    if isinstance(sources, Domain):
+        sources = [sources]
+    elif (
+        isinstance(sources, (str, bytes, os.PathLike, Mapping)) or not isinstance(sources, Iterable) or _table(sources)
+    ):
+        raise TypeError(f"sources must be Domains, {_no_domain(sources)}")
+    sources = list(sources)
+    for i, source in enumerate(sources):
+        if not isinstance(source, Domain):
+            raise TypeError(f"sources[{i}] must be a Domain, {_no_domain(source)}")
+    if not isinstance(target, Domain):
+        raise TypeError(f"target must be a Domain, {_no_domain(target)}")
+    return sources, target
+
+
+def _table(value: object) -> bool:
+    """Whether ``value`` is a data frame, of whatever library."""
+    return hasattr(type(value), "columns") and type(value).__module__.split(".")[0] not in ("metarec_fast", "builtins")
+
+
+def _no_domain(value: object) -> str:
+    if isinstance(value, (str, os.PathLike)):
+        return f"got the path {os.fspath(value)!r}; mf.read makes one of a file, mf.load_domain of an imported folder"
+    if _table(value):
+        library = type(value).__module__.split(".")[0]
+        return (
+            f"got a {type(value).__name__} of {library}; write it to a Parquet or CSV file with columns of users, "
+            "items and times, and mf.read that"
+        )
+    if isinstance(value, Sequences):
+        return "got Sequences; Domain(name, sequences, users, items) adds a name and the ids"
+    return f"got {type(value).__name__}; mf.read makes one of a file"
+
+
+def _checked_config(config: Config | None, default: Config) -> Config:
+    if config is None:
+        return default
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config must be a Config, got {type(config).__name__}: Config.load(path) and Config() make one"
+        )
+    return config
+
+
+def check_device(config: Config) -> None:
+    """Raise ValueError if this machine lacks the device; a configuration alone may name it, and be loaded elsewhere."""
+    device = torch.device(config.train.device)
+    if device.type == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ValueError(f"train.device is {config.train.device!r}, and no CUDA device is available; use 'cpu'")
+    if (device.index or 0) >= count:
+        raise ValueError(f"train.device is {config.train.device!r}, and the last CUDA device is 'cuda:{count - 1}'")
 
 
 def check_splits(sources: dict[str, Split], target: Split, config: Config) -> None:
@@ -554,6 +731,16 @@ METHODS = {
 }
 
 
+def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError for none, one twice, or one that does not exist: before any is trained."""
+    if isinstance(methods, str):
+        raise ValueError(f"methods must be a list of methods, got the string {methods!r}")
+    methods = tuple(check_choice(method, f"methods[{i}]", METHODS) for i, method in enumerate(methods))
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"methods must be at least one and all different, got {', '.join(methods) or 'none'}")
+    return methods
+
+
 def compare(
     sources: Sequence[Domain],
     target: Domain,
@@ -563,6 +750,7 @@ def compare(
     run_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    progress: bool | None = None,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     profiler: StepProfiler | None = None,
@@ -572,27 +760,28 @@ def compare(
     run_dir: one folder a method; resume and overwrite as for ``fit``.
     Every model is chosen by validation; the figures are of the test cases.
     With "target_only" among the methods, every other keeps the model it made, and its transfer report is against that
-    row; without, ``train.compare_target_only`` counts as in ``fit``.
+    row; without, ``train.compare_target_only`` counts as in ``fit``. Ctrl-C and progress are as there.
     """
-    config = config or Config()
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
+    config = _checked_config(config, Config())
+    check_device(config)
+    methods = check_methods(methods)
+    sources, target = check_domains(sources, target)
     own = "target_only" in methods
     if own:
         config = config.replace(train={"compare_target_only": False})
-    run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
-    run.refuse(overwrite)
-    split = split_domain(target, config, fraction=config.data.target_fraction)
-    floor = floor_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)
-    with run.claimed("compare", config, sources, target, overwrite=overwrite, method=", ".join(methods)):
-        rows, models = _fit_each(sources, target, config, methods, run, profiler, overwrite=overwrite)
-        for method, model in models.items() if own else ():
-            if method != "target_only":
-                names = [source.name for source in sources]
-                model.history["transfer_report"] = model.report_transfer(models["target_only"], names)
-                run.inside(method).keep(model)
-    return [floor, *rows], models
+    with _watched("compare", (target, *sources), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
+        run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+        run.refuse(overwrite)
+        split = split_domain(target, config, fraction=config.data.target_fraction)
+        floor = floor_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)
+        with run.claimed("compare", config, sources, target, overwrite=overwrite, method=", ".join(methods)):
+            rows, models = _fit_each(sources, target, config, methods, run, profiler, overwrite=overwrite)
+            for method, model in models.items() if own else ():
+                if method != "target_only":
+                    names = [source.name for source in sources]
+                    model.history["transfer_report"] = model.report_transfer(models["target_only"], names)
+                    run.inside(method).keep(model)
+        return [floor, *rows], models
 
 
 def _fit_each(
@@ -618,6 +807,7 @@ def _fit_each(
             run_dir=run.inside(method).folder,
             resume=run.resume,
             overwrite=overwrite,
+            progress=False,
             reporter=run.reporter,
             should_stop=run.should_stop,
             profiler=profiler,

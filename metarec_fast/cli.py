@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -13,21 +14,36 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from metarec_fast import __version__
-from metarec_fast.config import PRESETS, Config
+from metarec_fast.checks import (
+    POSITIVE_COUNT,
+    SEED,
+    SHARE,
+    Checked,
+    Range,
+    check_choice,
+    check_count,
+    check_number,
+    nearest,
+    postponed,
+)
+from metarec_fast.config import PRESETS, SECTIONS, Config
+from metarec_fast.report.console import ConsoleReporter, plain_console
+from metarec_fast.text import file_name, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from metarec_fast.api import MetaRec
     from metarec_fast.data import Domain
     from metarec_fast.study import Cell, Domains, Results, Study
 
+PROCESSES = Range(1, 1024)
 Method = Literal["target_only", "pretrain", "joint", "metarec"]
 
 
@@ -138,6 +154,8 @@ class Adapt:
     alone for half of the steps, then everything. As in the model's training if not given."""
     seed: int | None = None
     threads: int | None = None
+    device: str | None = None
+    """As in the model's training if not given and it is here; the CPU otherwise."""
     compare_target_only: bool = False
     """Train on the target alone too, with as many steps, and keep what validation likes better."""
     out: Path | None = None
@@ -149,7 +167,7 @@ class Adapt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recommend:
+class Recommend(Checked):
     """The best items for users, or for a history of items."""
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -165,9 +183,14 @@ class Recommend:
     json: bool = False
     """Print JSON instead of a table."""
 
+    def check(self) -> None:
+        check_count(self.k, "k", POSITIVE_COUNT)
+        if bool(self.users) == bool(self.history):
+            raise ValueError("give either --users or --history, and not both")
+
 
 @dataclass(frozen=True, kw_only=True)
-class StudyRun:
+class StudyRun(Checked):
     """Run a grid of arms, targets, fractions and seeds, or what is left of it; tables, intervals and plots."""
 
     study: Annotated[str, tyro.conf.Positional]
@@ -191,6 +214,13 @@ class StudyRun:
     """Also write cells.tar.xz, small enough to publish: unpacked into --out, what is in it is finished."""
     describe: bool = False
     """Run nothing; print the study as the JSON that can be changed and given back."""
+
+    def check(self) -> None:
+        check_count(self.processes, "processes", PROCESSES)
+        for fraction in self.fractions:
+            check_number(fraction, "fractions", SHARE)
+        for seed in self.seeds:
+            check_count(seed, "seeds", SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +248,10 @@ class AuditTransfer(Config):
     """Folder of the cells and results; runs/audit-<target> if not given. Finished cells in it are not run again."""
     processes: int = 1
     """Cells at a time; each gets its share of the cores."""
+
+    def check(self) -> None:
+        super().check()
+        check_count(self.processes, "processes", PROCESSES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,13 +300,73 @@ def parse(arguments: Sequence[str]) -> object:
                 continue
             at = rest.index(flag)
             value = rest[at + 1]
-            if flag == "--preset" and value not in PRESETS:
-                raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {value!r}")
+            if flag == "--preset":
+                check_choice(value, flag, PRESETS)
             start = PRESETS[value]() if flag == "--preset" else Config.load(value)
             del rest[at : at + 2]
         sections = {f.name: getattr(start, f.name) for f in fields(Config)}
-        default = command(**sections, **({"target": tyro.MISSING} if command is not Demo else {}))
-    return tyro.cli(command, args=rest, default=default, prog=f"metarec-fast {name}", description=command.__doc__)
+        with postponed():
+            default = command(**sections, **({"target": tyro.MISSING} if command is not Demo else {}))
+    with postponed():  # tyro would tell what is wrong in the words of Python
+        made = tyro.cli(command, args=rest, default=default, prog=f"metarec-fast {name}", description=command.__doc__)
+    if isinstance(made, Checked):
+        made.check()
+    return made
+
+
+ALIASES: dict[type, dict[str, str]] = {
+    Adapt: {
+        **{f"train.finetune_{name}": f"--{name}" for name in ("steps", "lr", "scope")},
+        **{f"train.{name}": f"--{name}" for name in ("seed", "threads", "device")},
+    },
+    Recommend: {"histories": "--history", "exclude_seen": "--include-seen"},
+}
+ARGUMENTS = {"run_dir": "out", "sources": "source"}  # of the API, by the commands' names of them
+
+
+def flags_of(command: type) -> dict[str, str]:
+    """How the command line spells the arguments of Python and the options of a configuration."""
+    flags = {}
+    for field in fields(command):
+        if field.name in SECTIONS:
+            flags |= {
+                f"{field.name}.{one.name}": f"--{field.name}.{one.name}".replace("_", "-")
+                for one in fields(SECTIONS[field.name])
+            }
+        else:
+            positional = "Positional" in str(field.type)
+            flags[field.name] = field.name.upper() if positional else "--" + field.name.replace("_", "-")
+    flags |= {argument: flags[name] for argument, name in ARGUMENTS.items() if name in flags}
+    return flags | ALIASES.get(command, {})
+
+
+def in_flags(message: str, command: type) -> str:
+    """An error of the API in the command's words: options of its own, and arguments it has too, by their flags.
+
+    Options are told by their section. Arguments are many an ordinary word: they count as one with a value (k=3), or at
+    the beginning and said to be something (k must be).
+    """
+
+    def in_words(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        flag = flags[name]
+        if value is None or not flag.startswith("--"):
+            return flag if value is None else f"{flag} {value}"
+        if value in ("True", "False"):
+            return flag if value == "True" else re.sub(r"([\w-]+)$", r"no-\1", flag)
+        return f"{flag} {value.strip(chr(39))}"
+
+    flags = flags_of(command)
+    options = "|".join(re.escape(name) for name in flags if "." in name)
+    arguments = "|".join(re.escape(name) for name in flags if "." not in name)
+    value = r"=(?P<value>'[^']*'|[\w.+-]*\w)"
+    if options:
+        message = re.sub(rf"(?<![\w.-])(?P<name>{options})(?:{value})?(?!\w)", in_words, message)
+    if arguments:
+        message = re.sub(rf"(?<![\w.'-])(?P<name>{arguments}){value}", in_words, message)
+        said = r"(?P<value>(?!))?(?=(\[\d+\])* (must|needs|holds|is given|has)\b)"
+        message = re.sub(rf"^(?P<name>{arguments}){said}", in_words, message)
+    return message
 
 
 def config_of(command: Config) -> Config:
@@ -284,7 +378,7 @@ def show_rows(console: Console, rows: Sequence, title: str) -> None:
 
     columns = ("Recall@10", "NDCG@10", "MRR")
     all_items = any(row.metrics.among_all is not None for row in rows)
-    table = Table(title=escape(title))
+    table = Table(title=printable(title))
     table.add_column("method")
     for column in (*columns, *(("NDCG@10, all items",) if all_items else ()), "seconds"):
         table.add_column(column, justify="right")
@@ -293,9 +387,9 @@ def show_rows(console: Console, rows: Sequence, title: str) -> None:
         if all_items:
             figures.append(f"{(row.metrics.among_all or row.metrics).ndcg[10]:.4f}")
         name = row.method if row.trained else f"{row.method} (untrained)"
-        table.add_row(name, *figures, "" if row.seconds is None else f"{row.seconds:.0f}")
+        table.add_row(printable(name), *figures, "" if row.seconds is None else f"{row.seconds:.0f}")
     console.print(table)
-    console.print(escape(rows[0].metrics.protocol), highlight=False)
+    console.print(printable(rows[0].metrics.protocol))
 
 
 def show_transfer(console: Console, model: MetaRec, out: Path) -> None:
@@ -306,31 +400,12 @@ def show_transfer(console: Console, model: MetaRec, out: Path) -> None:
     report = model.history.get("transfer_report")
     if report is None:
         return
-    told = [f"{METHODS[report['method']]}: {report['verdict']}", *lines(report), f"  report: {out / 'report.html'}"]
-    console.print(escape("\n".join(told)), highlight=False, soft_wrap=True)
-
-
-class StopAsked:
-    """Ctrl-C or SIGTERM asks the run to save and end; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def __enter__(self) -> StopAsked:
-        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+    told = [
+        f"{METHODS[report['method']]}: {report['verdict']}",
+        *lines(report),
+        f"  report: {printable(out / 'report.html')}",
+    ]
+    console.print("\n".join(told), soft_wrap=True)
 
 
 def run_folder_facts(config: Config, rows: Sequence, models: dict) -> dict:
@@ -365,6 +440,10 @@ def run_folder_facts(config: Config, rows: Sequence, models: dict) -> dict:
     }
 
 
+def tell_how_to_go_on(console: Console, reason: Exception, out: Path) -> None:
+    console.print(f"{reason}; saved in {printable(out)}. Go on with the same command and --resume.", soft_wrap=True)
+
+
 def train_and_show(
     sources: list,
     target: object,
@@ -381,13 +460,13 @@ def train_and_show(
     from metarec_fast.api import compare
     from metarec_fast.files import write_atomically
     from metarec_fast.report import profile as profile_report
-    from metarec_fast.report.console import ConsoleReporter
     from metarec_fast.report.table import COLUMNS, markdown
     from metarec_fast.train.profile import StepProfiler
+    from metarec_fast.train.stop import StopAsked
     from metarec_fast.train.trainer import Interrupted
 
     profiler = StepProfiler() if profile else None
-    console = Console()
+    console = plain_console()
     started = time.perf_counter()
     with StopAsked() as stop:
         try:
@@ -405,7 +484,7 @@ def train_and_show(
                     profiler=profiler,
                 )
         except Interrupted as reason:
-            console.print(f"{reason}; saved in {out}. Go on with the same command and --resume.", highlight=False)
+            tell_how_to_go_on(console, reason, out)
             return 130
     if profiler is not None:
         profile_report.show(profiler.stages, console)
@@ -416,7 +495,7 @@ def train_and_show(
     write_atomically(out / "config.json", config.to_json().encode())
     write_atomically(out / "metrics.json", json.dumps(run_folder_facts(config, rows, models), indent=2).encode())
     write_atomically(out / "table.md", markdown(rows, columns=COLUMNS).encode())
-    console.print(f"run folder: {out}   total {time.perf_counter() - started:.0f} s", highlight=False)
+    console.print(f"run folder: {printable(out)}   total {time.perf_counter() - started:.0f} s", soft_wrap=True)
     return 0
 
 
@@ -436,7 +515,7 @@ def demo(command: Demo) -> int:
     out, overwrite = command.out or Path("runs/demo"), command.overwrite
     if command.out is None and not command.resume and (before := is_demo(out)):
         overwrite = True  # it is made again from nothing but its options
-        Console().print(f"replacing the demo in {out}, {before}", highlight=False, markup=False)
+        plain_console().print(f"replacing the demo in {printable(out)}, {before}")
     run_folder.refuse(out, resume=command.resume, overwrite=overwrite)
     domains = synthetic(target_users=1000, target_items=120, seed=command.train.seed)
     return train_and_show(
@@ -452,26 +531,34 @@ def demo(command: Demo) -> int:
     )
 
 
-def load_named(name: str, command: Train | Adapt) -> Domain:
-    """A domain by its file, folder or name, with the columns that the command gives."""
+def load_named(names: Sequence[str], command: Train | Adapt) -> list[Domain]:
+    """Domains by their files, folders or names, with the command's columns; all there before any is read."""
     from metarec_fast.data import find_domain, load_domain, read
 
-    path = find_domain(name, command.folder)
-    if path.is_dir():
-        domain = load_domain(path)
-    else:
-        with notes_in_report():
-            domain = read(path, user=command.user, item=command.item, time=command.time, on_error=command.on_error)
-    show_domain(domain)
-    return domain
+    paths = [find_domain(name, command.folder) for name in names]
+    places = [path.resolve() for path in paths]
+    for name, place in zip(names, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"--target and --source must be domains of different names, got {name!r} twice")
+    columns = {role: getattr(command, role) for role in ("user", "item", "time")}
+    domains = []
+    for path in paths:
+        if path.is_dir():
+            domain = load_domain(path)
+        else:
+            with notes_in_report():
+                domain = read(path, **columns, on_error=command.on_error)
+        show_domain(domain)
+        domains.append(domain)
+    return domains
 
 
-def show_domain(domain: Domain) -> None:
-    """Its summary; and what its report says, if rows were left out or are repeated, or a column was guessed."""
+def show_domain(domain: Domain, *, always: bool = False) -> None:
+    """Its summary; and its report, always or if rows were left out or are repeated, or a column was guessed."""
     lines = [domain.summary()]
-    if domain.report is not None and domain.report.remarkable:
-        lines.append(str(domain.report))
-    Console().print(escape("\n".join(lines)), highlight=False, soft_wrap=True)
+    if domain.report is not None and (always or domain.report.remarkable):
+        lines += map(printable, str(domain.report).split("\n"))
+    plain_console().print("\n".join(lines), soft_wrap=True)
 
 
 @contextmanager
@@ -485,14 +572,18 @@ def notes_in_report() -> Iterator[None]:
 
 
 def train(command: Train) -> int:
+    from metarec_fast.api import check_device, check_methods
     from metarec_fast.train import run_folder
 
     config = config_of(command)
+    check_device(config)
     if command.out is not None:
         run_folder.refuse(command.out, resume=command.resume, overwrite=command.overwrite)
-    target, sources = load_named(command.target, command), [load_named(name, command) for name in command.source]
-    methods = command.methods or (command.train.method,)
-    out = command.out or Path("runs") / target.name
+    methods = check_methods(command.methods or (command.train.method,))
+    if not command.source and set(methods) != {"target_only"}:
+        raise ValueError(f"--source must name at least one source for {', '.join(methods)}, got none")
+    target, *sources = load_named([command.target, *command.source], command)
+    out = command.out or Path("runs") / file_name(target.name)
     return train_and_show(
         sources,
         target,
@@ -507,29 +598,31 @@ def train(command: Train) -> int:
 
 
 def adapt(command: Adapt) -> int:
-    from metarec_fast.api import METHODS, MetaRec, floor_row
-    from metarec_fast.report.console import ConsoleReporter
+    from metarec_fast.api import METHODS, MetaRec, check_device, floor_row
     from metarec_fast.report.table import Row
     from metarec_fast.train import run_folder
+    from metarec_fast.train.stop import StopAsked
     from metarec_fast.train.trainer import Interrupted
 
     if command.out is not None:
         run_folder.refuse(command.out, resume=command.resume, overwrite=command.overwrite)
     model = MetaRec.from_pretrained(command.model)
-    target = load_named(command.target, command)
-    out = command.out or Path("runs") / target.name
     given = {
         "finetune_steps": command.steps,
         "finetune_lr": command.lr,
         "finetune_scope": command.scope,
         "seed": command.seed,
         "threads": command.threads,
+        "device": command.device,
     }
     train = {name: value for name, value in given.items() if value is not None}
     if command.steps is not None:
         train["finetune_passes"] = 0.0  # which would ask for more of them
-    config = model.config.replace(train=train, data={"target_fraction": 1.0})
-    console = Console()
+    config = model.adapt_config().replace(train=train)
+    check_device(config)
+    (target,) = load_named([command.target], command)
+    out = command.out or Path("runs") / file_name(target.name)
+    console = plain_console()
     with StopAsked() as stop:
         try:
             with ConsoleReporter(log=out / "log.jsonl", console=console) as reporter:
@@ -545,7 +638,7 @@ def adapt(command: Adapt) -> int:
                     should_stop=stop,
                 )
         except Interrupted as reason:
-            console.print(f"{reason}; saved in {out}. Go on with the same command and --resume.", highlight=False)
+            tell_how_to_go_on(console, reason, out)
             return 130
     name = METHODS[adapted.config.train.method]
     if "adapted_from" in adapted.history:
@@ -556,14 +649,14 @@ def adapt(command: Adapt) -> int:
     ]
     show_rows(console, rows, f"target {target.name}")
     show_transfer(console, adapted, out)
-    console.print(f"model: {out / 'model'}", highlight=False)
+    console.print(f"model: {printable(out / 'model')}", soft_wrap=True)
     return 0
 
 
 def import_(command: Import) -> int:
     from metarec_fast.data import Progress, import_file
 
-    console, started = Console(), time.perf_counter()
+    console, started = plain_console(), time.perf_counter()
     options = {f.name: getattr(command, f.name) for f in fields(Import) if f.name not in ("file", "folder")}
 
     def terminate(number: int, frame: object) -> None:
@@ -587,9 +680,9 @@ def import_(command: Import) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     seconds = time.perf_counter() - started
-    console.print(escape(f"{domain.summary()}\n{domain.report}"), highlight=False, soft_wrap=True)
+    show_domain(domain, always=True)
     rate = domain.report.rows / seconds
-    console.print(f"folder: {command.folder}   {seconds:.1f} s, {rate:,.0f} rows a second", highlight=False)
+    console.print(f"folder: {printable(command.folder)}   {seconds:.1f} s, {rate:,.0f} rows a second", soft_wrap=True)
     return 0
 
 
@@ -604,31 +697,41 @@ def evaluate(command: Evaluate) -> int:
     if command.split == "test":
         mask = model.config.data.mask_history if command.mask_history is None else command.mask_history
         rows.insert(0, floor_row(model.split, mask_history=mask, catalogue=catalogue))
-    show_rows(Console(), rows, f"{model.domain.name}, {command.split}")
+    show_rows(plain_console(), rows, f"{model.domain.name}, {command.split}")
     return 0
 
 
 def recommend(command: Recommend) -> int:
     from metarec_fast.api import MetaRec
 
-    if bool(command.users) == bool(command.history):
-        raise ValueError("give either --users or --history, and not both")
     model = MetaRec.from_pretrained(command.model)
     options = {"k": command.k, "exclude_seen": not command.include_seen, "catalogue": command.catalogue}
+    flag, ids = ("--users", model.domain.users) if command.users else ("--history", model.domain.items)
+    known, unknown = [], []
+    for text in command.users or command.history:
+        try:
+            (value,) = ids.parse([text])
+            ids.encode([value])
+            known.append((text, value))
+        except ValueError as reason:
+            unknown.append(str(reason))
+    if not known:
+        raise ValueError(f"{flag}: {'; '.join(unknown)}")
     if command.users:
-        answers = model.recommend(model.domain.users.parse(command.users), **options)
+        asked, answers = [text for text, _ in known], model.recommend([value for _, value in known], **options)
     else:
-        answers = model.recommend(histories=[model.domain.items.parse(command.history)], **options)
-    asked = command.users or ("history",)
+        asked, answers = ["history"], model.recommend(histories=[[value for _, value in known]], **options)
     if command.json:
         print(json.dumps(dict(zip(asked, answers, strict=True)), ensure_ascii=False))
-        return 0
-    table = Table("for", "rank", "item", "score")
-    for who, answer in zip(asked, answers, strict=True):
-        for rank, (item, score) in enumerate(answer, 1):
-            table.add_row(escape(str(who)), str(rank), escape(str(item)), f"{score:.3f}")
-    Console().print(table)
-    return 0
+    else:
+        table = Table("for", "rank", "item", "score")
+        for who, answer in zip(asked, answers, strict=True):
+            for rank, (item, score) in enumerate(answer, 1):
+                table.add_row(printable(who), str(rank), printable(item), f"{score:.3f}")
+        plain_console().print(table)
+    for reason in unknown:
+        print(f"metarec-fast: {flag}: {printable(reason)}; left out", file=sys.stderr)
+    return 1 if unknown else 0
 
 
 def run_study(
@@ -637,9 +740,10 @@ def run_study(
     """Run what is left of a study, a line a cell, and write its tables and plots: the exit status, and the results."""
     from metarec_fast.study import Results, run
     from metarec_fast.study.results import figure
+    from metarec_fast.train.stop import StopAsked
     from metarec_fast.train.trainer import Interrupted
 
-    console, status = Console(), 0
+    console, status = plain_console(), 0
 
     def show(cell: Cell, facts: dict, done: int, total: int) -> None:
         cost = facts["cost"]
@@ -647,11 +751,9 @@ def run_study(
         skipped = f" ({left_out:,} left out, not finite)" if left_out else ""
         memory = "" if cost["peak_memory_mib"] is None else f", {cost['peak_memory_mib']:,.0f} MiB"
         console.print(
-            f"{done}/{total}  {cell}: NDCG@10 {figure(facts, 'ndcg@10'):.4f} (validation {facts['valid']:.4f})  "
-            f"{cost['seconds']:.0f} s, {cost['steps']:,} steps{skipped}{memory}",
-            highlight=False,
+            f"{done}/{total}  {printable(cell)}: NDCG@10 {figure(facts, 'ndcg@10'):.4f} "
+            f"(validation {facts['valid']:.4f})  {cost['seconds']:.0f} s, {cost['steps']:,} steps{skipped}{memory}",
             soft_wrap=True,
-            markup=False,
         )
 
     with StopAsked() as stop:
@@ -659,10 +761,10 @@ def run_study(
             failures = run(plan, out, domains, cells=cells, processes=processes, on_cell=show, should_stop=stop)
         except Interrupted:
             status, failures = 130, []
-            console.print(f"stopped; finished cells are in {out}. The same command goes on.", highlight=False)
+            console.print(f"stopped; finished cells are in {printable(out)}. The same command goes on.", soft_wrap=True)
     for cell, reason in failures:
         status = 1
-        print(f"metarec-fast: {cell} failed: {reason}", file=sys.stderr)
+        print(f"metarec-fast: {printable(cell)} failed: {printable(reason)}", file=sys.stderr)
     results = Results(plan, out)
     results.write()
     return status, results
@@ -678,12 +780,12 @@ def study(command: StudyRun) -> int:
     elif Path(given).is_file():
         plan = Study.load(given)
     else:
-        raise ValueError(f"study must be {', '.join(PRESETS)} or a JSON file, got {given!r}")
+        raise ValueError(f"STUDY must be {', '.join(PRESETS)} or a JSON file, got {given!r}{nearest(given, PRESETS)}")
     chosen = plan.only(arms=command.arms, targets=command.targets, fractions=command.fractions, seeds=command.seeds)
     if command.describe:
         print(chosen.to_json())
         return 0
-    out, started = command.out or Path("runs") / f"study-{plan.name}", time.perf_counter()
+    out, started = command.out or Path("runs") / file_name(f"study-{plan.name}"), time.perf_counter()
     if command.report_only:
         status, results = 0, Results(plan, out)
         results.write()
@@ -703,13 +805,16 @@ def study(command: StudyRun) -> int:
         if contrasts:
             print(f"\n{label(comparison)}\n{contrast_table(contrasts)}\n{summary(contrasts)}")
     seconds = time.perf_counter() - started
-    print(f"\n{len(results.facts)} of {results.expected} cells; tables and plots: {out}   total {seconds:.0f} s")
+    print(f"\n{len(results.facts)} of {results.expected} cells; tables and plots: {printable(out)}   ", end="")
+    print(f"total {seconds:.0f} s")
     return status
 
 
 def audit_transfer(command: AuditTransfer) -> int:
+    from metarec_fast.api import check_device
     from metarec_fast.study import Domains, audit_study, audit_verdict
 
+    check_device(config_of(command))
     plan = audit_study(
         command.target,
         command.source,
@@ -723,11 +828,11 @@ def audit_transfer(command: AuditTransfer) -> int:
     with notes_in_report():
         for name in (command.target, *command.source):
             show_domain(domains.load(plan, name))
-    out = command.out or Path("runs") / f"audit-{domains.load(plan, command.target).name}"
+    out = command.out or Path("runs") / file_name(f"audit-{domains.load(plan, command.target).name}")
     status, results = run_study(plan, out, domains, command.processes)
     if results.complete:
         print("\n" + "\n".join(audit_verdict(results)))
-    print(f"tables and plots: {out}")
+    print(f"tables and plots: {printable(out)}")
     return status
 
 
@@ -743,21 +848,25 @@ def doctor(command: Doctor) -> int:
 
         info = backend_info()
     except (ValueError, ImportError) as error:
-        table.add_row("C++ operators", "not usable", escape(str(error)))
-        Console().print(table)
-        print(f"metarec-fast: {error}", file=sys.stderr)
+        table.add_row("C++ operators", "not usable", printable(error))
+        plain_console().print(table)
+        print(f"metarec-fast: {printable(error)}", file=sys.stderr)
         return 1
     cpu, gpu = info["cpu"], info["gpu"]
     table.add_row("C++ operators", cpu["isa"], f"{cpu['why']}; supported {', '.join(cpu['supported_isas'])}")
     table.add_row("threads of C++", str(cpu["threads"]), "torch's OpenMP runtime")
     table.add_row("GPU", gpu["device"] or "none", gpu["why"])
     table.add_row("Triton", "installed" if gpu["triton"] else "not installed", "needed for GPU kernels only")
-    Console().print(table)
+    plain_console().print(table)
     return 0
 
 
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"metarec-fast: warning: {printable(message)}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 if doctor finds a fault, 2 for bad input, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 1 where a part failed, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal's encoding does not
         if hasattr(stream, "reconfigure"):
@@ -765,29 +874,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["--version"], ["-V"]):
         print(f"metarec-fast {__version__}")
         return 0
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
-        known = not arguments or arguments[0] in ("-h", "--help")
-        print(
-            usage() if known else f"unknown command {arguments[0]!r}\n\n{usage()}",
-            file=sys.stdout if known else sys.stderr,
-        )
-        return 0 if known else 2
-    try:
-        run = {
-            "demo": demo,
-            "import": import_,
-            "train": train,
-            "adapt": adapt,
-            "evaluate": evaluate,
-            "recommend": recommend,
-            "study": study,
-            "audit-transfer": audit_transfer,
-            "doctor": doctor,
-        }
-        return run[arguments[0]](parse(arguments))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"metarec-fast: {error}", file=sys.stderr)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"unknown command {printable(name)!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
+    run = {
+        "demo": demo,
+        "import": import_,
+        "train": train,
+        "adapt": adapt,
+        "evaluate": evaluate,
+        "recommend": recommend,
+        "study": study,
+        "audit-transfer": audit_transfer,
+        "doctor": doctor,
+    }
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        try:
+            return run[name](parse(arguments))
+        except (ValueError, OSError, ImportError) as error:
+            lines = in_flags(str(error), COMMANDS[name]).split("\n")
+            print("metarec-fast: " + "\n".join(map(printable, lines)), file=sys.stderr)
+            return 2
 
 
 if __name__ == "__main__":

@@ -1,17 +1,66 @@
-"""Every option of a run, as frozen dataclasses. Presets are functions that return a whole configuration."""
+"""Every option of a run, as frozen dataclasses. Presets are functions that return a whole configuration.
+
+Whatever an option comes from, it is checked when its section is made: a value of another kind, none of the choices or
+out of range is a ValueError that names the option. Numbers are finite and at least 0; the tables of ranges say more.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from metarec_fast.checks import (
+    DECAY,
+    POSITIVE,
+    POSITIVE_COUNT,
+    SEED,
+    SHARE,
+    Checked,
+    Range,
+    check_fields,
+    check_names,
+    parse_json,
+)
+
+RANGES = {
+    "model": {
+        **dict.fromkeys(("dim", "heads", "codebook_heads"), Range(1, 2**16)),
+        "layers": Range(1, 256),
+        "dropout": DECAY,
+        "max_length": Range(1, 2**20),
+        "codebook_size": Range(1, 2**24),
+    },
+    "meta": {
+        "fd_epsilon": POSITIVE,
+        "inner_steps": POSITIVE_COUNT,
+        "temperature": POSITIVE,
+        "similarity_decay": DECAY,
+    },
+    "train": {
+        **dict.fromkeys(("batch_size", "negatives", "evaluate_every", "patience"), POSITIVE_COUNT),
+        "clip": POSITIVE,
+        "seed": SEED,
+        "threads": Range(0, 1024),
+    },
+    "evidence": {
+        **dict.fromkeys(("similarity_starts", "similarity_batches", "batch_size", "evaluate_every"), POSITIVE_COUNT),
+        "hidden": Range(1, 2**16),
+        "sizes": POSITIVE,
+        "folds": Range(2, 2**20),
+        "average_decay": DECAY,
+    },
+    "data": {"target_fraction": SHARE},
+}
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The recommender: private item tables, a shared codebook, a shared encoder."""
 
     dim: int = 64
@@ -43,9 +92,26 @@ class ModelConfig:
     domain's statistics say of each candidate, trained on all domains alike. transitions: its own transitions as they
     are."""
 
+    def check(self) -> None:
+        check_fields(self, prefix="model.", ranges=RANGES["model"])
+        if self.vq != "none":
+            self._check_divides("codebook_heads")
+        if self.encoder == "sasrec":
+            self._check_divides("heads")
+
+    def _check_divides(self, name: str) -> None:
+        parts = getattr(self, name)
+        if self.dim % parts:
+            divisors = [n for n in range(1, self.dim + 1) if self.dim % n == 0]
+            near = min(divisors, key=lambda n: abs(n - parts))
+            raise ValueError(
+                f"model.dim must be a multiple of model.{name}, got dim {self.dim} and {name} {parts}; "
+                f"the nearest that divides it is {near}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
-class MetaConfig:
+class MetaConfig(Checked):
     """The meta step: what is taken from each source, and how the target decides."""
 
     order: Literal[1, 2, "fd"] = 1
@@ -80,15 +146,12 @@ class MetaConfig:
     target_loss_weight: float = 1.0
     """How much the target's gradient after adaptation counts; 0, with uniform weighting, leaves Reptile's step."""
 
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"meta.temperature must be above 0, got {self.temperature}")
-        if not 0 <= self.source_loss_weight < math.inf:
-            raise ValueError(f"meta.source_loss_weight must be finite and at least 0, got {self.source_loss_weight}")
+    def check(self) -> None:
+        check_fields(self, prefix="meta.", ranges=RANGES["meta"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """The three stages: warm-up on the sources (none by default), meta-transfer, fine-tuning on the target."""
 
     method: Literal["metarec", "pretrain", "joint", "target_only"] = "metarec"
@@ -133,13 +196,14 @@ class TrainConfig:
     """CPU threads; 0 leaves torch's setting."""
     device: str = "cpu"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.finetune_passes < math.inf:
-            raise ValueError(f"train.finetune_passes must be finite and at least 0, got {self.finetune_passes}")
+    def check(self) -> None:
+        check_fields(self, prefix="train.", ranges=RANGES["train"])
+        if not DEVICE.fullmatch(self.device):
+            raise ValueError(f"train.device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvidenceConfig:
+class EvidenceConfig(Checked):
     """How the evidence scorer is trained: the stages of ``train.method``, over questions instead of windows."""
 
     hidden: int = 64
@@ -172,25 +236,14 @@ class EvidenceConfig:
     average_decay: float = 0.95
     """On the target, the parameters that count are an exponential average over steps; 0 takes them as they are."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(self.sizes))  # JSON has lists where options are tuples
-        least = dict.fromkeys(("hidden", "similarity_starts", "similarity_batches", "batch_size", "evaluate_every"), 1)
-        least |= dict.fromkeys(("warmup_steps", "meta_steps", "finetune_steps", "finetune_passes", "patience"), 0)
-        least |= dict.fromkeys(("source_loss_weight", "lr", "finetune_lr"), 0)
-        for name, value in (least | {"weight_decay": 0, "folds": 2}).items():
-            if not getattr(self, name) >= value:
-                raise ValueError(f"evidence.{name} must be at least {value}, got {getattr(self, name)}")
-        for name in ("finetune_passes", "source_loss_weight"):
-            if math.isinf(getattr(self, name)):
-                raise ValueError(f"evidence.{name} must be finite, got {getattr(self, name)}")
-        if not self.sizes or not all(size > 0 for size in self.sizes):
-            raise ValueError(f"evidence.sizes must be one positive number or more, got {self.sizes}")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"evidence.average_decay must be in [0, 1), got {self.average_decay}")
+    def check(self) -> None:
+        check_fields(self, prefix="evidence.", ranges=RANGES["evidence"])
+        if not self.sizes:
+            raise ValueError("evidence.sizes must be one number or more, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """How the target is split and questioned."""
 
     split: Literal["leave_one_out", "time"] = "leave_one_out"
@@ -202,18 +255,54 @@ class DataConfig:
     """What is ranked, recommended and chosen by. training: the items of the target's training events. all: every item
     of the domain, also those that are known from held-out events alone, of which nothing was learned."""
 
+    def check(self) -> None:
+        check_fields(self, prefix="data.", ranges=RANGES["data"])
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     model: ModelConfig = field(default_factory=ModelConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
-    def replace(self, **sections: dict[str, Any]) -> Config:
-        """A copy with options changed: ``config.replace(train={"seed": 1}, model={"dim": 32})``."""
-        changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+    def check(self) -> None:
+        for name in SECTIONS:
+            section = getattr(self, name)
+            if isinstance(section, SECTIONS[name]):
+                section.check()
+        check_fields(self, only=Config)
+        train = self.train
+        if train.capture and train.device == "cpu":
+            raise ValueError("train.capture needs train.device 'cuda', got 'cpu'")
+        if train.capture and self.meta.order == "fd" and self.model.dropout:
+            raise ValueError(
+                f"train.capture needs meta.order 1 or 2, or model.dropout 0, got 'fd' and {self.model.dropout}"
+            )
+        if train.compile and train.method == "metarec" and train.meta_steps and self.meta.order == 2:
+            raise ValueError(
+                "train.compile needs meta.order 1 or 'fd', got 2: a compiled encoder has no second derivatives"
+            )
+        if train.remember_codes and self.meta.target_pass == "vmap":
+            raise ValueError("train.remember_codes needs meta.target_pass 'loop', got 'vmap'")
+
+    def replace(self, /, **sections: Mapping[str, Any]) -> Config:
+        """A copy with options changed: ``config.replace(train={"seed": 1}, model={"dim": 32})``.
+
+        Raises ValueError for a section or option that does not exist, and for values that cannot be.
+        """
+        check_names(sections, SECTIONS, owner="configuration", what="section", plural="sections")
+        changed = {}
+        for name, values in sections.items():
+            if isinstance(values, SECTIONS[name]):
+                changed[name] = values
+                continue
+            if not isinstance(values, Mapping):
+                raise ValueError(f"{name} must be an object of options and their values, got {values!r}")
+            known = [f.name for f in dataclasses.fields(SECTIONS[name])]
+            check_names(values, known, owner=name, what="option", plural="options")
+            changed[name] = dataclasses.replace(getattr(self, name), **values)
         return dataclasses.replace(self, **changed)
 
     def to_json(self) -> str:
@@ -221,27 +310,11 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> Config:
-        """Raises ValueError for a section or option that does not exist."""
-        given = json.loads(text)
+        """Raises ValueError for a section or option that does not exist, and for values that cannot be."""
+        given = parse_json(text)
         if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
             raise ValueError("configuration must be a JSON object of sections, each an object of options")
-        sections = {
-            "model": ModelConfig,
-            "meta": MetaConfig,
-            "train": TrainConfig,
-            "evidence": EvidenceConfig,
-            "data": DataConfig,
-        }
-        built = {}
-        for name, values in given.items():
-            if name not in sections:
-                raise ValueError(f"configuration has no section {name!r}; sections are {', '.join(sections)}")
-            known = {f.name for f in dataclasses.fields(sections[name])}
-            for option in values:
-                if option not in known:
-                    raise ValueError(f"{name} has no option {option!r}; options are {', '.join(sorted(known))}")
-            built[name] = sections[name](**values)
-        return Config(**built)
+        return Config().replace(**given)
 
     @staticmethod
     def load(path: str | Path) -> Config:
@@ -250,6 +323,15 @@ class Config:
             return Config.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no configuration: {error}") from error
+
+
+SECTIONS = {
+    "model": ModelConfig,
+    "meta": MetaConfig,
+    "train": TrainConfig,
+    "evidence": EvidenceConfig,
+    "data": DataConfig,
+}
 
 
 def default() -> Config:

@@ -2,24 +2,39 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from metarec_fast import MetaRec, api
 from metarec_fast.api import compare
-from metarec_fast.data import Domain, Sequences, Vocabulary, load_domain, random_items, synthetic
+from metarec_fast.data import (
+    Domain,
+    Sequences,
+    Vocabulary,
+    load_domain,
+    random_items,
+    relabelled_copy,
+    synthetic,
+)
 from metarec_fast.data.descriptors import item_descriptors
 from metarec_fast.evaluation import FittedMixture, Metrics, best_items
 from metarec_fast.files import sealed
 from metarec_fast.models.saved import load_model
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.models.spectral import moments, turned
-from metarec_fast.train.trainer import Interrupted
+from metarec_fast.train.trainer import Interrupted, Silent
 from tests.killed import fails_with_little_room, killed
 from tests.tiny import DOMAINS, config, shop
 
@@ -514,7 +529,7 @@ def test_compare(tmp_path):
 
 
 def test_compare_refuses_an_unknown_method():
-    with pytest.raises(ValueError, match="methods must be among target_only, pretrain, joint, metarec, got 'magic'"):
+    with pytest.raises(ValueError, match=r"methods\[0\] must be 'target_only', .* or 'metarec', got 'magic'"):
         compare(SOURCES, TARGET, config=config(), methods=("magic",))
 
 
@@ -837,3 +852,209 @@ def test_threads_are_set():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# what is refused before anything is read or trained
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_said_at_once():
+    asked = config(train={"device": "cuda"})
+    for call in (MetaRec.fit, compare):
+        with pytest.raises(ValueError, match="'cuda', and no CUDA device is available; use 'cpu'"):
+            call(DOMAINS.sources, DOMAINS.target, config=asked)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (("target_only", "metrec"), r"methods\[1\] must be .*, got 'metrec'; did you mean 'metarec'"),
+        (("metarec", "metarec"), "methods must be at least one and all different, got metarec, metarec"),
+        ((), "methods must be at least one and all different, got none"),
+        ("metarec", "methods must be a list of methods, got the string 'metarec'"),
+    ],
+)
+def test_methods_are_checked_before_the_first_is_trained(monkeypatch, methods, message):
+    monkeypatch.setattr(MetaRec, "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        compare(DOMAINS.sources, DOMAINS.target, config=config(), methods=methods)
+
+
+@pytest.mark.parametrize("seed", [2**24 - 1, 2**24, 2**63 - 1])
+def test_any_seed_trains(seed):
+    model = MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=config(train={"seed": seed}))
+    assert model.evaluate().ndcg[10] > 0
+
+
+# what is no domain, and what looks like one that should not be a source
+
+
+@pytest.mark.parametrize(
+    ("sources", "target", "message"),
+    [
+        (["books.csv"], TARGET, r"sources\[0\] must be a Domain, got the path 'books.csv'; mf.read makes one"),
+        ("books.csv", TARGET, "sources must be Domains, got the path 'books.csv'; mf.read makes one"),
+        (
+            SOURCES,
+            Path("shop"),
+            "target must be a Domain, got the path 'shop'; .* mf.load_domain of an imported folder",
+        ),
+        (pl.DataFrame({"user": [1]}), TARGET, "sources must be Domains, got a DataFrame of polars; write it to a"),
+        ([pl.LazyFrame({"user": [1]})], TARGET, r"sources\[0\] must be a Domain, got a LazyFrame of polars"),
+        (SOURCES, TARGET.sequences, "target must be a Domain, got Sequences"),
+        (None, TARGET, "sources must be Domains, got NoneType"),
+        ({"books": SOURCES[0]}, TARGET, "sources must be Domains, got dict"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_no_domain_is_named_with_what_makes_one(sources, target, message):
+    for call in (MetaRec.fit, compare):
+        with pytest.raises(TypeError, match=message):
+            call(sources, target, config=config())
+
+
+def test_a_configuration_is_a_config():
+    with pytest.raises(TypeError, match="config must be a Config, got dict"):
+        MetaRec.fit(SOURCES, TARGET, config={"train": {"seed": 1}})
+
+
+@pytest.mark.parametrize(
+    ("copy", "how"),
+    [
+        (replace(TARGET, name="again"), "source 'again' holds 100% of the target's events, by the ids"),
+        (relabelled_copy(TARGET, seed=3), "source 'target copy' has as many events .* under other ids"),
+    ],
+    ids=["same ids", "other ids"],
+)
+def test_a_source_that_copies_the_target_is_told(copy, how):
+    with pytest.warns(
+        RuntimeWarning, match=f"{how}.*: it looks like a copy of the target, and teaches what is held out"
+    ):
+        MetaRec.fit([SOURCES[0], copy], TARGET, config=config(train={"compare_target_only": False}))
+
+
+# ids that nobody knows
+
+
+def test_unknown_ids_are_told_by_their_places(fitted):
+    known = fitted.domain.users.decode([3, 5])
+    with pytest.raises(
+        ValueError, match=r"unknown id 'x' at users\[1\], unknown id 7 \(ids here are strings, got int\)"
+    ):
+        fitted.recommend([known[0], "x", known[1], 7])
+    with pytest.raises(ValueError, match=r"at users\[9\] and 15 more; on_unknown='skip' goes on without"):
+        fitted.recommend(["x"] * 25)
+    item = fitted.domain.items.decode([0])[0]
+    with pytest.raises(ValueError, match=r"^unknown id 'y' at histories\[1\]\[1\]; "):
+        fitted.recommend(histories=[[item], [item, "y"]])
+
+
+def test_unknown_ids_can_be_skipped_and_the_others_answered(fitted):
+    known = fitted.domain.users.decode([3, 5])
+    with pytest.warns(RuntimeWarning, match=r"unknown id 'x' at users\[1\]: left out"):
+        answers = fitted.recommend([known[0], "x", known[1]], k=3, on_unknown="skip")
+    assert answers[1] == []
+    assert [answers[0], answers[2]] == fitted.recommend(known, k=3)
+    a, b = fitted.domain.items.decode([0, 4])
+    with pytest.warns(RuntimeWarning, match="left out"):
+        answers = fitted.recommend(histories=[[a, "y", b], ["y"], []], k=2, on_unknown="skip")
+    assert answers[0] == fitted.recommend(histories=[[a, b]], k=2)[0]
+    assert answers[1] == [] and answers[2] == fitted.recommend(histories=[[]], k=2)[0]
+    with pytest.warns(RuntimeWarning, match="left out"):
+        assert fitted.recommend(["x"], on_unknown="skip") == [[]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"users": "u1"}, TypeError, "users must be a list, got the single str 'u1'"),
+        ({"users": 5}, TypeError, "users must be a list, got the single int 5"),
+        ({"histories": ["i1", "i2"]}, TypeError, r"histories\[0\] must be a list, got the single str 'i1'"),
+        ({"users": [], "k": 2.5}, ValueError, "k must be an integer, got 2.5"),
+        ({"users": [], "k": True}, ValueError, "k must be an integer, got True"),
+        ({"users": [], "exclude_seen": "no"}, ValueError, "exclude_seen must be True or False, got 'no'"),
+        ({"users": [], "on_unknown": "skpi"}, ValueError, "on_unknown must be .*; did you mean 'skip'"),
+    ],
+    ids=str,
+)
+def test_options_of_recommend_are_checked(fitted, options, error, message):
+    with pytest.raises(error, match=message):
+        fitted.recommend(**options)
+
+
+# progress and Ctrl-C
+
+
+def interrupting(at, times=1):
+    """A reporter that presses Ctrl-C at its ``at``-th step, as a terminal would."""
+
+    class Interrupting(Silent):
+        steps = 0
+
+        def step(self, *_):
+            self.steps += 1
+            if self.steps == at:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+
+    return Interrupting()
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_resumes(tmp_path):
+    options = {"config": config(), "run_dir": tmp_path / "run"}
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped in .* at step \d+ .*; saved in .*run; .* resume=True goes on"
+    ):
+        MetaRec.fit(SOURCES, TARGET, reporter=interrupting(5), **options)
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed, whole = MetaRec.fit(SOURCES, TARGET, resume=True, **options), MetaRec.fit(SOURCES, TARGET, config=config())
+    assert resumed.recommend(["target-u1"]) == whole.recommend(["target-u1"])
+
+
+def test_ctrl_c_without_a_run_dir_says_that_nothing_is_kept(fitted):
+    with pytest.raises(KeyboardInterrupt, match="nothing is kept, for fit was given no run_dir"):
+        MetaRec.fit(SOURCES, TARGET, config=config(), reporter=interrupting(2))
+    with pytest.raises(KeyboardInterrupt, match="nothing is kept, for adapt was given no run_dir"):
+        fitted.adapt(SOURCES[0], reporter=interrupting(1))
+    with pytest.raises(KeyboardInterrupt, match="nothing is kept, for compare was given no run_dir"):
+        compare(SOURCES, TARGET, config=config(), methods=("target_only",), reporter=interrupting(1))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as end:
+        MetaRec.fit(SOURCES, TARGET, config=config(), run_dir=tmp_path, reporter=interrupting(3, times=2))
+    assert not str(end.value) and not (tmp_path / "checkpoint" / "checkpoint.json").exists()
+
+
+def test_who_handles_ctrl_c_himself_keeps_it():
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        MetaRec.fit([], TARGET, config=config(train={"method": "target_only"}), reporter=interrupting(2))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == [True]
+
+
+def test_fit_works_outside_the_main_thread():
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(MetaRec.fit, [], TARGET, config=config(train={"method": "target_only"}), progress=True)
+        assert job.result().history["best_validation_ndcg@10"] > 0
+
+
+def test_progress_is_shown_where_it_is_asked_for_or_seen(capsys, monkeypatch):
+    options = {"config": config(train={"method": "target_only"}, model={"evidence": "none"})}
+    MetaRec.fit([], TARGET, **options)
+    assert capsys.readouterr() == ("", "")  # no terminal
+    MetaRec.fit([], TARGET, progress=True, **options)
+    told = capsys.readouterr()
+    assert not told.out and told.err.startswith("fit: target: 40 users") and "fit finetune 1/" in told.err
+    assert re.search(r"^fit: \d+ s$", told.err, re.MULTILINE)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    MetaRec.fit([], TARGET, **options)
+    assert "fit: target: 40 users" in capsys.readouterr().err
+    MetaRec.fit([], TARGET, progress=False, **options)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ValueError, match="progress must be True or False, got 'bar'"):
+        MetaRec.fit([], TARGET, progress="bar", **options)

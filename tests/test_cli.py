@@ -241,7 +241,7 @@ def test_recommend_for_a_history_as_a_table(model, capsys, monkeypatch):
         (["--users", "1"], "unknown id 1"),
         ([], "either --users or --history"),
         (["--users", "500", "--history", "9000"], "either --users or --history"),
-        (["--users", "500", "--k", "0"], "k must be at least 1"),
+        (["--users", "500", "--k", "0"], "--k must be at least 1, got 0"),
     ],
     ids=str,
 )
@@ -327,17 +327,20 @@ def test_what_is_skipped_and_ignored_is_told(folder, study_file, tmp_path, capsy
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["train", "--target=nowhere", "--source=nowhere"], "domain 'nowhere' is neither a file nor in"),
+        (["train", "--target=nowhere", "--source=else"], "domain 'nowhere' is neither a file nor in"),
         (["train", "--target=shop", "--folder={folder}"], "at least one source"),
         (["train", "--target=shop", "--source=shop", "--folder={folder}"], "different names"),
         (["evaluate", "{folder}"], "holds no saved model"),
         (["adapt", "{folder}", "--target=shop"], "holds no saved model"),
         (["audit-transfer", "--target=shop", "--source=books", "--leave-out", "--folder={folder}"], "two sources"),
-        (["study", "nothing"], "study must be smoke, short, published or a JSON file, got 'nothing'"),
+        (["study", "nothing"], "STUDY must be smoke, short, published or a JSON file, got 'nothing'"),
         (["study", "smoke", "--arms", "wings"], "study 'smoke' has no arm 'wings'"),
         (["study", "published"], "domain 'amazon14_office' is neither a file nor in"),
         (["audit-transfer", "--target=shop", "--folder={folder}"], "an audit needs sources"),
-        (["demo", "--preset", "nonsense"], "--preset must be one of default"),
+        (
+            ["demo", "--preset", "nonsense"],
+            "--preset must be 'default', 'abstract', 'metaadapt_literal' or 'demo', got 'nonsense'",
+        ),
         (["demo", "--config", "{folder}/none.json"], "none.json"),
         (["demo", "--config", "{folder}/shop.csv"], "configuration"),
     ],
@@ -423,12 +426,12 @@ def test_a_study_describes_itself(capsys):
 
 def test_a_cell_that_fails_is_named_and_the_status_is_1(study_file, folder, tmp_path, capsys):
     facts = json.loads(study_file.read_text())
-    facts["options"]["model"]["dim"] = 7
+    facts["options"]["train"]["device"] = "cuda:99"
     (tmp_path / "bad.json").write_text(json.dumps(facts))
     command = ["study", str(tmp_path / "bad.json"), f"--folder={folder}", f"--out={tmp_path / 'out'}"]
     assert main(command) == 1
     captured = capsys.readouterr()
-    assert captured.err.count("failed: ValueError: dim must be a multiple") == 2
+    assert captured.err.count("failed: ValueError: train.device is 'cuda:99'") == 2
     assert "2 of 4 cells" in captured.out
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from metarec_fast.data import _csr
 from metarec_fast.data._tables import SHOWN
 from metarec_fast.data.vocabulary import Vocabulary
+from metarec_fast.text import printable
 
 Catalogue = Literal["training", "all"]
 
@@ -130,8 +131,8 @@ class Domain:
         if self.report is not None and self.report.rejected:
             skipped = f", {self.report.rejected:,} of {self.report.rows:,} rows skipped"
         return (
-            f"{self.name}: {self.num_users:,} users, {self.num_items:,} items, "
-            f"{self.num_interactions:,} interactions, mean length {mean:.1f}, {order}{skipped}"
+            f"{printable(self.name)}: {self.num_users:,} users, {self.num_items:,} items, "
+            f"{self.num_interactions:,} interactions, mean length {mean:.1f}, {printable(order)}{skipped}"
         )
 
     def __repr__(self) -> str:

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from metarec_fast.checks import LARGEST, POSITIVE_COUNT, Range, check_count, check_number
 from metarec_fast.data.domain import Domain, Sequences
 from metarec_fast.data.vocabulary import Vocabulary
 
@@ -117,23 +119,7 @@ def synthetic(
 
     Raises ValueError for sizes that leave a class without items, or a rule without enough classes.
     """
-    for name, value, least in (
-        ("num_sources", num_sources, 0),
-        ("source_users", source_users, 1),
-        ("target_users", target_users, 1),
-        ("num_classes", num_classes, 2 * NUM_SUCCESSORS),
-        ("source_items", source_items, num_classes),
-        ("target_items", target_items, num_classes),
-        ("min_length", min_length, 1),
-        ("max_length", max_length, min_length),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= noise <= 1:
-        raise ValueError(f"noise must be in [0, 1], got {noise}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-
+    check_sizes(locals())
     rule = _dynamics(_Draws(seed, 0), num_classes, noise)
     lengths = (min_length, max_length)
     catalogues: dict[str, Catalogue] = {}
@@ -147,6 +133,23 @@ def synthetic(
     control = domain("control", 2, source_users, source_items, shuffled=True)
     sources = tuple(domain(f"source{i}", 3 + i, source_users, source_items) for i in range(num_sources))
     return SyntheticDomains(sources, target, control, rule, catalogues)
+
+
+def check_sizes(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of ``synthetic`` that are out of range or at odds; ``given`` has all of them."""
+    classes = check_count(given["num_classes"], "num_classes", Range(2 * NUM_SUCCESSORS, LARGEST))
+    shortest = check_count(given["min_length"], "min_length", POSITIVE_COUNT)
+    for name, least in (
+        ("num_sources", 0),
+        ("source_users", 1),
+        ("target_users", 1),
+        ("source_items", classes),
+        ("target_items", classes),
+        ("max_length", shortest),
+    ):
+        check_count(given[name], name, Range(least, LARGEST))
+    check_number(given["noise"], "noise", Range(0, 1))
+    check_count(given["seed"], "seed", Range(0, 2**64, below=True))
 
 
 class _Draws:

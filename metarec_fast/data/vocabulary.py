@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class Vocabulary:
             return np.fromiter((self._index[value] for value in values), np.int64, len(values))
         except (KeyError, TypeError):  # TypeError: a value that cannot be hashed
             unknown = next(v for v in values if not isinstance(v, str) or v not in self._index)
-            raise self._unknown(unknown) from None
+            raise self.unknown(unknown) from None
 
     def _encode_integers(self, ids) -> np.ndarray:
         if not (isinstance(ids, np.ndarray) and ids.dtype.kind in "iu"):
@@ -114,25 +115,42 @@ class Vocabulary:
             bounds = np.iinfo(self._ids.dtype)
             for value in values:
                 if not _is_int(value) or not bounds.min <= operator.index(value) <= bounds.max:
-                    raise self._unknown(value)
+                    raise self.unknown(value)
             ids = np.array([operator.index(v) for v in values], self._ids.dtype)
         # NumPy promotes int64 with uint64 to float64, which would merge ids; same-kind arrays do not meet that.
         elif ids.dtype.kind != self._ids.dtype.kind:
             bounds = np.iinfo(self._ids.dtype)
             outside = ids < 0 if ids.dtype.kind == "i" else ids > np.uint64(bounds.max)
             if outside.any():
-                raise self._unknown(ids[outside][0].item())
+                raise self.unknown(ids[outside][0].item())
         wanted = ids.reshape(-1).astype(self._ids.dtype)
         if not len(wanted):
             return np.empty(0, np.int64)
         if not len(self):
-            raise self._unknown(wanted[0].item())
+            raise self.unknown(wanted[0].item())
         ordered = self._ids[self._order]
         place = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
         wrong = ordered[place] != wanted
         if wrong.any():
-            raise self._unknown(wanted[wrong][0].item())
+            raise self.unknown(wanted[wrong][0].item())
         return self._order[place].astype(np.int64)
+
+    def find(self, ids: Iterable[Any]) -> np.ndarray:
+        """Indices of ids, -1 for whatever is none: int64 [n]."""
+        values = list(ids)
+        self._check_distinct()
+        if not self.is_integer:
+            held = self._index
+            return np.fromiter((held.get(v, -1) if isinstance(v, str) else -1 for v in values), np.int64, len(values))
+        bounds = np.iinfo(self._ids.dtype)
+        usable = [i for i, v in enumerate(values) if _is_int(v) and bounds.min <= operator.index(v) <= bounds.max]
+        found = np.full(len(values), -1, np.int64)
+        if usable and len(self):
+            wanted = np.array([operator.index(values[i]) for i in usable], self._ids.dtype)
+            place = np.searchsorted(self._ids, wanted, sorter=self._order)
+            place = self._order[np.minimum(place, len(self) - 1)]
+            found[usable] = np.where(self._ids[place] == wanted, place, -1)
+        return found
 
     def parse(self, texts: Iterable[str]) -> list[str] | list[int]:
         """Ids as a command line gives them: integers if the ids here are integers. Looks nothing up.
@@ -147,7 +165,8 @@ class Vocabulary:
                 raise ValueError(f"ids here are integers, got {text!r}")
         return [int(text) for text in texts]
 
-    def _unknown(self, value: object) -> ValueError:
+    def unknown(self, value: object) -> ValueError:
+        """What to raise for an id that is none of these."""
         held = "integers" if self.is_integer else "strings"
         kind = _is_int(value) if self.is_integer else isinstance(value, str)
         hint = "" if kind or not len(self) else f" (ids here are {held}, got {type(value).__name__})"

@@ -89,21 +89,32 @@ def item_neighbours(train: Sequences, *, k: int = 100, longest: int = 200) -> Tr
     return TransitionKernel(together.offsets, together.columns, cosines).strongest(k)
 
 
+FLOORS = (
+    "popularity",
+    "transitions, window 1, last item",
+    "transitions, window 5, last item",
+    "transitions, window 5 fading, last item",
+    "transitions, window 5 fading, last 3 items",
+    "shares, window 5 fading, last 3 items",
+    "cosines, window 5 fading, last 3 items",
+    "item-kNN",
+)
+
+
 def floors(train: Sequences) -> dict[str, Scorer]:
-    """The floors that a result is held against, by name."""
+    """The floors that a result is held against, by the names of ``FLOORS``."""
     counts = TransitionKernel.fit(train, window=5, decay=0.8)
-    return {
-        "popularity": Popularity(train),
-        "transitions, window 1, last item": Transitions(train, TransitionKernel.fit(train, window=1)),
-        "transitions, window 5, last item": Transitions(train, TransitionKernel.fit(train, window=5, decay=1)),
-        "transitions, window 5 fading, last item": Transitions(train, counts),
-        "transitions, window 5 fading, last 3 items": Transitions(train, counts, last=3, fade=0.5),
-        "shares, window 5 fading, last 3 items": Transitions(train, counts.normalised(), last=3, fade=0.5),
-        "cosines, window 5 fading, last 3 items": Transitions(
-            train, counts.normalised(row=0.5, column=0.5), last=3, fade=0.5
-        ),
-        "item-kNN": Transitions(train, item_neighbours(train), last=50),
-    }
+    made = (
+        Popularity(train),
+        Transitions(train, TransitionKernel.fit(train, window=1)),
+        Transitions(train, TransitionKernel.fit(train, window=5, decay=1)),
+        Transitions(train, counts),
+        Transitions(train, counts, last=3, fade=0.5),
+        Transitions(train, counts.normalised(), last=3, fade=0.5),
+        Transitions(train, counts.normalised(row=0.5, column=0.5), last=3, fade=0.5),
+        Transitions(train, item_neighbours(train), last=50),
+    )
+    return dict(zip(FLOORS, made, strict=True))
 
 
 def best_floor(

@@ -12,11 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metarec_fast.files import naming, write_all
+from metarec_fast.text import printable
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: names of domains and paths are no markup, and no emoji by their names."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def describe(facts: dict[str, Any]) -> str:
     """Losses, and the sources' weights where there are any, in one short line."""
-    parts = [f"{name} {loss:.3f}" for name, loss in facts["losses"].items()]
+    parts = [f"{printable(name)} {loss:.3f}" for name, loss in facts["losses"].items()]
     if "weights" in facts:
         parts.append("weights " + " ".join(f"{weight:.2f}" for weight in facts["weights"].values()))
     if "skipped" in facts:
@@ -38,7 +44,7 @@ class ConsoleReporter:
     """Shows a run and writes ``log.jsonl``. Use as a context manager."""
 
     def __init__(self, *, log: Path | None = None, console: Console | None = None, every_seconds: float = 10.0) -> None:
-        self.console = console or Console()
+        self.console = console or plain_console()
         self.every_seconds = every_seconds
         self.title = ""
         self._log_path, self._log = log, None
@@ -47,12 +53,12 @@ class ConsoleReporter:
         self._task: Any = None
         self._ndcg = ""
         self._bars = Progress(
-            TextColumn("{task.fields[title]}"),
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.fields[title]}", markup=False),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -77,6 +83,10 @@ class ConsoleReporter:
             line = json.dumps({"time": round(time.time(), 3), "run": self.title, **entry}) + "\n"
             write_all(self._log, memoryview(line.encode()))
 
+    def tell(self, line: str) -> None:
+        """A line beside the progress."""
+        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
     def begin(self, title: str) -> None:
         self.title, self._ndcg = title, ""
 
@@ -84,7 +94,7 @@ class ConsoleReporter:
         self._write({"stage": stage, "step": step, **facts})
         if self._stage != (self.title, stage):
             self._stage = (self.title, stage)
-            self._task = self._bars.add_task(stage, total=total, title=self.title, facts="")
+            self._task = self._bars.add_task(stage, total=total, title=printable(self.title), facts="")
         text = describe(facts) + self._ndcg
         if facts.get("skipped") == 1:  # the first of its stage, whatever else is shown
             reason = "a loss or gradient is not finite; such steps are left out and counted"
@@ -94,7 +104,7 @@ class ConsoleReporter:
         self._bars.update(self._task, completed=step, facts=text)
         if not self.console.is_terminal and time.monotonic() - self._last > self.every_seconds:
             self._last = time.monotonic()
-            self.console.print(f"{self.title} {stage} {step}/{total}  {text}", highlight=False, soft_wrap=True)
+            self.tell(f"{printable(self.title)} {stage} {step}/{total}  {text}".lstrip())
 
     def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None:
         self._write({"stage": stage, "step": step, "validation_ndcg@10": ndcg, "best": best})

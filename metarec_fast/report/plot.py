@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from metarec_fast.text import printable
+
 # Okabe and Ito's colours, told apart by the colour-blind too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
 DASHES = ("", "6 3", "2 2")
@@ -130,7 +132,7 @@ def heat_map(names: Sequence[str], shares: Sequence[Sequence[float]], *, title: 
     """A square of shares in [0, 1] between all pairs of names; columns by number. Raises ValueError otherwise."""
     if not names or any(len(row) != len(names) for row in (shares, *shares)):
         raise ValueError(f"shares must be a square over {len(names)} names, at least one")
-    labels = [f"{name}  {i}" for i, name in enumerate(names, 1)]
+    labels = [f"{printable(name)}  {i}" for i, name in enumerate(names, 1)]
     left, top = 30 + 7 * max(map(len, labels)), 60
     parts = [_text(14, 20, title, bold=True)]
     for i, (label, row) in enumerate(zip(labels, shares, strict=True)):
@@ -158,7 +160,9 @@ def _svg(parts: Sequence[str], width: float, height: float) -> str:
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", bold: bool = False, fill: str = "#000") -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}"{weight}>{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}"{weight}>{escape(printable(text))}</text>'
+    )
 
 
 def _rectangle(x: float, y: float, width: float, height: float, fill: str) -> str:

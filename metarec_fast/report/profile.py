@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from metarec_fast.files import write_atomically
+from metarec_fast.text import printable
 
 
 class StageProfile(Protocol):
@@ -39,13 +40,13 @@ FORWARD, BACKWARD, FLOOR = "#3b6fb6", "#9dbfe8", "#c0392b"
 
 
 def title(profile: StageProfile) -> str:
-    return f"{profile.run} {profile.stage}".strip()
+    return printable(f"{profile.run} {profile.stage}".strip())
 
 
 def show(profiles: Sequence[StageProfile], console: Console, *, width: int = 24) -> None:
     """One table a stage; the bars are of the whole step, darker the forward part."""
     for profile in profiles:
-        table = Table(title=escape(f"{title(profile)}: {profile.step_ms:.1f} ms a step"))
+        table = Table(title=Text(f"{title(profile)}: {profile.step_ms:.1f} ms a step"))
         for column in ("part", "share", "forward ms", "backward ms", "floor ms"):
             table.add_column(column, justify="left" if column == "part" else "right")
         table.add_column("")

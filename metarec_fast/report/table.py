@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metarec_fast.evaluation import Metrics
+from metarec_fast.text import markdown as markdown_text
 
 COLUMNS = ("Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR")
 
@@ -37,5 +38,7 @@ def markdown(rows: Sequence[Row], *, columns: Sequence[str] = ("Recall@10", "NDC
         cells = [f"{values(row.metrics)[c]:.4f}" for c in columns]
         if all_items:
             cells.append(f"{(row.metrics.among_all or row.metrics).ndcg[10]:.4f}")
-        lines.append(f"| {row.method}{'' if row.trained else ' (untrained)'} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {markdown_text(row.method)}{'' if row.trained else ' (untrained)'} | " + " | ".join(cells) + " |"
+        )
     return "\n".join([*lines, "", rows[0].metrics.protocol])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import html as entities
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from metarec_fast.evaluation import Metrics, no_verdict, paired_bootstrap
 from metarec_fast.evaluation.verdict import FEWEST
 from metarec_fast.report.plot import Band, Interval, Point, heat_map, interval_chart, line_chart
+from metarec_fast.text import printable
 
 METRIC = "ndcg@10"
 LEVEL = 0.05  # of the paired bootstrap's p
@@ -228,7 +229,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     evidence = report["evidence"]
     if evidence is not None:
         told += [
-            f"  evidence, {name}: weight {source['weight']:.2f}, similarity of first descent directions "
+            f"  evidence, {printable(name)}: weight {source['weight']:.2f}, similarity of first descent directions "
             f"{source['similarity']:+.3f} ± {source['deviation']:.3f}"
             for name, source in evidence["first"].items()
         ]
@@ -238,8 +239,8 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     if report["code_overlap"] is not None and len(report["code_overlap"]["domains"]) > 1:
         *others, target = report["code_overlap"]["domains"]
         shared = report["code_overlap"]["overlap"][-1]
-        listed = ", ".join(f"{name} {share:.2f}" for name, share in zip(others, shared, strict=False))
-        told.append(f"  overlap of codes with {target}: {listed}")
+        listed = ", ".join(f"{printable(name)} {share:.2f}" for name, share in zip(others, shared, strict=False))
+        told.append(f"  overlap of codes with {printable(target)}: {listed}")
     return told
 
 
@@ -260,7 +261,7 @@ def _source_lines(part: str, stage: Mapping[str, Any]) -> list[str]:
         if source is not None:
             above = f"{source['above_noise_floor']} of {source['late_entries']} late values above the noise floor"
             told.append(
-                f"  {part}, {name}: weight {source['weight']:.2f}, similarity {source['similarity']:+.3f} "
+                f"  {part}, {printable(name)}: weight {source['weight']:.2f}, similarity {source['similarity']:+.3f} "
                 f"({above} of {stage['noise_floor']['similarity']:.3f}){_costs(source)}"
             )
     return told
@@ -336,6 +337,10 @@ def html(report: Mapping[str, Any], *, title: str) -> str:
     head = f'<meta charset="utf-8">{VIEWPORT}<title>{escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *parts, f"<dl>{notes}</dl>"])
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def escape(text: str) -> str:
+    return entities.escape(printable(text))
 
 
 VIEWPORT = '<meta name="viewport" content="width=device-width">'

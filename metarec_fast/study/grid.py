@@ -8,10 +8,14 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from metarec_fast.checks import SEED, SHARE, Checked, check_choice, check_fields, check_names, nearest, parse_json
 from metarec_fast.config import Config
+from metarec_fast.data.synthetic import check_sizes, synthetic
+from metarec_fast.evaluation.floors import FLOORS
 
 FORMAT = 1  # of what a cell's hash covers, and of its file
 Group = Literal["floor", "plain", "recipe", "structure", "transfer", "ours", "ablation", "control", "mixed"]
@@ -20,7 +24,7 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Arm(Checked):
     """One way to make a recommender of the target."""
 
     name: str
@@ -38,14 +42,27 @@ class Arm:
     without: tuple[str, ...] = ()
     """Of the study's sources, those that this arm leaves out."""
 
+    def check(self) -> None:
+        named = f"arm {self.name!r}: "
+        check_fields(self, prefix=named)
+        if not self.name or not set(self.name) <= SAFE:
+            raise ValueError(f"the name of an arm must be letters, digits and any of '.+-_', got {self.name!r}")
+        if self.floor:
+            check_choice(self.floor, f"{named}floor", ("best", *FLOORS))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Checked):
     """``arm`` held against another; of several, in each cell against the one of the highest validation NDCG@10."""
 
     arm: str
     against: tuple[str, ...]
     title: str = ""
+
+    def check(self) -> None:
+        check_fields(self, prefix="comparison.")
+        if not self.against:
+            raise ValueError(f"comparison.against must name what arm {self.arm!r} is held against, got none")
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Checked):
     """A grid of arms x targets x fractions x seeds, and the comparisons that it is made for.
 
     Raises ValueError for names that are repeated or unknown, and for options that no configuration has.
@@ -86,32 +103,41 @@ class Study:
     shuffle_ties: bool = False
     """Events of one user at one time in random order, in all domains that have times."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        check_fields(self, prefix="study.", ranges={"seeds": SEED, "fractions": SHARE})
         names = [arm.name for arm in self.arms]
-        for what, values in (("arms", names), ("targets", self.targets), ("seeds", self.seeds)):
+        axes = {"arms": names, "targets": self.targets, "fractions": self.fractions, "seeds": self.seeds}
+        for what, values in axes.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{what} must be at least one and all different, got {', '.join(map(str, values))}")
         for arm in self.arms:
-            if not arm.name or not set(arm.name) <= SAFE:
-                raise ValueError(f"the name of an arm must be letters, digits and any of '.+-_', got {arm.name!r}")
-            for what, values, allowed in (
-                ("group", (arm.group,), get_args(Group)),
-                ("sources", arm.sources, get_args(Sources)),
-            ):
-                if unknown := set(values) - set(allowed):
-                    raise ValueError(
-                        f"{what} of arm {arm.name!r} must be of {', '.join(allowed)}, got {unknown.pop()!r}"
-                    )
             if unknown := set(arm.without) - set(self.sources):
-                raise ValueError(f"arm {arm.name!r} leaves out {unknown.pop()!r}, which is no source of the study")
-        for fraction in self.fractions:
-            if not 0 < fraction <= 1:
-                raise ValueError(f"fractions must be in (0, 1], got {fraction}")
+                raise ValueError(
+                    f"arm {arm.name!r} leaves out {min(unknown)!r}, which is no source of the study"
+                    + nearest(min(unknown), self.sources)
+                )
         for comparison in self.comparisons:
             if unknown := {comparison.arm, *comparison.against} - set(names):
-                raise ValueError(f"a comparison names {unknown.pop()!r}, which is no arm; arms are {', '.join(names)}")
+                raise ValueError(
+                    f"a comparison names {min(unknown)!r}, which is no arm; arms are {', '.join(names)}"
+                    + nearest(min(unknown), names)
+                )
+        for name, values in self.tune.items():
+            if name.count(".") != 1:
+                raise ValueError(f"study.tune must name options as section.option, got {name!r}")
+            if not values:
+                raise ValueError(f"study.tune must have values of {name!r} to try, got none")
+        if self.synthetic is not None:
+            known = signature(synthetic)
+            check_names(self.synthetic, known.parameters, owner="study.synthetic", what="option", plural="options")
+            given = known.bind(**self.synthetic)
+            given.apply_defaults()
+            check_sizes(given.arguments)
         for arm in self.arms:
-            self.configs(Cell(arm, self.targets[0], self.fractions[0], self.seeds[0]))
+            try:
+                self.configs(Cell(arm, self.targets[0], self.fractions[0], self.seeds[0]))
+            except ValueError as error:
+                raise ValueError(f"arm {arm.name!r}: {error}") from error
 
     def cells(self) -> Iterator[Cell]:
         """Seed after seed, small fractions first: what is there early covers the whole grid."""
@@ -122,19 +148,19 @@ class Study:
 
     def configs(self, cell: Cell) -> list[Config]:
         """The configurations of a cell, one for each combination of tuned values."""
-        start = apply(apply(Config(), self.options), cell.arm.options)
         # a study has its own target-only arms
-        train = {"seed": cell.seed, "compare_target_only": False}
-        start = start.replace(train=train, data={"target_fraction": cell.fraction})
-        if cell.arm.floor:
-            return [start]
+        own = {
+            "train": {"seed": cell.seed, "compare_target_only": False},
+            "data": {"target_fraction": cell.fraction},
+        }
+        tuned = {} if cell.arm.floor else self.tune
         made = []
-        for values in itertools.product(*self.tune.values()):
-            config = start
-            for name, value in zip(self.tune, values, strict=True):
+        for values in itertools.product(*tuned.values()):
+            tried: dict[str, dict[str, Any]] = {}
+            for name, value in zip(tuned, values, strict=True):
                 section, _, option = name.partition(".")
-                config = apply(config, {section: {option: value}})
-            made.append(config)
+                tried.setdefault(section, {})[option] = value
+            made.append(Config().replace(**merged(self.options, cell.arm.options, own, tried)))
         return made
 
     def kinds(self, cell: Cell) -> tuple[Sources, ...]:
@@ -194,12 +220,14 @@ class Study:
     @staticmethod
     def from_json(text: str) -> Study:
         """Raises ValueError for what is no study."""
-        given = json.loads(text)
+        given = parse_json(text)
         if not isinstance(given, dict):
             raise ValueError("study must be a JSON object")
         for name, kind in (("arms", Arm), ("comparisons", Comparison)):
-            given[name] = tuple(_made(kind, one) for one in given.get(name, ()))
-        given["tune"] = {name: tuple(values) for name, values in given.get("tune", {}).items()}
+            many = given.get(name, [])
+            if not isinstance(many, list):
+                raise ValueError(f"{name} must be a list, got {many!r}")
+            given[name] = [_made(kind, one) for one in many]
         return _made(Study, given)
 
     @staticmethod
@@ -222,27 +250,25 @@ def _hashed(config: Config) -> dict[str, Any]:
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_")  # arms name files
 
 
-def apply(config: Config, options: Options) -> Config:
-    """A copy with options changed. Raises ValueError for a section or option that does not exist."""
-    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    for section, values in options.items():
-        if section not in sections:
-            raise ValueError(f"configuration has no section {section!r}; sections are {', '.join(sections)}")
-        known = {f.name for f in dataclasses.fields(sections[section])}
-        if unknown := set(values) - known:
-            raise ValueError(f"{section} has no option {unknown.pop()!r}; options are {', '.join(sorted(known))}")
-    return config.replace(**{section: dict(values) for section, values in options.items()})
+def merged(*changes: Options) -> dict[str, dict[str, Any]]:
+    """Changes of a configuration as one, later ones over earlier: together they may be what one alone may not."""
+    made: dict[str, dict[str, Any]] = {}
+    for options in changes:
+        for section, values in options.items():
+            if not isinstance(values, Mapping):
+                raise ValueError(f"{section} must be an object of options and their values, got {values!r}")
+            made.setdefault(section, {}).update(values)
+    return made
 
 
 def _made(kind: type, given: Any) -> Any:
-    """A dataclass from a JSON object, lists as tuples. Raises ValueError for keys it has not or lacks."""
+    """A dataclass from a JSON object. Raises ValueError for keys it has not or lacks."""
     name = kind.__name__.lower()
     if not isinstance(given, dict):
         raise ValueError(f"{name} must be a JSON object, got {given!r}")
     fields = dataclasses.fields(kind)
-    if unknown := set(given) - {f.name for f in fields}:
-        raise ValueError(f"{name} has no key {unknown.pop()!r}; keys are {', '.join(f.name for f in fields)}")
+    check_names(given, [f.name for f in fields], owner=name, what="key", plural="keys")
     required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"{name} needs the key {missing[0]!r}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    return kind(**given)

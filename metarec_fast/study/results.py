@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import tarfile
@@ -21,6 +22,7 @@ from metarec_fast.files import write_atomically
 from metarec_fast.report.plot import Interval, Point, interval_chart, line_chart
 from metarec_fast.study.grid import Cell, Comparison, Study
 from metarec_fast.study.run import AMONG_ALL, RANKS, cell_stem
+from metarec_fast.text import markdown
 
 CUTOFF = 10
 METRICS = (f"ndcg@{CUTOFF}", f"recall@{CUTOFF}")
@@ -113,7 +115,7 @@ class Results:
         self._paths: dict[tuple[str, str, float, int], Path] = {}
         for cell in study.cells():
             self.expected += 1
-            files = (self.out / "cells").glob(f"{cell_stem(cell)}-*.json")
+            files = (self.out / "cells").glob(f"{glob.escape(cell_stem(cell))}-*.json")
             for path in sorted(files, key=lambda p: p.stat().st_mtime):
                 try:
                     facts = json.loads(path.read_text(encoding="utf-8"))
@@ -283,11 +285,11 @@ class Results:
     def markdown(self, compared: list[tuple[Comparison, list[Contrast]]]) -> str:
         facts = list(self.facts.values())
         if not facts:
-            return f"# {self.study.name}\n\nNo cell is finished.\n"
+            return f"# {markdown(self.study.name)}\n\nNo cell is finished.\n"
         versions = sorted({f["code_version"] for f in facts})
         torches = sorted({f["versions"]["torch"] for f in facts})
         parts = [
-            f"# Study {self.study.name}",
+            f"# Study {markdown(self.study.name)}",
             f"{len(facts)} of {self.expected} cells, seeds {', '.join(map(str, self.study.seeds))}; code "
             f"{', '.join(versions)}, torch {', '.join(torches)}. Figures are means over seeds ± standard deviation, of "
             f"all test users; {_ranked(facts)}; models are chosen by validation alone.",
@@ -331,7 +333,7 @@ class Results:
                 "the cells won with p < .05 and none lost by more than 1 %."
             )
         for comparison, contrasts in compared:
-            parts += [f"### {label(comparison)}", contrast_table(contrasts), summary(contrasts)]
+            parts += [f"### {markdown(label(comparison))}", contrast_table(contrasts), summary(contrasts)]
         weights = self._weights()
         if weights:
             parts += ["## Weights of sources", weights]
@@ -339,7 +341,7 @@ class Results:
 
     def _grid(self, key: Callable[[dict[str, Any]], Any], form: Callable[[float], str], spread: bool = False) -> str:
         places = [(t, f) for t in self.study.targets for f in sorted(self.study.fractions)]
-        head = "| arm | " + " | ".join(f"{t}, {f:.0%}" for t, f in places) + " |"
+        head = "| arm | " + " | ".join(f"{markdown(t)}, {f:.0%}" for t, f in places) + " |"
         lines = [head, "|---|" + "--:|" * len(places)]
         for arm in self.study.arms:
             cells = []
@@ -357,8 +359,8 @@ class Results:
                 for fraction in sorted(self.study.fractions):
                     found = self.source_means(arm.name, target, fraction, "weight")
                     if found:
-                        listed = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-                        lines.append(f"- {arm.name}, {target}, {fraction:.0%}: {listed}")
+                        listed = ", ".join(f"{markdown(name)} {value:.3f}" for name, value in found.items())
+                        lines.append(f"- {arm.name}, {markdown(target)}, {fraction:.0%}: {listed}")
         return "\n".join(lines)
 
     def source_means(self, arm: str, target: str, fraction: float, key: str) -> dict[str, float]:
@@ -413,7 +415,7 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
         low, high = c.interval
         p = f"{c.p:.4f}" if c.no_verdict is None else f"no verdict: {c.no_verdict}"
         figures = f"{c.arm_mean:.4f} | {c.baseline_mean:.4f} | {c.gain:+.1%} | {low:+.1%} to {high:+.1%} | {p}"
-        lines.append(f"| {_place(c)} | {c.baseline} | {figures} |")
+        lines.append(f"| {markdown(_place(c))} | {c.baseline} | {figures} |")
     return "\n".join(lines)
 
 

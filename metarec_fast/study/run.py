@@ -228,12 +228,9 @@ def _fit_floor(name: str, split: Split, config: Config) -> _Chosen:
     if name == "best":
         name, scorer, table = best_floor(split, mask_history=mask, catalogue=catalogue)
         return _Chosen(scorer, split, config, table[name]["ndcg@10"], {"floor": name})
-    known = floors(split.train)
-    if name not in known:
-        raise ValueError(f"floor must be best or one of {', '.join(known)}, got {name!r}")
-    among = choice_catalogue(split, catalogue)
-    valid = _quietly(known[name], split.valid, mask_history=mask, protocol="", catalogue=among)["ndcg@10"]
-    return _Chosen(known[name], split, config, valid, {"floor": name})
+    scorer, among = floors(split.train)[name], choice_catalogue(split, catalogue)
+    valid = _quietly(scorer, split.valid, mask_history=mask, protocol="", catalogue=among)["ndcg@10"]
+    return _Chosen(scorer, split, config, valid, {"floor": name})
 
 
 def _fit_model(

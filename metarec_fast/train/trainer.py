@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,6 +137,13 @@ def clip_and_step(
     for optimizer in optimizers:
         optimizer.step()
     return True
+
+
+def dropout_seed(seed: int, stage: int, step: int) -> int:
+    """Below 2**64, for torch: dropout is a function of where the run stands. seed: below 2**63. step: below 2**32."""
+    if seed < 2**24:
+        return (seed << 40) + (stage << 32) + step
+    return int(np.random.SeedSequence((seed, stage, step)).generate_state(1, np.uint64)[0])
 
 
 @dataclass
@@ -346,8 +354,7 @@ class Trainer:
 
         Raises NonFiniteTrainingError with the reason when this happens IN_A_ROW times one after the other.
         """
-        # dropout is a function of where the run stands
-        torch.manual_seed((self.config.train.seed << 40) + (self.progress.stage << 32) + step)
+        torch.manual_seed(dropout_seed(self.config.train.seed, self.progress.stage, step))
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         averages, noise = self.averages.copy(), self.noise.copy()

@@ -101,14 +101,25 @@ def test_json_gives_the_same_study(made):
     [
         ({"arms": (ARMS[0], ARMS[0])}, "arms must be at least one and all different, got popularity, popularity"),
         ({"targets": ()}, "targets must be at least one"),
-        ({"fractions": (0.0,)}, r"fractions must be in \(0, 1\], got 0.0"),
+        ({"fractions": (0.0,)}, r"study.fractions\[0\] must be in \(0, 1\], got 0.0"),
         ({"comparisons": (Comparison(arm="ours", against=("it",)),)}, "a comparison names 'it', which is no arm"),
         ({"options": {"model": {"wings": 2}}}, "model has no option 'wings'"),
         ({"options": {"wings": {}}}, "configuration has no section 'wings'"),
-        ({"tune": {"model.wings": (1,)}}, "model has no option 'wings'"),
-        ({"arms": (Arm(name="a/b", group="ours"),), "comparisons": ()}, "the name of an arm must be letters"),
-        ({"arms": (Arm(name="a", group="x"),), "comparisons": ()}, "group of arm 'a' must be of floor"),
-        ({"arms": (Arm(name="a", group="ours", sources=("x",)),), "comparisons": ()}, "sources of arm 'a' must be of"),
+        ({"tune": {"model.wings": (1,)}}, "arm 'alone': model has no option 'wings'"),
+        ({"fractions": (0.5, 0.5)}, "fractions must be at least one and all different"),
+        ({"fractions": ()}, "fractions must be at least one"),
+        ({"fractions": ("all",)}, r"study.fractions\[0\] must be a number, got 'all'"),
+        ({"seeds": (0, -1)}, r"study.seeds\[1\] must be in \[0, 2\*\*63\), got -1"),
+        ({"seeds": 3}, "study.seeds must be a list, got 3"),
+        ({"targets": "target"}, "study.targets must be a list, got 'target'"),
+        ({"shuffle_ties": "no"}, "study.shuffle_ties must be True or False, got 'no'; did you mean False"),
+        ({"options": {"model": {"encoder": "LRU"}}}, "arm 'popularity': model.encoder must be .*did you mean 'lru'"),
+        ({"options": {"model": 3}}, "study.options.model must be an object"),
+        ({"tune": {"train.loss": ("full", "fulll")}}, "train.loss must be .*did you mean 'full'"),
+        ({"tune": {"dropout": (0.1,)}}, "study.tune must name options as section.option, got 'dropout'"),
+        ({"tune": {"model.dropout": ()}}, "study.tune must have values of 'model.dropout' to try, got none"),
+        ({"synthetic": {"num_source": 1}}, "study.synthetic has no option 'num_source'; .*did you mean 'num_sources'"),
+        ({"synthetic": {"noise": 2}}, r"noise must be in \[0, 1\], got 2"),
     ],
     ids=str,
 )
@@ -120,6 +131,43 @@ def test_what_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"name": "a/b"}, "the name of an arm must be letters"),
+        ({"group": "our"}, "arm 'a': group must be 'floor', .*, got 'our'; did you mean 'ours'"),
+        ({"sources": ("related", "shufled")}, r"arm 'a': sources\[1\] must be .*; did you mean 'shuffled'"),
+        ({"sources": "related"}, "arm 'a': sources must be a list, got 'related'"),
+        ({"options": {"train": 3}}, "arm 'a': options.train must be an object"),
+        ({"floor": "item-knn"}, "arm 'a': floor must be 'best', .*; did you mean 'item-kNN'"),
+    ],
+    ids=str,
+)
+def test_an_arm_that_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Arm(**{"name": "a", "group": "ours", **change})
+    assert Arm(name="a", group="ours", sources=["copy"]).sources == ("copy",)
+
+
+def test_a_comparison_needs_something_to_compare_with():
+    with pytest.raises(ValueError, match=r"comparison\.against must name what arm 'a' is held against, got none"):
+        Comparison(arm="a", against=())
+
+
+def test_options_that_fit_only_together_may_come_from_study_arm_and_tuning():
+    """Eight heads of codes, the default, do not divide 12."""
+    arms = (dataclasses.replace(ARMS[3], options={"model": {"dim": 12}}),)
+    made = study(arms=arms, comparisons=(), options={}, tune={"model.codebook_heads": (3, 6)})
+    assert [c.model.codebook_heads for c in made.configs(cell("ours", arms=arms))] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(seeds=["0"]), r"study.seeds\[0\] must be an integer, got '0'"),
+        (lambda s: s.update(arms={"name": "a"}), "arms must be a list"),
+        (
+            lambda s: s["arms"][3].update(options={"train": {"method": "metrec"}}),
+            "arm 'ours': .*did you mean 'metarec'",
+        ),
+        (lambda s: s["arms"][0].update(gruop="ours"), "arm has no key 'gruop'; .*did you mean 'group'"),
         (lambda s: s.update(wings=1), "study has no key 'wings'"),
         (lambda s: s.pop("targets"), "study needs the key 'targets'"),
         (lambda s: s["arms"][0].pop("group"), "arm needs the key 'group'"),

@@ -174,10 +174,10 @@ def test_processes_stop_when_asked(tmp_path):
 
 
 def test_a_cell_that_fails_is_told_and_tried_again(tmp_path):
-    bad = Arm(name="bad", group="ours", options={"model": {"dim": 7}})  # not divisible by the codebook's heads
+    bad = Arm(name="bad", group="ours", options={"train": {"device": "cuda:99"}})  # not here
     failures = run(small(arms=(bad, ARMS[0]), comparisons=()), tmp_path)
     assert [str(cell) for cell, _ in failures] == ["target 0.5 bad seed 0", "target 0.5 bad seed 1"]
-    assert "ValueError: dim must be a multiple" in failures[0].reason
+    assert "ValueError: train.device is 'cuda:99'" in failures[0].reason
     assert {name.split("-")[2] for name in written(tmp_path)} == {"popularity"}
 
 

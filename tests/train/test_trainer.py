@@ -13,7 +13,7 @@ from metarec_fast.api import build
 from metarec_fast.data import BatchShape, leave_one_out
 from metarec_fast.meta import FixedStep
 from metarec_fast.train import trainer as trainer_module
-from metarec_fast.train.trainer import TABLE, Interrupted, Trainer, stages
+from metarec_fast.train.trainer import TABLE, Interrupted, Trainer, dropout_seed, stages
 from tests.tiny import DOMAINS, config
 
 
@@ -535,3 +535,11 @@ def test_a_captured_run_learns_what_a_plain_one_learns():
         run._stop_prefetch()
     for plain, captured in zip(*losses, strict=True):  # float32, and steps build on each other
         assert captured == pytest.approx(plain, rel=1e-2)
+
+
+def test_dropout_has_a_seed_of_its_own_at_every_step_whatever_the_run_s_seed():
+    places = [(stage, step) for stage in range(3) for step in (0, 1, 2**31 - 1)]
+    seeds = [0, 1, 2**24 - 1, 2**24, 2**24 + 1, 2**48, 2**63 - 1]
+    drawn = [dropout_seed(seed, *place) for seed in seeds for place in places]
+    assert len(set(drawn)) == len(drawn) and max(drawn) < 2**64
+    assert dropout_seed(3, 2, 5) == (3 << 40) + (2 << 32) + 5  # as runs of small seeds always had it

@@ -1,0 +1,44 @@
+"""Ctrl-C asks a run to save and end, instead of tearing it out of a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+
+class StopAsked:
+    """Whether a signal asked to stop, for ``should_stop``; a second one ends at once, by KeyboardInterrupt.
+
+    Use as a context manager. Signals come to the main thread alone: elsewhere, and for those that somebody else
+    handles where ``yielding``, nothing is changed and nothing is asked.
+    """
+
+    def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM), *, yielding: bool = False) -> None:
+        self.asked = False
+        self._signals, self._yielding = signals, yielding
+        self._before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def __enter__(self) -> StopAsked:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                if not self._yielding or signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                    self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if sys.stderr is not None and sys.stderr.isatty():  # past the buffers, which the signal may have interrupted
+            os.write(2, b"\nstopping after this step; once more ends at once, without saving\n")
