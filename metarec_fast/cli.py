@@ -201,6 +201,8 @@ class StudyRun(Checked):
     """Rows that cannot be read: stop with file, line and reason, or skip and count them."""
     out: Path | None = None
     """Folder of the cells and results; runs/study-<name> if not given. Finished cells in it are not run again."""
+    overwrite: bool = False
+    """Replace the tables of another study that the folder holds; its cells stay."""
     processes: int = 1
     """Cells at a time; each gets its share of the cores."""
     arms: tuple[str, ...] = ()
@@ -246,6 +248,8 @@ class AuditTransfer(Config):
     """One more arm for each source, trained without it: what it is worth beside the others."""
     out: Path | None = None
     """Folder of the cells and results; runs/audit-<target> if not given. Finished cells in it are not run again."""
+    overwrite: bool = False
+    """Replace the tables of another study that the folder holds; its cells stay."""
     processes: int = 1
     """Cells at a time; each gets its share of the cores."""
 
@@ -735,7 +739,13 @@ def recommend(command: Recommend) -> int:
 
 
 def run_study(
-    plan: Study, out: Path, domains: Domains, processes: int, cells: Sequence[Cell] | None = None
+    plan: Study,
+    out: Path,
+    domains: Domains,
+    processes: int,
+    cells: Sequence[Cell] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> tuple[int, Results]:
     """Run what is left of a study, a line a cell, and write its tables and plots: the exit status, and the results."""
     from metarec_fast.study import Results, run
@@ -758,7 +768,16 @@ def run_study(
 
     with StopAsked() as stop:
         try:
-            failures = run(plan, out, domains, cells=cells, processes=processes, on_cell=show, should_stop=stop)
+            failures = run(
+                plan,
+                out,
+                domains,
+                cells=cells,
+                processes=processes,
+                overwrite=overwrite,
+                on_cell=show,
+                should_stop=stop,
+            )
         except Interrupted:
             status, failures = 130, []
             console.print(f"stopped; finished cells are in {printable(out)}. The same command goes on.", soft_wrap=True)
@@ -773,6 +792,7 @@ def run_study(
 def study(command: StudyRun) -> int:
     from metarec_fast.study import PRESETS, Domains, Results, Study
     from metarec_fast.study.results import contrast_table, label, summary
+    from metarec_fast.study.run import refuse_other
 
     given = command.study
     if given in PRESETS:
@@ -787,6 +807,7 @@ def study(command: StudyRun) -> int:
         return 0
     out, started = command.out or Path("runs") / file_name(f"study-{plan.name}"), time.perf_counter()
     if command.report_only:
+        refuse_other(plan, out, overwrite=command.overwrite)
         status, results = 0, Results(plan, out)
         results.write()
     else:
@@ -797,7 +818,7 @@ def study(command: StudyRun) -> int:
                     name for c in cells for name in (c.target, *plan.sources_of(c.target, c.arm))
                 ):
                     show_domain(domains.load(plan, name))
-        status, results = run_study(plan, out, domains, command.processes, cells)
+        status, results = run_study(plan, out, domains, command.processes, cells, overwrite=command.overwrite)
     if command.archive:
         results.archive()
     for comparison in plan.comparisons:
@@ -829,7 +850,7 @@ def audit_transfer(command: AuditTransfer) -> int:
         for name in (command.target, *command.source):
             show_domain(domains.load(plan, name))
     out = command.out or Path("runs") / file_name(f"audit-{domains.load(plan, command.target).name}")
-    status, results = run_study(plan, out, domains, command.processes)
+    status, results = run_study(plan, out, domains, command.processes, overwrite=command.overwrite)
     if results.complete:
         print("\n" + "\n".join(audit_verdict(results)))
     print(f"tables and plots: {printable(out)}")

@@ -523,3 +523,38 @@ def test_ids_from_the_command_line():
     for text in ("1.0", "1_0", "", " 7", "٧"):
         with pytest.raises(ValueError, match="ids here are integers"):
             Vocabulary([7]).parse([text])
+
+
+def test_a_run_is_not_overwritten_unless_asked(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    quick = [f"--folder={folder}", f"--out={out}", *TINY, "--train.finetune-steps=4", "--methods", "target_only"]
+    assert main(["train", "--target=shop", *quick]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for target in ("shop", "books"):
+        assert main(["train", f"--target={target}", *quick]) == 2
+        told = capsys.readouterr().err
+        assert f"{out} holds a run already: target 'shop', method target_only" in told and "--overwrite" in told
+    assert main(["train", "--target=books", "--resume", *quick]) == 2
+    assert "target: 'books', was 'shop'" in capsys.readouterr().err.replace("targets", "target")
+    assert main(["train", "--target=books", "--resume", "--overwrite", *quick]) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main(["train", "--target=books", "--overwrite", *quick]) == 0
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [e["step"] for e in entries if "losses" in e and e["stage"] == "finetune"]
+    assert steps == sorted(set(steps))  # of the new run alone
+    assert MetaRec.from_pretrained(out / "target_only" / "model").domain.name == "books"
+
+
+def test_the_demo_replaces_a_demo_where_nobody_chose_the_folder_and_nothing_else(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, "--train.finetune-steps=2", "--model.evidence=none", "--methods", "target_only"]
+    assert main(["demo", *tiny]) == 0
+    assert main(["demo", *tiny]) == 0
+    assert "replacing the demo in runs/demo" in capsys.readouterr().out
+    assert main(["demo", "--out=runs/demo", *tiny]) == 2
+    assert "runs/demo holds a run already" in capsys.readouterr().err
+    (tmp_path / "runs" / "demo" / "run.json").unlink()  # a run of which nobody knows what it is
+    assert main(["demo", *tiny]) == 2
+    assert "runs/demo holds a run already: files checkpoint" not in (told := capsys.readouterr().err)
+    assert "runs/demo holds a run already: files" in told

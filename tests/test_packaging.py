@@ -75,8 +75,8 @@ def test_every_public_name_resolves():
 
 # The rule of the house: imports run down this list only.
 #   cli -> study -> api -> report, train -> meta, evaluation -> models, data -> vq -> ops -> reference | _C | kernels
-# Of two on one line, the first may read the second. checks, files and text may be read by all and read nothing; config may be
-# read by all and reads those.
+# Of two on one line, the first may read the second. checks, files and text may be read by all and read nothing; config
+# may be read by all and reads those.
 LAYERS = ["cli", "study", "api", "report", "train", "meta", "evaluation", "models", "data", "vq", "ops"]
 LEAVES = {"checks", "files", "text"}
 BELOW = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)}

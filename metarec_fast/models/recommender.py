@@ -230,7 +230,10 @@ class Recommender(nn.Module):
 
     @torch.no_grad()
     def start_codebook(self, domains: Sequence[str], *, seed: int) -> None:
-        """Codes start as normalised item rows, drawn evenly from the domains, so that none starts dead."""
+        """Codes start as normalised item rows, drawn evenly from the domains, so that none starts dead.
+
+        Of more domains than codes, each head draws from the next ones.
+        """
         if self.config.vq == "none":
             return
         generator = torch.Generator().manual_seed(seed)
@@ -244,9 +247,11 @@ class Recommender(nn.Module):
                 )
         rows = [F.layer_norm(self.table(name).weight, (self.config.dim,)) for name in domains]
         for head in range(H):
-            which = torch.arange(K) % len(rows)
+            which = (torch.arange(K) + (head * K if len(rows) > K else 0)) % len(rows)
             for index, z in enumerate(rows):
                 slots = (which == index).nonzero()[:, 0]
+                if not len(slots):
+                    continue
                 # distinct rows as long as there are enough: equal codes would only share their use
                 rounds = -(-len(slots) // len(z))
                 chosen = torch.cat([torch.randperm(len(z), generator=generator) for _ in range(rounds)])[: len(slots)]

@@ -44,7 +44,7 @@ from metarec_fast.data import (
     synthetic,
 )
 from metarec_fast.evaluation import Metrics, Scorer, best_floor, choice_catalogue, evaluate, floors
-from metarec_fast.files import write_atomically
+from metarec_fast.files import only_here, write_atomically
 from metarec_fast.study.grid import FORMAT, Cell, Study
 from metarec_fast.train.trainer import Interrupted, Silent
 
@@ -322,6 +322,7 @@ def run(
     *,
     cells: Iterable[Cell] | None = None,
     processes: int = 1,
+    overwrite: bool = False,
     on_cell: Callable[[Cell, dict[str, Any], int, int], None] = lambda *_: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Failure]:
@@ -329,25 +330,49 @@ def run(
 
     cells: those to run; all of the study if not given.
     processes: cells at a time; each process gets its share of the cores.
+    overwrite: let this study have a folder that holds another one, whose tables it replaces and whose cells stay.
     on_cell: told of each finished cell, with its facts, how many are done now and how many there are.
-    Raises Interrupted if ``should_stop`` says so: what is finished stays, and nothing is half-written.
+    Raises Interrupted if ``should_stop`` says so: what is finished stays, and nothing is half-written; ValueError for a
+    folder that holds another study, or in which a process is at work.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     out, domains = Path(out), domains or Domains()
     wanted = [(cell, cell_path(out, study, cell, domains)) for cell in (study.cells() if cells is None else cells)]
     waiting = [(cell, path) for cell, path in wanted if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "study.json", study.to_json().encode())
+    refuse_other(study, out, overwrite=overwrite)
     done, failures = len(wanted) - len(waiting), []
     run_all = _one_by_one if processes == 1 else _in_processes
-    for cell, path, reason in run_all(study, waiting, domains, processes, should_stop):
-        if reason is not None:
-            failures.append(Failure(cell, reason))
-            continue
-        done += 1
-        on_cell(cell, json.loads(path.read_text(encoding="utf-8")), done, len(wanted))
+    with only_here(out):
+        write_atomically(out / "study.json", study.to_json().encode())
+        for cell, path, reason in run_all(study, waiting, domains, processes, should_stop):
+            if reason is not None:
+                failures.append(Failure(cell, reason))
+                continue
+            done += 1
+            on_cell(cell, json.loads(path.read_text(encoding="utf-8")), done, len(wanted))
     return failures
+
+
+def refuse_other(study: Study, out: Path, *, overwrite: bool) -> None:
+    """Raises ValueError, unless ``overwrite``, for a folder of a study of other targets or sources, or another name."""
+    path = out / "study.json"
+    if overwrite or not path.exists():
+        return
+    try:
+        before = Study.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; --overwrite (overwrite=True) replaces it") from error
+    for name in ("name", "targets", "sources"):
+        was, now = getattr(before, name), getattr(study, name)
+        # parts of a study, and additions to it, belong to it
+        same = was == now if isinstance(was, str) else set(was) <= set(now) or set(now) <= set(was)
+        if not same:
+            was, now = (value if isinstance(value, str) else ", ".join(value) or "none" for value in (was, now))
+            raise ValueError(
+                f"{out} holds another study already: {name} {was}, not {now}; --overwrite (overwrite=True) "
+                "replaces its tables and leaves its cells, or give another folder"
+            )
 
 
 Finished = Iterator[tuple[Cell, Path, "str | None"]]

@@ -121,7 +121,8 @@ def claimed(
     with only_here(folder):
         refuse(folder, resume=resume, overwrite=overwrite)  # a process that has just finished may have filled it
         about = {"format": FORMAT, "command": command, "method": method, **data, "started": now(), "finished": None}
-        if resume and (before := _read(folder)) is not None:
+        before = _read(folder) if resume else None
+        if before is not None:
             other = other_data(data, before)
             if before["command"] != command:
                 other = f"made by {before['command']}, not by {command}"
@@ -133,7 +134,8 @@ def claimed(
             about["started"] = before["started"]
         if not resume:
             _clear(folder, [f"{part}/model" for part in method.split(", ")] if command == "compare" else ["model"])
-        write_atomically(folder / DESCRIPTION, sealed(about))
+        if before is None or before["method"] != method:  # a resume that is refused leaves what is there as it was
+            write_atomically(folder / DESCRIPTION, sealed(about))
         yield
         write_atomically(folder / DESCRIPTION, sealed({**about, "finished": now()}))
 

@@ -284,3 +284,17 @@ def test_codes_of_a_catalogue_are_the_nearest_in_each_head():
         assert torch.equal(codes[head], distances.argmin(1))
     with pytest.raises(ValueError, match="codes need a model with a codebook"):
         world(dataclasses.replace(SMALL, vq="none"))[0].codes("b")
+
+
+@pytest.mark.parametrize(("domains", "codes"), [(3, 2), (7, 2), (5, 1)])
+def test_more_domains_than_codes_have_a_share_of_some_head_each(domains, codes):
+    names = {f"d{i}": 6 for i in range(domains)}
+    model = Recommender(dataclasses.replace(SMALL, codebook_size=codes), names)
+    model.start_codebook(list(names), seed=0)
+    H, K, d = model.shared.codebook.shape
+    taken = []
+    for head in range(H):
+        for code in model.shared.codebook[head]:
+            rows = [F.layer_norm(model.table(name).weight, (8,))[:, head * d : (head + 1) * d] for name in names]
+            taken.append([i for i, z in enumerate(rows) if (z == code).all(1).any()])
+    assert taken == [[i % domains] for i in range(H * K)]

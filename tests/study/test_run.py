@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from metarec_fast.api import MetaRec
 from metarec_fast.config import Config
 from metarec_fast.data import leave_one_out, limit_users
 from metarec_fast.evaluation import best_floor, evaluate
-from metarec_fast.study import Arm, Cell, Domains, run
+from metarec_fast.files import only_here
+from metarec_fast.study import Arm, Cell, Domains, Study, run
 from metarec_fast.study.run import AMONG_ALL, RANKS, _load, cell_path, late_means, run_cell, sources_of
 from metarec_fast.train.trainer import Interrupted
 from tests.study.problems import ARMS, study
@@ -251,3 +253,20 @@ def test_processes_must_be_positive(tmp_path):
         run(small(), tmp_path, processes=0)
     assert signal.getsignal(signal.SIGINT) is before
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_of_another_study_is_refused_and_left(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    other = dataclasses.replace(small(), targets=("source0",), comparisons=())
+    with pytest.raises(ValueError, match=r"holds another study already: targets target, not source0; --overwrite"):
+        run(other, tmp_path / "out", cells=[])
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert run(other, tmp_path / "out", cells=[], overwrite=True) == []
+    assert written(tmp_path / "out") == written(finished[0])  # cells stay
+    assert Study.load(tmp_path / "out" / "study.json").targets == ("source0",)
+
+
+def test_one_process_at_a_time_in_a_study(tmp_path):
+    with only_here(tmp_path), pytest.raises(ValueError, match="is in use by process"):
+        run(small(), tmp_path, cells=[])
