@@ -45,6 +45,7 @@ class Range(NamedTuple):
 LARGEST = 2**31 - 1
 COUNT = Range(0, LARGEST)
 SEED = Range(0, 2**63, below=True)
+PHILOX_SEED = Range(0, 2**64, below=True)
 POSITIVE_COUNT = Range(1, LARGEST)
 POSITIVE = Range(0, above=True)
 NOT_NEGATIVE = Range(0)
@@ -101,9 +102,9 @@ def check_number(value: object, name: str, allowed: Range = NOT_NEGATIVE) -> flo
         number = float(value)
     except OverflowError:
         number = math.inf if value > 0 else -math.inf
-    if number not in allowed:
+    if number not in allowed and not (allowed == Range() and math.isnan(number)):
         raise ValueError(f"{name} must be {allowed.words(number)}, got {shown(value)}")
-    if math.isinf(number):
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {shown(value)}")
     return number
 

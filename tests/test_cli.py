@@ -305,8 +305,7 @@ def test_what_is_skipped_and_ignored_is_told(folder, study_file, tmp_path, capsy
     if command in ("train", "adapt"):
         start = ["adapt", "model"] if command == "adapt" else ["train"]
         parsed = cli.parse([*start, "--target=shop", *options])
-        for name in ("shop", "books"):
-            cli.load_named(name, parsed)
+        cli.load_named(["shop", "books"], parsed)
     elif command == "audit-transfer":
         nothing = SimpleNamespace(complete=False)
         monkeypatch.setattr(cli, "run_study", lambda *given: (0, nothing))
@@ -558,3 +557,52 @@ def test_the_demo_replaces_a_demo_where_nobody_chose_the_folder_and_nothing_else
     assert main(["demo", *tiny]) == 2
     assert "runs/demo holds a run already: files checkpoint" not in (told := capsys.readouterr().err)
     assert "runs/demo holds a run already: files" in told
+
+
+# messages in the command's words
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "want"),
+    [
+        ("train", "train.batch_size must be at least 1, got 0", "--train.batch-size must be at least 1, got 0"),
+        ("train", "model.evidence='learned' needs two users", "--model.evidence learned needs two users"),
+        ("train", "pass overwrite=True", "pass --overwrite"),
+        ("train", "on_error='skip' counts them", "--on-error skip counts them"),
+        ("adapt", "train.finetune_lr must be finite", "--lr must be finite"),
+        ("recommend", "k must be at least 1, got 0", "--k must be at least 1, got 0"),
+        ("recommend", "unknown id 'k' at users[1]", "unknown id 'k' at users[1]"),
+        ("study", "processes must be at least 1, got 0", "--processes must be at least 1, got 0"),
+        ("audit-transfer", "leave_out needs at least two sources", "--leave-out needs at least two sources"),
+        ("evaluate", "the model must have data.split", "the model must have data.split"),
+        ("import", "file.csv:3: time 'x' is no date", "file.csv:3: time 'x' is no date"),
+    ],
+)
+def test_an_error_names_the_flag(command, message, want):
+    from metarec_fast.cli import in_flags
+
+    assert in_flags(message, COMMANDS[command]) == want
+
+
+def test_invalid_options_are_said_before_data_is_read(folder, tmp_path, capsys):
+    command = ["train", "--target=nowhere", "--source=nowhere"]
+    for option, message in (
+        ("--train.batch-size=0", "--train.batch-size must be at least 1, got 0"),
+        ("--train.seed=-1", "--train.seed must be in [0, 2**63), got -1"),
+        ("--model.dim=12", "--model.dim must be a multiple of --model.codebook-heads"),
+        ("--train.device=cuda:99", "--train.device is 'cuda:99'"),
+    ):
+        assert main([*command, option]) == 2
+        assert_one_line(capsys, message)
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_recommend_goes_on_without_ids_it_does_not_know(model, capsys):
+    assert main(["recommend", model, "--users", "500", "1", "alice", "--k", "2", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)) == ["500"]
+    assert "unknown id 1; left out" in captured.err and "got 'alice'; left out" in captured.err

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from metarec_fast.checks import PHILOX_SEED, check_count
 from metarec_fast.data.domain import Domain, Sequences
 from metarec_fast.data.vocabulary import Vocabulary
 
@@ -38,7 +39,7 @@ def relabelled_copy(domain: Domain, *, seed: int, without: np.ndarray | None = N
 
     without: [N] users, by number, who are left out of it.
     """
-    s = domain.sequences
+    s, seed = domain.sequences, check_count(seed, "seed", PHILOX_SEED)
     users, items = (
         np.argsort(np.random.Philox(key=(i << 64) | seed).random_raw(n), kind="stable")
         for i, n in enumerate((domain.num_users, domain.num_items))
@@ -73,7 +74,7 @@ def _users(sequences: Sequences) -> np.ndarray:
 
 def _keys(domain: Domain, seed: int) -> np.ndarray:
     """A random number an event. Raw words of Philox are the same in every NumPy."""
-    return np.random.Philox(key=seed).random_raw(domain.num_interactions)
+    return np.random.Philox(key=check_count(seed, "seed", PHILOX_SEED)).random_raw(domain.num_interactions)
 
 
 def _ranked_within(group: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from metarec_fast.checks import Range, check_number
 from metarec_fast.data._csr import offsets
 from metarec_fast.data.batch import PackedBatch
 from metarec_fast.data.sampler import Sampler, draw, empty_buffers
@@ -43,6 +44,8 @@ class Mixture:
         beta: float = 0.5,
         seed: int = 0,
     ) -> None:
+        if isinstance(always, str):
+            raise ValueError(f"always must be a list of names, got the string {always!r}")
         for name in always:
             if name not in samplers:
                 raise ValueError(f"always must name samplers, got {name!r}; samplers are {', '.join(samplers)}")
@@ -53,8 +56,8 @@ class Mixture:
                 raise ValueError(f"draws={draws} needs between 1 and {BLOCK} domains to draw from, got {len(drawn)}")
         elif not samplers:
             raise ValueError("samplers must hold at least one domain, got none")
-        if not np.isfinite(beta):
-            raise ValueError(f"beta must be finite, got {beta}")
+        beta = check_number(beta, "beta", Range())
+        check_integer(seed, "seed", least=0, below=2**64)
         self.samplers, self.always, self.seed = dict(samplers), tuple(always), seed
         self.draws = len(drawn) if draws is None else draws
         self.domains = tuple(drawn)

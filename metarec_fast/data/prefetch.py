@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from metarec_fast.checks import POSITIVE_COUNT, Range, check_count
 from metarec_fast.ops.threads import limit_threads
 
 T = TypeVar("T")
@@ -40,9 +41,8 @@ class Prefetch(Generic[T]):
 
     def __init__(self, make: Callable[[int], T], *, start: int = 0, stop: int | None = None, depth: int = 2) -> None:
         self._process = os.getpid()
-        for name, value, least in (("start", start, 0), ("depth", depth, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        start, depth = check_count(start, "start", Range(0, 2**63)), check_count(depth, "depth", POSITIVE_COUNT)
+        stop = None if stop is None else check_count(stop, "stop", Range(0, 2**63))
         self._make, self._stop_at, self._depth = make, stop, depth
         self.waited_s = self.used_s = 0.0  # while the caller waited, and while it did something else
         self._handed_over: float | None = None

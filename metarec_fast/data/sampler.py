@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from metarec_fast.checks import check_flag, nearest
 from metarec_fast.data.batch import PackedBatch
 from metarec_fast.data.target_shares import target_shares
 from metarec_fast.ops._arrays import INTEGERS, as_array, check_integer, check_offsets
@@ -90,7 +91,10 @@ class Sampler:
             )
         for name, value, allowed in (("targets", targets, ("every", "last")), ("part", part, PARTS)):
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{nearest(value, allowed)}")
+        check_flag(in_batch, "in_batch")
+        if sorted_copy is not None:
+            check_flag(sorted_copy, "sorted_copy")
         check_distribution(distribution)
         if not 0 < query_share < 1:
             raise ValueError(f"query_share must be in (0, 1), got {query_share}")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from metarec_fast.checks import PHILOX_SEED, POSITIVE_COUNT, SHARE, check_count, check_number
 from metarec_fast.data.domain import Cases, Domain, Sequences, Split
 
 
@@ -103,10 +104,7 @@ def limit_users(split: Split, fraction: float, *, seed: int) -> Split:
 
     Raises ValueError for a fraction outside (0, 1], or a split without training events.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    fraction, seed = check_number(fraction, "fraction", SHARE), check_count(seed, "seed", PHILOX_SEED)
     train = split.train
     users = np.flatnonzero(train.lengths)
     if not len(users):
@@ -125,8 +123,8 @@ def limit_users(split: Split, fraction: float, *, seed: int) -> Split:
 
 
 def _check_max_history(max_history: int | None) -> None:
-    if max_history is not None and max_history < 1:
-        raise ValueError(f"max_history must be at least 1, got {max_history}")
+    if max_history is not None:
+        check_count(max_history, "max_history", POSITIVE_COUNT)
 
 
 def _slices(sequences: Sequences, starts: np.ndarray, lengths: np.ndarray) -> Sequences:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from metarec_fast.checks import LARGEST, POSITIVE_COUNT, Range, check_count, check_number
+from metarec_fast.checks import LARGEST, PHILOX_SEED, POSITIVE_COUNT, Range, check_count, check_number
 from metarec_fast.data.domain import Domain, Sequences
 from metarec_fast.data.vocabulary import Vocabulary
 
@@ -149,7 +149,7 @@ def check_sizes(given: Mapping[str, Any]) -> None:
     ):
         check_count(given[name], name, Range(least, LARGEST))
     check_number(given["noise"], "noise", Range(0, 1))
-    check_count(given["seed"], "seed", Range(0, 2**64, below=True))
+    check_count(given["seed"], "seed", PHILOX_SEED)
 
 
 class _Draws:

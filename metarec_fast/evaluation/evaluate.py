@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarec_fast.checks import POSITIVE_COUNT, SEED, check_count, check_flag
 from metarec_fast.data.domain import Cases, Sequences
 from metarec_fast.evaluation.catalogue import Candidates
 from metarec_fast.evaluation.metrics import OUTSIDE, Metrics
@@ -41,6 +42,9 @@ def evaluate(
     Warns if ties decide the figures: more than one a case, and NDCG@10 a tenth higher at their best order than at their
     worst. Raises ValueError for no cases, another catalogue, or scores that are not finite.
     """
+    check_flag(mask_history, "mask_history")
+    check_count(batch_size, "batch_size", POSITIVE_COUNT)
+    check_count(tile, "tile", POSITIVE_COUNT)
     candidates = None if catalogue is None else Candidates(catalogue, scorer.num_items)
     chosen, whole = np.empty((2, 2, len(cases)), np.int64)
     for batch in batches(scorer.num_items, cases, batch_size, mask_history=mask_history):
@@ -137,6 +141,8 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, *, seed: int, samples: int = 
     """
     if np.shape(a) != np.shape(b) or np.ndim(a) != 1 or len(a) == 0:
         raise ValueError(f"a and b must be [N] values of the same users, got shapes {np.shape(a)} and {np.shape(b)}")
+    check_count(seed, "seed", SEED)
+    check_count(samples, "samples", POSITIVE_COUNT)
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     # Most users' targets stay below any cutoff under both: how many of the others are drawn is binomial.
     N, differs = len(difference), difference[difference != 0]

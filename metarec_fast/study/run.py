@@ -238,7 +238,9 @@ def _fit_model(
 ) -> _Chosen:
     best, tried = None, []
     for config in configs:
-        model = MetaRec.fit(sources, target, config=config, reporter=steps, should_stop=should_stop)
+        with warnings.catch_warnings():  # a control is a copy of the target by design
+            warnings.filterwarnings("ignore", message=".*looks like a copy of the target", category=RuntimeWarning)
+            model = MetaRec.fit(sources, target, config=config, reporter=steps, should_stop=should_stop)
         valid = model.evaluate("valid")["ndcg@10"]
         tried.append(
             {"config": dataclasses.asdict(config), "valid_ndcg@10": valid, "seconds": model.history["seconds"]}
