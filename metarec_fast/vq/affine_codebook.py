@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.vq.codebook import Codebook
@@ -19,8 +20,9 @@ class AffineCodebook(Codebook):
     """Codes scaled and shifted from their own mean and variance to the input's, each per dimension.
 
     Keeps moving averages [H, 1, D] of both: of the codes in training, of the input at every call, as VectorQuantize
-    does. ``batch_mean`` and ``batch_variance`` exist from the first call on. A traced or exported program keeps
-    nothing: each of its calls follows the averages as they were. Source: arXiv 2305.08842, section 4.1.
+    does. ``batch_mean`` and ``batch_variance`` are NaN, and in no checkpoint, before the first call. A traced or
+    exported program keeps nothing: each of its calls follows the averages as they were. Source: arXiv 2305.08842,
+    section 4.1.
     """
 
     def __init__(
@@ -37,7 +39,8 @@ class AffineCodebook(Codebook):
         self.affine_param_batch_decay, self.affine_param_codebook_decay = batch_decay, codebook_decay
         self.sync_affine_param = sync_affine_param
         for name in _BATCH:
-            self.register_buffer(name, None)
+            not_yet = torch.full((self.num_codebooks, 1, dim), torch.nan, dtype=torch.float32)
+            self.register_buffer(name, not_yet)
         for name in _CODES:
             self.register_buffer(f"{name}_needs_init", torch.tensor(True))
             self.register_buffer(name, torch.zeros(self.num_codebooks, 1, dim, dtype=torch.float32))
@@ -52,14 +55,15 @@ class AffineCodebook(Codebook):
         return self._carry(super().codes_for(rows, keep), **averages)
 
     def codes_now(self) -> Tensor:
-        if self.batch_mean is None:
-            return super().codes_now()
-        return self._carry(super().codes_now(), **{name: getattr(self, name) for name in (*_CODES, *_BATCH)})
+        codes, unseen = super().codes_now(), self.batch_mean.isnan()
+        averages = {name: getattr(self, name) for name in _CODES}
+        for of_batch, of_codes in zip(_BATCH, _CODES, strict=True):  # no NaN, not even in a gradient that is masked
+            averages[of_batch] = torch.where(unseen, averages[of_codes], getattr(self, of_batch))
+        return torch.where(unseen, codes, self._carry(codes, **averages))
 
     def rows_to_average(self, rows: Tensor) -> Tensor:
-        if self.batch_mean is None:
-            return rows
-        return (rows - self.batch_mean) / _scale(self.batch_variance, self.codebook_variance) + self.codebook_mean
+        moved = (rows - self.batch_mean) / _scale(self.batch_variance, self.codebook_variance) + self.codebook_mean
+        return torch.where(self.batch_mean.isnan(), rows, moved)
 
     @staticmethod
     def _carry(
@@ -96,16 +100,27 @@ class AffineCodebook(Codebook):
         averages = {}
         for name, now in zip(_BATCH, (mean, variance), strict=True):
             average = getattr(self, name)
-            averages[name] = now if average is None else now.lerp(average, self.affine_param_batch_decay)
+            averages[name] = torch.where(average.isnan(), now, now.lerp(average, self.affine_param_batch_decay))
             if not leaves_python():
-                setattr(self, name, averages[name])
+                average.copy_(averages[name])
         return averages
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _BATCH:  # VectorQuantize has no such tensors before its first call
+            average = getattr(self, name)
+            if not average.is_meta and not isinstance(average, FakeTensor) and bool(average.isnan().all()):
+                del destination[prefix + name]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         for name in _BATCH:
-            stored = state_dict.get(prefix + name)
-            setattr(self, name, None if stored is None else torch.empty_like(stored, device=self.embed.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            if prefix + name not in state_dict:
+                setattr(self, name, torch.full_like(getattr(self, name), torch.nan, device=self.embed.device))
+                if prefix + name in missing:
+                    missing.remove(prefix + name)
 
 
 def _scale(batch_variance: Tensor, codebook_variance: Tensor) -> Tensor:

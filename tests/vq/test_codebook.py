@@ -318,3 +318,20 @@ def test_the_in_place_optimizer_follows_the_codes_that_a_load_assigns():
     vq._codebook.embed = nn.Parameter(vq._codebook.embed.detach().clone())
     with pytest.raises(RuntimeError, match=r"in_place_codebook_optimizer holds 2 parameters, .* codebook has 1: make"):
         vq(x)
+
+
+def test_averages_of_the_input_are_tensors_that_other_modules_can_follow():
+    vq, x = FastVQ(8, 16, affine_param=True), torch.randn(2, 30, 8)
+    assert not any("batch_" in key for key in vq.state_dict())
+    averaged = AveragedModel(vq)
+    indices = torch.arange(16)
+    torch.testing.assert_close(vq.get_codes_from_indices(indices), vq.codebook)
+    vq(x + 3)
+    assert {"_codebook.batch_mean", "_codebook.batch_variance"} <= set(vq.state_dict())
+    averaged.update_parameters(vq)
+    copied = averaged.module
+    torch.testing.assert_close(dict(copied.state_dict()), dict(vq.state_dict()))
+    torch.testing.assert_close(copied.get_codes_from_indices(indices), vq.get_codes_from_indices(indices))
+    copied.load_state_dict(FastVQ(8, 16, affine_param=True).state_dict())
+    assert copied._codebook.batch_mean.isnan().all()
+    torch.testing.assert_close(copied.eval()(x)[2], copied(x)[2])

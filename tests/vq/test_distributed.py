@@ -108,7 +108,7 @@ def work(rank, world, folder):
             calls[name].append(len(count))
             if name == "residual_dropout" and indices.numel():
                 dropped.append((indices[0, 0] < 0).tolist())
-        states[name] = module.state_dict()
+        states[name] = {key: value.clone() for key, value in module.state_dict().items()}  # eval moves averages too
         with counted() as count:
             module.eval()(x)
         calls[name].append(len(count))

@@ -128,29 +128,29 @@ def converted(layer: nn.Module, codebooks: dict[nn.Module, Codebook], overrides:
 
 @torch.no_grad()
 def _take_tensors(new: Codebook, old: nn.Module) -> None:
-    """Parameters stay the same objects, buffers too unless they are of half precision."""
+    """Parameters stay the same objects, buffers too unless they are not float32."""
     embed = old.embed
     embed_avg = getattr(old, "embed_avg", None)
     if embed_avg is None:  # cosine codebooks before 1.6 average the codes themselves
         embed_avg = embed * old.cluster_size.unsqueeze(-1)
     tensors = {"embed": embed, "embed_avg": embed_avg, "cluster_size": old.cluster_size}
     for name in ("codebook_mean", "codebook_variance", "batch_mean", "batch_variance"):
-        if name in new._buffers:
+        if name in new._buffers and getattr(old, name) is not None:  # before its first call it has no batch_*
             tensors[name] = getattr(old, name)
             if name + "_needs_init" in new._buffers:
                 new._buffers[name + "_needs_init"] = _flag(getattr(old, name + "_needs_init"))
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
-            if tensor.dtype in (torch.float16, torch.bfloat16):
+            if tensor.dtype != torch.float32:
                 grad, tensor.grad = tensor.grad, None
                 tensor.data = tensor.data.float()
                 tensor.grad = None if grad is None else grad.float()
             new._buffers.pop(name, None)
             new._parameters[name] = tensor
         else:
-            half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
+            other = tensor is not None and tensor.dtype != torch.float32
             new._parameters.pop(name, None)
-            new._buffers[name] = tensor.float() if half else tensor
+            new._buffers[name] = tensor.float() if other else tensor
     new._buffers["initted"] = _flag(old.initted)
     new.training = old.training
 
