@@ -52,6 +52,7 @@ struct Codebook {
     float *by_rounding, *by_norm, *constant;  // [H, panels], padded to whole vectors
     float* reach;                             // [H] at least ||code - mean|| of any slot
     float* length;                            // [H, codes] for products: at least ||code|| of the slots
+    float* one_length;                        // [H] for products: the most of these if they are much alike, else 0
     float* mean_length;                       // [H] for products: at least ||mean||
     Clumps clumps;
 };

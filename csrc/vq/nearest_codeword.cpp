@@ -474,11 +474,13 @@ inline Blur measure_candidates(const Search& search, int64_t h, int64_t row, flo
         return {3 * (dim + 8) * kUnit, dim * 0x1p-122f, 0};
     }
     measure_costs<Metric::product>(search, h, row, candidates, distance, count);
-    const float* length = codebook.length + h * codebook.codes;
-    float longest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const float of_code = length[candidates[i]];
-        longest = of_code > longest ? of_code : longest;
+    float longest = codebook.one_length[h];
+    if (longest == 0) {
+        const float* length = codebook.length + h * codebook.codes;
+        for (int64_t i = 0; i < count; ++i) {
+            const float of_code = length[candidates[i]];
+            longest = of_code > longest ? of_code : longest;
+        }
     }
     const float size = (norm + codebook.mean_length[h]) * longest;  // no partial sum exceeds it
     if (!(size <= kMaxSquare)) {
@@ -961,7 +963,16 @@ void measure_codes(const Codebook& codebook, float* squares) {
             }
         }
         codebook.reach[h] = reach;
-        if (codebook.metric == Metric::product) codebook.mean_length[h] = length(codebook.mean + h * dim, dim);
+        if (codebook.metric != Metric::product) continue;
+        codebook.mean_length[h] = length(codebook.mean + h * dim, dim);
+        float most = 0, sum = 0;
+        for (int64_t s = 0; s < codebook.slots[h]; ++s) {
+            const float of_code = codebook.length[h * codebook.codes + code[s]];
+            most = of_code > most ? of_code : most;
+            sum += of_code;
+        }
+        const bool alike = most * static_cast<float>(codebook.slots[h]) <= 4 * sum && most < kInfinity;
+        codebook.one_length[h] = alike ? most : 0;
     }
 }
 

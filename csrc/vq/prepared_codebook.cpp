@@ -168,6 +168,7 @@ PreparedCodebook::PreparedCodebook(const float* codebook, int64_t heads, int64_t
         v.constant = arena.take<float>(heads * vectors);
         if (metric == Metric::product) {
             v.length = arena.take<float>(heads * codes);
+            v.one_length = arena.take<float>(heads);
             v.mean_length = arena.take<float>(heads);
         }
         v.clumps.of_code = bits < 32 ? nullptr : arena.take<int32_t>(heads * codes);

@@ -30,7 +30,8 @@ class CodebookAssignments:
 
     Bounds kept for each row prove that most codes cannot have become its nearest since it was last searched, from how
     far the row and the codes have moved; only the others are compared. The codes are those of `nearest_codeword`,
-    whatever rows and codebook do in between: a table that is replaced, or codes that jump, cost time alone.
+    whatever rows and codebook do in between: a table that is replaced, or codes that jump, cost time alone. By distance
+    only: for cosine similarity use ``nearest_codeword(x, codebook, metric="product")``, which no such bounds serve.
 
     num_rows, codebook_size, dim: of the table, the codebook, and the vectors. num_codebooks: codebooks for as many
     heads. neighbours: codes remembered by name for each row; more of them survive longer drifts and take more memory,
