@@ -197,12 +197,16 @@ def _json_defect(role: str, value: object, kinds: dict[str, type]) -> str | None
     if isinstance(value, str) and not _is_unicode(value):
         return f"{role} is not valid Unicode"
     if role == "time":
-        return None if type(value) in (int, float, str) else f"time is a {type(value).__name__}"
+        return None if type(value) in (int, float, str) else f"time is a {_kind_name(value)}"
     if type(value) not in (int, str):
-        return f"{role} is a {type(value).__name__}, expected a string or an integer"
+        return f"{role} is a {_kind_name(value)}, expected a string or an integer"
     if kinds.get(role, type(value)) is not type(value):
         return f"{role} is a {type(value).__name__} where earlier rows have {kinds[role].__name__}"
     return None
+
+
+def _kind_name(value: object) -> str:
+    return "dict" if isinstance(value, dict) else type(value).__name__
 
 
 def _is_unicode(text: str) -> bool:

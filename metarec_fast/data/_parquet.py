@@ -88,7 +88,13 @@ def _table(path: Path, frame: pl.DataFrame, columns: Columns, first: int, total:
         elif kind in WHOLE:
             series = series.cast(pl.Int64)
         elif kind not in (pl.String, pl.UInt64):
-            hint = "; ids never pass through floats" if kind.is_float() else ""
+            hint = (
+                "; ids never pass through floats"
+                if kind.is_float()
+                else " of more than 64 bits"
+                if kind.is_integer()
+                else ""
+            )
             raise ValueError(f"{path}: column {column!r} must hold strings or integers, got {kind}{hint}")
         read.append(series.alias(role))
     numbers = np.arange(first + 1, first + 1 + len(frame))

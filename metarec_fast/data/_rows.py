@@ -15,8 +15,12 @@ from metarec_fast.data._tables import SHOWN, Rejects, Table
 if TYPE_CHECKING:
     import polars as pl
 
-ISO = r"^[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[T ][0-9]{1,2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)? ?(?:Z|UTC|[+-][0-9:]+)?)?)?$"
+ISO = (
+    r"^[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}"
+    r"(?:[T ][0-9]{1,2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?(?: ?(?:Z|UTC|[+-][0-9]{2}(?::?[0-9]{2})?))?)?$"
+)
 DAY_FIRST = re.compile(r"[0-9]{1,2}[-/. ][0-9]{1,2}[-/., ]+[0-9]{2,4}\b")
+NO_HYPHENS = re.compile(r"[0-9]{4}([/. ])[0-9]{1,2}\1[0-9]{1,2}\b")
 
 
 @dataclass
@@ -117,6 +121,8 @@ def _misfit(value: object) -> str:
     hint = ""
     if isinstance(value, str) and DAY_FIRST.match(value.strip()):
         hint = ": write the year first and in full, as in 2020-01-31"
+    elif isinstance(value, str) and NO_HYPHENS.match(value.strip()):
+        hint = ": write it with hyphens, as in 2020-01-31"
     return f"time {_short(value)} is neither a finite number nor an ISO date{hint}"
 
 
@@ -163,11 +169,9 @@ def _seconds(column: pl.Series, dates: bool | None) -> tuple[np.ndarray, np.ndar
         column = column.cast(pl.Float64)
     if not column.dtype.is_numeric():
         raise ValueError(f"time must hold numbers, strings, dates or datetimes, got {column.dtype}")
-    if column.dtype.is_integer() and column.dtype != pl.UInt64:
-        return column.fill_null(0).cast(pl.Int64).to_numpy(), column.is_not_null().to_numpy(), counts
-    if column.dtype == pl.UInt64:
-        fits = (column <= 2**63 - 1).fill_null(False)
-        return column.cast(pl.Int64, strict=False).fill_null(0).to_numpy(), fits.to_numpy(), counts
+    if column.dtype.is_integer():
+        whole = column.cast(pl.Int64, strict=False)  # null where 64 bits are too few
+        return whole.fill_null(0).to_numpy(), whole.is_not_null().to_numpy(), counts
     times = column.cast(pl.Float64).fill_null(float("nan")).to_numpy()
     return times, np.isfinite(times), counts
 
@@ -199,6 +203,8 @@ def _iso(text: pl.Series) -> pl.Series:
     # polars takes 20 for the year 20, and blanks for zeros.
     text = pl.select(pl.when(text.str.contains(ISO)).then(text)).to_series()
     text = text.str.replace("^([0-9-]+)T", "${1} ").str.replace(" ?(?:Z|UTC)$", "+00:00")
+    text = text.str.replace("^([0-9-]+ [0-9:.]+ ?[+-][0-9]{2})$", "${1}:00")
+    text = text.str.replace("^([0-9-]+ [0-9]+:[0-9]+)( ?[+-])", "${1}:00${2}")
     zoned = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False, time_unit="us")
     plain = [
         text.str.to_datetime(form, strict=False, time_unit="us") for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")

@@ -49,7 +49,7 @@ def load(request, tmp_path):
         *("client_id,sku,purchased_at", "visitorid,itemid,time_stamp", "session-id,article_id,event.time"),
         *("uid,parent_asin,unixReviewTime", "USER,ASIN,DateTime", "msno:token,song_id:token,ts:float"),
         *("member_id,movie_id,visit_time", "device_id,track,t_dat", "account_id,businessId,review_time"),
-        *(" user_id , item_id , date ",),
+        *(" user_id , item_id , date ", "user_id,item_id,event_ts", "user_id,item_id,created_utc"),
     ],
 )
 def test_usual_names_however_they_are_written(tmp_path, header):

@@ -279,6 +279,8 @@ def test_a_time_is_a_number_or_an_iso_date(tmp_path, both, suffix, text):
 def test_zones_of_dates(tmp_path, both):
     same = ["2019-10-01 10:00:00 UTC", "2019-10-01T10:00:00UTC", "2019-10-01T10:00:00Z", "2019-10-01 12:00:00+02:00"]
     same += ["2019-10-01 10:00", "2019-10-01T10:00:00.000", "2019-10-1 10:00:00 +00:00"]
+    same += ["2019-10-01T10:00Z", "2019-10-01 10:00 UTC", "2019-10-01T12:00+02:00", "2019-10-01 12:00 +0200"]
+    same += ["2019-10-01 12:00:00+02", "2019-10-01 08:00:00.000-02", "2019-10-01 12:00+02", "2019-10-01 4:30-0530"]
     path = write(tmp_path, "d.csv", "user,item,time\n" + "".join(f"u{k},x,{time}\n" for k, time in enumerate(same)))
     assert set(both(path).sequences.times.tolist()) == {1569924000}
 
@@ -342,6 +344,21 @@ def test_columns_of_no_use(tmp_path, both, series, kind):
     assert "column 'time': time must hold numbers, strings, dates or datetimes" in message and kind in message
     message = both(write_parquet(tmp_path, user=["a", "b"], item=series), on_error="skip")
     assert "column 'item' must hold strings or integers" in message and kind in message
+
+
+def test_whole_numbers_of_more_than_64_bits(tmp_path, both):
+    wide = pl.Series([2**100, 7, -(2**63)], dtype=pl.Int128)
+    path = write_parquet(tmp_path, user=["a", "b", "c"], item=["x", "y", "z"], time=wide)
+    assert both(path).startswith(f"{path}:row 1: time {2**100} is neither a finite number")
+    assert rows_of(both(path, on_error="skip")) == [("b", "y", 7), ("c", "z", -(2**63))]
+    message = both(write_parquet(tmp_path, user=wide, item=["x", "y", "z"]))
+    assert "column 'user' must hold strings or integers, got Int128 of more than 64 bits" in message
+
+
+@pytest.mark.parametrize("text", ["2020/01/31", "2020.01.31 10:00"])
+def test_a_date_without_hyphens_is_told_how_to_be_written(tmp_path, both, text):
+    message = both(write(tmp_path, "d.csv", f"user,item,time\na,x,{text}\n"))
+    assert f"{text!r} is neither a finite number nor an ISO date: write it with hyphens, as in 2020-01-31" in message
 
 
 def test_columns_of_nulls(tmp_path, both):

@@ -455,6 +455,7 @@ def test_line_numbers_count_line_breaks_in_quotes(file):
         ('{"user_id": "a", "item_id": 1.5, "timestamp": 1}', "item is a float, expected a string or an integer"),
         ('{"user_id": true, "item_id": "x", "timestamp": 1}', "user is a bool"),
         ('{"user_id": "a", "item_id": ["x"], "timestamp": 1}', "item is a list"),
+        ('{"user_id": {"id": 1}, "item_id": "x", "timestamp": 1}', "user is a dict"),
         ('{"user_id": "a", "item_id": "x", "timestamp": NaN}', "time 'nan'"),
         ('{"user_id": "a", "item_id": "x", "timestamp": true}', "time is a bool"),
         ('{"user_id": "a", "item_id": "x", "timestamp": "soon"}', "time 'soon'"),
