@@ -25,13 +25,16 @@ u once for that term and once for the score, F for the float64 sum of (x c)_d th
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from metarec_fast.kernels import _common
-from metarec_fast.reference.nearest_codeword import Metric
+
+Metric = Literal["distance", "product"]  # as in the reference, which kernels do not import
 
 # Up to this many terms (x - c)^2 the float64 pass alone is over before the screen's launches would be.
 _SETTLE_ALL = 1 << 26

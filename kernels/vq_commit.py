@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metarec_fast.kernels import _common
-from metarec_fast.kernels.nearest_codeword import search
-from metarec_fast.reference.nearest_codeword import Metric
+from metarec_fast.kernels.nearest_codeword import Metric, search
 
 _TILE = 2048  # elements of x that a program holds
 

@@ -373,7 +373,7 @@ class Field(NamedTuple):
 
 COUNT = Field("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < 2**63)
 FINITE = Field("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v))
-TEXT = Field("a string", lambda v: isinstance(v, str) and _is_unicode(v))
+TEXT = Field("a string", lambda v: isinstance(v, str) and is_unicode(v))
 OBJECT = Field("an object", lambda v: isinstance(v, dict))
 LIST = Field("a list", lambda v: isinstance(v, list))
 SHA256 = Field("64 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None)
@@ -385,7 +385,8 @@ def one_of(*values: Any) -> Field:
     return Field(words, lambda v: (v is None or isinstance(v, str)) and v in values)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Without half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

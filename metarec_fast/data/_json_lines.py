@@ -17,6 +17,7 @@ import polars as pl
 from metarec_fast.data._columns import Columns
 from metarec_fast.data._pieces import LONGEST, Piece, pieces
 from metarec_fast.data._tables import SAMPLE, SHOWN, Rejects, Table
+from metarec_fast.files import is_unicode
 
 NEWLINE = ord("\n")
 DEEP = 500  # levels of nesting
@@ -90,7 +91,7 @@ class _JsonLines:
         # polars turns numbers into strings where strings are expected, and takes the first of repeated keys: every
         # occurrence of a key must be followed by a value of the expected kind, and there must be one a row.
         for column, kind in schema.items():
-            if not _is_unicode(column) or _spelt_otherwise(column, data):
+            if not is_unicode(column) or _spelt_otherwise(column, data):
                 return None
             key = json.dumps(column, ensure_ascii=False).encode()
             if len(re.findall(re.escape(key) + rb"\s*:", data)) != len(numbers):
@@ -194,7 +195,7 @@ def _json_object(line: bytes) -> tuple[_Object | None, str | None]:
 def _json_defect(role: str, value: object, kinds: dict[str, type]) -> str | None:
     if value is None:
         return f"missing {role}"
-    if isinstance(value, str) and not _is_unicode(value):
+    if isinstance(value, str) and not is_unicode(value):
         return f"{role} is not valid Unicode"
     if role == "time":
         return None if type(value) in (int, float, str) else f"time is a {_kind_name(value)}"
@@ -207,12 +208,3 @@ def _json_defect(role: str, value: object, kinds: dict[str, type]) -> str | None
 
 def _kind_name(value: object) -> str:
     return "dict" if isinstance(value, dict) else type(value).__name__
-
-
-def _is_unicode(text: str) -> bool:
-    """Without half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

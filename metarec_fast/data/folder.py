@@ -153,20 +153,21 @@ def load_domain(
     return domain
 
 
+NAME = Field("a string", lambda v: isinstance(v, str))  # of a file or a column: need not be Unicode
 FIELDS = {
     "format": COUNT,
     "name": TEXT,
     "num_users": COUNT,
     "num_items": COUNT,
     "num_interactions": COUNT,
-    "ordered_by": Field("the name of a column or null", lambda v: v is None or TEXT.holds(v)),
+    "ordered_by": Field("the name of a column or null", lambda v: v is None or NAME.holds(v)),
     "arrays": OBJECT,
     "source": Field("an object or null", lambda v: v is None or isinstance(v, dict)),
     "checksum": SHA256,
 }
 ARRAY_FIELDS = {"dtype": TEXT, "length": COUNT, "bytes": COUNT, "sha256": SHA256}
 SOURCE_FIELDS = {
-    "path": TEXT,
+    "path": NAME,
     "rows": COUNT,
     "rejected": COUNT,
     "examples": Field(
@@ -180,7 +181,7 @@ SOURCE_FIELDS = {
     "dropped": COUNT,
     "tied": Field("a share or null", lambda v: v is None or (FINITE.holds(v) and 0 <= v <= 1)),
     "notes": Field("a list of strings", lambda v: LIST.holds(v) and all(map(TEXT.holds, v))),
-    "columns": Field("strings by role", lambda v: OBJECT.holds(v) and all(map(TEXT.holds, v.values()))),
+    "columns": Field("strings by role", lambda v: OBJECT.holds(v) and all(map(NAME.holds, v.values()))),
     "unit": TEXT,
 }
 

@@ -114,6 +114,8 @@ def verdict(validation: Mapping[str, Any], *, better: bool | None = None, replac
     if validation.get("no_verdict") is not None:
         model = "transferred" if better or not replaces else "target-only"
         choice = f"The {model} model is returned; that its figure is higher may be chance."
+        if not validation["difference"]:
+            choice = f"The {model} model is returned; both figures are equal."
         if not better and validation["difference"] > 0:
             choice = "The target-only model is returned." if replaces else "The target-only model is the one to take."
         elif not replaces:

@@ -179,6 +179,13 @@ def test_a_file_name_is_no_pattern(tmp_path, both, name):
     assert rows_of(both(write_parquet(tmp_path, name, user=["a"], item=["x"]))) == [("a", "x", None)]
 
 
+def test_a_key_that_is_not_unicode(tmp_path, both):
+    path = write(tmp_path, "d.jsonl", r'{"\ud800": "a", "item_id": "x", "\udc00": 3}' + "\n")
+    domain = both(path, user="\ud800", time="\udc00")
+    assert rows_of(domain) == [("a", "x", 3)] and domain.ordered_by == "\udc00"
+    assert both(path, user="\udbff").startswith(f"{path}: no column '\\udbff' for user")
+
+
 def test_a_file_in_a_folder_that_looks_like_home(tmp_path, both, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~").mkdir()

@@ -202,6 +202,11 @@ def test_where_few_cases_or_ties_decide_there_is_no_verdict(transferred, alone, 
     assert kept["returned"] == "transferred" and kept["verdict"].endswith("Which of the two is better is open.")
 
 
+def test_no_figure_is_called_higher_where_both_are_equal():
+    found = report(metrics([30] * 40), metrics([30] * 40))
+    assert found["verdict"].endswith("The target-only model is returned; both figures are equal.")
+
+
 def test_a_stage_that_did_not_run_gets_no_verdict_and_steps_left_out_are_told():
     ran = {"skipped_by_stage": {}, "stages_not_run": []}
     broken = {"skipped_by_stage": {"meta": 4, "finetune": 1}, "stages_not_run": ["meta"]}
