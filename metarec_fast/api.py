@@ -220,6 +220,7 @@ class MetaRec:
         Raises ValueError for another ``config.model`` than this model's, or a domain that cannot be trained on.
         """
         _, domain = check_domains((), domain)
+        check_flag(compare_target_only, "compare_target_only")
         config = _checked_config(config, self.adapt_config())
         check_device(config)
         if config.model != self.config.model:
@@ -432,6 +433,7 @@ class MetaRec:
             those known from held-out events alone. By default ``config.data.catalogue``.
         """
         check_choice(split, "split", ("valid", "test"))
+        check_flag(evidence, "evidence")
         return evaluate(
             self.scorer(evidence=evidence),
             getattr(self.split, split),
@@ -467,7 +469,7 @@ class MetaRec:
         k = check_count(k, "k", POSITIVE_COUNT)
         check_flag(exclude_seen, "exclude_seen")
         check_choice(on_unknown, "on_unknown", ("raise", "skip"))
-        asked = _ids("users", users)
+        asked = None if users is None else _ids("users", users)
         if asked is not None:
             known = self._known(self.domain.users, [(f"users[{i}]", user) for i, user in enumerate(asked)], on_unknown)
             places = np.flatnonzero(known >= 0)
@@ -558,11 +560,10 @@ class MetaRec:
         return cls(model.eval(), split, config, evidence=evidence, history=loaded.facts["history"], **weights)
 
 
-def _ids(name: str, given: Iterable[Any] | None) -> list[Any] | None:
+def _ids(name: str, given: Iterable[Any]) -> list[Any]:
     """As a list. Raises TypeError for a single id."""
-    if given is None:
-        return None
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+    single = isinstance(given, (str, bytes)) or not isinstance(given, Iterable)
+    if single or (isinstance(given, np.ndarray) and not given.ndim):
         raise TypeError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
     return given.tolist() if isinstance(given, np.ndarray) else list(given)
 
@@ -582,6 +583,8 @@ class _Run:
 
     def refuse(self, overwrite: bool) -> None:
         """Raises ValueError, before any work, for a folder that holds a run which is neither to go on nor to go."""
+        check_flag(self.resume, "resume")
+        check_flag(overwrite, "overwrite")
         if self.folder is not None:
             run_folder.refuse(self.folder, resume=self.resume, overwrite=overwrite)
 

@@ -139,7 +139,8 @@ def checked(value: object, kind: Any, name: str, allowed: Range | None = None) -
     if origin is Literal:
         return check_choice(value, name, parts)
     if origin is tuple:
-        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        of_none = getattr(value, "ndim", 1) == 0  # an array of no dimension, which claims to be iterable
+        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)) or of_none:
             raise ValueError(f"{name} must be a list, got {shown(value)}")
         return tuple(checked(one, parts[0], f"{name}[{i}]", allowed) for i, one in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):

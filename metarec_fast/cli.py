@@ -370,7 +370,7 @@ def in_flags(message: str, command: type) -> str:
         message = re.sub(rf"(?<![\w.'-])(?P<name>{arguments}){value}", in_words, message)
         said = r"(?P<value>(?!))?(?=(\[\d+\])* (must|needs|holds|is given|has)\b)"
         message = re.sub(rf"^(?P<name>{arguments}){said}", in_words, message)
-    return message
+    return re.sub(r"(--[\w-]+) \(\1\)", r"\1", message)  # said in both ways: --resume (resume=True)
 
 
 def config_of(command: Config) -> Config:
@@ -921,6 +921,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = in_flags(str(error), COMMANDS[name]).split("\n")
             print("metarec-fast: " + "\n".join(map(printable, lines)), file=sys.stderr)
             return 2
+        except KeyboardInterrupt:  # while data is read, or the second one
+            print("metarec-fast: interrupted", file=sys.stderr)
+            return 130
 
 
 if __name__ == "__main__":

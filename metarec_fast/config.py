@@ -25,6 +25,7 @@ from metarec_fast.checks import (
     check_fields,
     check_names,
     parse_json,
+    shown,
 )
 
 RANGES = {
@@ -299,7 +300,7 @@ class Config(Checked):
                 changed[name] = values
                 continue
             if not isinstance(values, Mapping):
-                raise ValueError(f"{name} must be an object of options and their values, got {values!r}")
+                raise ValueError(f"{name} must be an object of options and their values, got {shown(values)}")
             known = [f.name for f in dataclasses.fields(SECTIONS[name])]
             check_names(values, known, owner=name, what="option", plural="options")
             changed[name] = dataclasses.replace(getattr(self, name), **values)

@@ -143,6 +143,15 @@ def test_saving_over_a_model_is_asked_for(fitted, with_transitions, copy):
     assert (copy / "README.md").read_text() == "about this model"
 
 
+def test_a_word_is_no_consent(fitted, copy):
+    before = (copy / "metarec.json").read_bytes()
+    with pytest.raises(ValueError, match="overwrite must be True or False, got 'false'; did you mean False"):
+        fitted.save_pretrained(copy, overwrite="false")
+    with pytest.raises(ValueError, match="verify must be True or False, got 0"):
+        MetaRec.from_pretrained(copy, verify=0)
+    assert (copy / "metarec.json").read_bytes() == before
+
+
 def test_other_files_are_not_saved_over(fitted, tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     with pytest.raises(ValueError, match="holds files but no saved model"):
@@ -970,6 +979,8 @@ def test_unknown_ids_can_be_skipped_and_the_others_answered(fitted):
         ({"users": "u1"}, TypeError, "users must be a list, got the single str 'u1'"),
         ({"users": 5}, TypeError, "users must be a list, got the single int 5"),
         ({"histories": ["i1", "i2"]}, TypeError, r"histories\[0\] must be a list, got the single str 'i1'"),
+        ({"users": np.array("u1")}, TypeError, "users must be a list, got the single ndarray array"),
+        ({"histories": [None]}, TypeError, r"histories\[0\] must be a list, got the single NoneType None"),
         ({"users": [], "k": 2.5}, ValueError, "k must be an integer, got 2.5"),
         ({"users": [], "k": True}, ValueError, "k must be an integer, got True"),
         ({"users": [], "exclude_seen": "no"}, ValueError, "exclude_seen must be True or False, got 'no'"),

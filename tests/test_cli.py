@@ -568,6 +568,7 @@ def test_the_demo_replaces_a_demo_where_nobody_chose_the_folder_and_nothing_else
         ("train", "train.batch_size must be at least 1, got 0", "--train.batch-size must be at least 1, got 0"),
         ("train", "model.evidence='learned' needs two users", "--model.evidence learned needs two users"),
         ("train", "pass overwrite=True", "pass --overwrite"),
+        ("train", "--overwrite (overwrite=True) replaces it", "--overwrite replaces it"),
         ("train", "on_error='skip' counts them", "--on-error skip counts them"),
         ("adapt", "train.finetune_lr must be finite", "--lr must be finite"),
         ("recommend", "k must be at least 1, got 0", "--k must be at least 1, got 0"),
@@ -594,6 +595,15 @@ def test_invalid_options_are_said_before_data_is_read(folder, tmp_path, capsys):
     ):
         assert main([*command, option]) == 2
         assert_one_line(capsys, message)
+
+
+def test_ctrl_c_before_training_is_told_in_a_line(folder, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metarec_fast.data.read", interrupted)
+    assert main(["train", "--target=books", f"--folder={folder}", "--train.method=target_only"]) == 130
+    assert_one_line(capsys, "interrupted")
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

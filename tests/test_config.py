@@ -121,6 +121,7 @@ def test_options_cannot_be_changed_in_place():
         ("evidence", "sizes", (), "evidence.sizes must be one number or more, got none"),
         ("evidence", "sizes", (1.0, -1.0), r"evidence.sizes\[1\] must be above 0, got -1.0"),
         ("evidence", "sizes", "12", "evidence.sizes must be a list, got '12'"),
+        ("evidence", "sizes", np.array(1.0), "evidence.sizes must be a list, got array"),
         ("model", "encoder", "LRU", "model.encoder must be 'lru' or 'sasrec', got 'LRU'; did you mean 'lru'?"),
         ("model", "encoder", "xyz", "got 'xyz'$"),
         ("model", "vq", "residul", "did you mean 'residual'"),

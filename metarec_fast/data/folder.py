@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.lib import format as npy
 
+from metarec_fast.checks import check_flag
 from metarec_fast.data.domain import Domain, ReadReport, Sequences
 from metarec_fast.data.vocabulary import Vocabulary
 from metarec_fast.files import (
@@ -89,6 +90,7 @@ def save_domain(domain: Domain, folder: str | Path, *, overwrite: bool = False) 
 
     Raises ValueError for a folder that holds a domain already, or anything else; OSError where it cannot be written.
     """
+    check_flag(overwrite, "overwrite")
     with replacing(folder, DOMAIN, overwrite=overwrite) as partial:
         write_domain(domain, partial)
 

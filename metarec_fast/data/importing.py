@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
+from metarec_fast.checks import check_flag
 from metarec_fast.data._columns import Columns
 from metarec_fast.data._csr import offsets as csr_offsets
 from metarec_fast.data._grouping import Duplicates, group, stable_argsort
@@ -85,6 +86,7 @@ def import_file(
     from metarec_fast.data._polars import failures_of
 
     check_choices(on_error, duplicates)
+    check_flag(overwrite, "overwrite")
     budget = _bytes(memory)
     path = Path(path)
     stem, format = split_suffix(path, format)

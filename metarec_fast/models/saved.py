@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from metarec_fast.checks import check_flag
 from metarec_fast.config import Config
 from metarec_fast.data.domain import Domain
 from metarec_fast.data.folder import load_domain, write_domain
@@ -97,6 +98,7 @@ def save_model(
 
     from metarec_fast import __version__
 
+    check_flag(overwrite, "overwrite")
     versions = {"metarec_fast": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     tensors = {f"{part}.{k}": v.contiguous() for part, module in parts.items() for k, v in module.state_dict().items()}
     with replacing(folder, MODEL, overwrite=overwrite) as partial:
@@ -125,6 +127,7 @@ def load_model(folder: str | Path, *, verify: bool = True) -> Loaded:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_flag(verify, "verify")
     folder = Path(folder)
     if not MODEL.is_in(folder):
         raise ValueError(f"{folder} holds no saved model: {MODEL.last} is missing")

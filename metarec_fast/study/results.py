@@ -120,7 +120,7 @@ class Results:
                 try:
                     facts = json.loads(path.read_text(encoding="utf-8"))
                     known = study.hash(cell, facts["data"]) == facts["config_hash"]
-                except (ValueError, KeyError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(f"{path} is damaged; remove it to run the cell again: {error!r}") from error
                 if known:
                     self.facts[_key(cell)], self._paths[_key(cell)] = facts, path

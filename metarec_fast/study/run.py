@@ -28,6 +28,7 @@ import torch
 
 from metarec_fast import __version__
 from metarec_fast.api import MetaRec, split_domain
+from metarec_fast.checks import check_flag
 from metarec_fast.config import Config
 from metarec_fast.data import (
     DataWarning,
@@ -358,6 +359,7 @@ def run(
 
 def refuse_other(study: Study, out: Path, *, overwrite: bool) -> None:
     """Raises ValueError, unless ``overwrite``, for a folder of a study of other targets or sources, or another name."""
+    check_flag(overwrite, "overwrite")
     path = out / "study.json"
     if overwrite or not path.exists():
         return

@@ -40,6 +40,11 @@ def is_in(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def owns(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's folder is the checkpoint's; hidden ones are nobody's."""
+    return name == MANIFEST or name.startswith(".") or STATE.fullmatch(name) is not None
+
+
 def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, step: int) -> None:
     """Write a checkpoint of ``step``; the one before stays valid until the manifest names the new file.
 

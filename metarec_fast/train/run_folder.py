@@ -28,10 +28,13 @@ from metarec_fast.files import (
     sealed,
     write_atomically,
 )
+from metarec_fast.models.saved import MODEL
+from metarec_fast.train import checkpoint
 
 FORMAT = 1
 DESCRIPTION = "run.json"
 METHOD_FOLDERS = ("target_only", "pretrain", "joint", "metarec")
+PARTS = (*(f"{method}/target_only" for method in METHOD_FOLDERS), *METHOD_FOLDERS)  # folders of runs within a run's
 LOSABLE = ("checkpoint", "model", "metrics.json", "table.md", "report.html")  # what work has gone into
 OWN = (*LOSABLE, "config.json", "log.jsonl", "profile.json", "profile.svg", DESCRIPTION)
 TEXT_OR_NULL = Field("a string or null", lambda v: v is None or TEXT.holds(v))
@@ -148,6 +151,8 @@ def refuse(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder for the run")
+    if (other := _other_than_a_run(folder)) is not None:
+        raise ValueError(f"{folder} holds {other}, which is of no run; move it away, or give another folder")
     if not (resume or overwrite) and (found := describe(folder)) is not None:
         raise ValueError(
             f"{folder} holds a run already: {found}; --overwrite (overwrite=True) replaces it, "
@@ -174,6 +179,20 @@ def describe(folder: Path) -> str | None:
     return f"target {about['target']['name']!r}, method {about['method']}, sources {sources or 'none'}, {when}"
 
 
+def _other_than_a_run(folder: Path) -> str | None:
+    """A name that a run would write or remove, and that somebody else's file or folder has; None if there is none."""
+    at_work = (folder / DESCRIPTION).exists()
+    for part in ("", *PARTS):
+        state, model = folder / part / "checkpoint", folder / part / "model"
+        for path, whole, owns in ((state, checkpoint.is_in(state), checkpoint.owns), (model, MODEL.is_in(model), None)):
+            at_work = at_work or whole
+            if whole or not path.exists():
+                continue
+            if not path.is_dir() or not all(owns is not None and owns(one.name) for one in path.iterdir()):
+                return str(path.relative_to(folder))
+    return None if at_work else next((name for name in OWN if name not in OWN[:2] and (folder / name).exists()), None)
+
+
 def run_in(folder: Path) -> dict[str, Any] | None:
     """What the description in ``folder`` says, or None if there is none that can be read."""
     try:
@@ -197,9 +216,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 def _clear(folder: Path, renewed: Sequence[str]) -> None:
     """Remove a run's files, but for the models at ``renewed``, which stay until a new one takes their place."""
-    parts = [
-        part for part in METHOD_FOLDERS if any((folder / part / name).exists() for name in (*LOSABLE, DESCRIPTION))
-    ]
+    parts = [part for part in PARTS if any((folder / part / name).exists() for name in (*LOSABLE, DESCRIPTION))]
     if describe(folder) is None and run_in(folder) is None:
         return  # whatever is there is not ours
     for name in (*OWN, *(f"{part}/{name}" for part in parts for name in OWN)):

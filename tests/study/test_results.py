@@ -183,10 +183,11 @@ def test_an_archive_holds_all_that_the_tables_need(out, tmp_path):
     assert Results(study(), tmp_path).archive().read_bytes() == archive.read_bytes()
 
 
-def test_a_damaged_cell_is_named(out, tmp_path):
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"data": 1}'])
+def test_a_damaged_cell_is_named(out, tmp_path, text):
     (tmp_path / "cells").mkdir()
     name = next((out / "cells").glob("*-ours-0-*.json")).name
-    (tmp_path / "cells" / name).write_text("{")
+    (tmp_path / "cells" / name).write_text(text)
     with pytest.raises(ValueError, match=rf"{name} is damaged; remove it"):
         Results(study(), tmp_path)
 

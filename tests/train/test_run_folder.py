@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -139,6 +140,34 @@ def test_overwriting_replaces_the_run_and_leaves_other_files(tmp_path):
     fit(tmp_path, target=other, resume=True)
     assert MetaRec.from_pretrained(tmp_path / "model").domain.name == "other"
     assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint/best.pt", "checkpoint", "model/weights.bin", "joint/model/x", "config.json"]
+)
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_files_of_others_are_neither_removed_nor_replaced(tmp_path, name, flags):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="which is of no run; move it away, or give another folder"):
+        fit(tmp_path, **flags)
+    assert held(tmp_path) == {path: b"mine"}
+
+
+def test_overwriting_leaves_nothing_of_the_run_within_a_run(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "metarec")
+    MetaRec.from_pretrained(folder / "model").adapt(SOURCE, run_dir=tmp_path, overwrite=True)
+    assert not (tmp_path / "metarec").exists()
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_a_word_is_no_consent(run, flag):
+    folder, before = run
+    with pytest.raises(ValueError, match=f"{flag} must be True or False, got 'no'; did you mean False"):
+        fit(folder, **{flag: "no"})
+    assert held(folder) == before
 
 
 def test_both_flags_are_refused(tmp_path):
