@@ -105,12 +105,20 @@ def traced_transform() -> bool:
     return forward_mode() or (torch.compiler.is_compiling() and transformed())
 
 
+def check_is_tensor(value: Any, name: str) -> None:
+    """Raise TypeError, with what turns ``value`` into a tensor, if it is none."""
+    if isinstance(value, Tensor):
+        return
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    convert = "torch.from_numpy" if kind == "numpy.ndarray" else "torch.as_tensor"
+    raise TypeError(f"{name} must be a torch.Tensor, got {kind}: pass {convert}({name})")
+
+
 def check_tensor(
     value: Any, name: str, *, dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device | None = None
 ) -> None:
     """Raise TypeError or ValueError that names the argument, what was expected and what came."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    check_is_tensor(value, name)
     if value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")

@@ -105,6 +105,11 @@ class Codebook(nn.Module):
     def has_dead_code_replacement(self) -> bool:
         return self.threshold_ema_dead_code > 0
 
+    @property
+    def moves_in_place(self) -> bool:
+        """Whether calls write to the codes, of which an optimizer knows nothing."""
+        return self.ema_update or self.has_dead_code_replacement
+
     def codes_for(self, rows: Tensor, keep: Tensor | None) -> Tensor:
         """The codes [H, K, D] that rows [H, N, D] are compared with. keep: bool [N], rows that count."""
         if self.vq_bridge is None:
@@ -213,7 +218,7 @@ class Codebook(nn.Module):
         dead = self.cluster_size < self.threshold_ema_dead_code
         if dead.device.type == "cpu" and not self._syncs and not torch.compiler.is_compiling() and not dead.any():
             return  # on a CPU the question is free; elsewhere it would stall the device, and an empty draw is cheap
-        drawn, replaced = draw_rows(rows.float(), self.valid_rows(rows, keep), dead, sync=self._syncs)
+        drawn, replaced = draw_rows(rows.float(), self.rows_for_codes(rows, keep), dead, sync=self._syncs)
         drawn, replaced = self.transform_input(drawn), replaced.unsqueeze(-1)
         self.embed.copy_(torch.where(replaced, drawn, self.embed))
         self.embed_avg.copy_(torch.where(replaced, drawn * self.threshold_ema_dead_code, self.embed_avg))
@@ -276,7 +281,7 @@ class Codebook(nn.Module):
         _check_not_batched(rows)
         self._before_moving()
         state = (self.embed.detach(), self.embed_avg, self.cluster_size, self.initted)
-        rows, valid = rows.detach().float(), self.valid_rows(rows, keep)
+        rows, valid = rows.detach().float(), self.rows_for_codes(rows, keep)
         sync = self._syncs and self.sync_kmeans
         if torch.compiler.is_compiling() or transformed():  # which let an operator alone write to buffers
             traced_start_by_kmeans_(*state, rows, valid, self.kmeans_iters, self.eps, self.use_cosine_sim, sync)
@@ -301,6 +306,11 @@ class Codebook(nn.Module):
         # one NaN or infinity makes the sum of a row NaN or infinite
         finite = rows.sum(-1).isfinite()
         return finite if keep is None else finite & keep
+
+    def rows_for_codes(self, rows: Tensor, keep: Tensor | None) -> Tensor:
+        """Valid rows that may become codes, bool [H, N]: for cosine similarity those that have a direction."""
+        valid = self.valid_rows(rows, keep)
+        return valid & (torch.linalg.vector_norm(rows, dim=-1) >= COSINE_EPS) if self.use_cosine_sim else valid
 
     def _before_moving(self) -> None:
         if not torch.compiler.is_compiling():

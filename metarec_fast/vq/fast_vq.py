@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarec_fast.ops._register import forward_mode
+from metarec_fast.ops._register import check_is_tensor, forward_mode
 from metarec_fast.ops.portable_lookup import check_leaves_in_eval
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.affine_codebook import AffineCodebook
@@ -234,6 +234,7 @@ class FastVQ(nn.Module):
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
+        check_is_tensor(codes, "codebook")
         with torch.no_grad():
             self.codebook.copy_(codes)
 
@@ -358,7 +359,8 @@ class FastVQ(nn.Module):
         )
         to_codes = None
         if pulled and self.training and self.codebook_weight is not None:
-            chosen = embed.gather(1, indices.unsqueeze(-1).expand_as(rows))
+            # of a copy: the graph must not see dead codes replaced in place
+            chosen = embed.clone().gather(1, indices.unsqueeze(-1).expand_as(rows))
             to_codes = mean_square(rows.detach(), chosen, keep, pulled=True)
         if update is not None:
             self._codebook.update(rows.detach(), indices, keep=keep, lookup=health, **update)
@@ -409,6 +411,7 @@ class FastVQ(nn.Module):
 
     def expire_codes_(self, x: Tensor) -> None:
         """In training, replace dead codes by rows of ``x`` [..., codebook_dim * heads], already projected."""
+        check_is_tensor(x, "x")
         self._codebook.expire_codes_(self._layout.rows(x))
 
     @torch.no_grad()
@@ -491,7 +494,7 @@ class FastVQ(nn.Module):
             if keep is not None:
                 used = used.masked_fill(~(keep if used.dim() == 2 else keep.unsqueeze(-1)), -1)
             orthogonality = orthogonality_loss(
-                self._codebook.embed,
+                self._codebook.embed.clone(),  # the graph must not see the codes change in place
                 used=used.flatten(1) if self.orthogonal_reg_active_codes_only else None,
                 max_codes=self.orthogonal_reg_max_codes,
             ).to(dtype)

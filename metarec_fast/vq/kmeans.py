@@ -36,12 +36,10 @@ def start_by_kmeans_(
 
     A centre that loses its rows stays where it is, and may win some back. One that has none in the end (fewer distinct
     rows than codes) starts at a random row, as if that row were its only one: cluster_size 1, so that no average draws
-    it to the origin. cosine: rows are of length 1 and join the centre of largest product; rows of zeros have no
-    direction and count for nothing, and a centre whose rows cancel stays where it is.
+    it to the origin. cosine: rows are of length 1 and join the centre of largest product; rows that have no direction
+    must not be valid, and a centre whose rows cancel stays where it is.
     """
     K = embed.shape[1]
-    if cosine:
-        valid = valid & rows.any(-1)
     num_rows, giver = _ranks_agree(initted, valid, sync=sync)
     if giver is not None:
         _take_codes_(embed, embed_avg, cluster_size, initted, giver=giver)

@@ -9,30 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec_fast.ops._register import transformed
-
-
-def check_is_tensor(value: Any, name: str) -> None:
-    """Raise TypeError, with what turns ``value`` into a tensor, if it is none."""
-    if isinstance(value, Tensor):
-        return
-    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    convert = "torch.from_numpy" if kind == "numpy.ndarray" else "torch.as_tensor"
-    raise TypeError(f"{name} must be a torch.Tensor, got {kind}: pass {convert}({name})")
+from metarec_fast.ops._register import check_is_tensor, transformed
 
 
 def as_indices(indices: Any, name: str = "indices") -> Tensor:
     """Indices of any integer dtype as int64; -1 stands for none.
 
-    Raises TypeError for what is no tensor, and ValueError for what holds no integers or, on a CPU, numbers below -1:
-    an integer dtype too small for the codebook would have made them.
+    Raises TypeError for what is no tensor, and ValueError for what holds no integers or, on a CPU, numbers below -1,
+    which an integer dtype too small for the codebook makes.
     """
     check_is_tensor(indices, name)
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise ValueError(f"{name} must be int64 or another integer dtype, got {indices.dtype}")
     wide = indices.long()
-    if indices.dtype != torch.int64 and _can_be_read(wide) and bool((wide < -1).any()):
-        raise ValueError(f"{name} must be at least -1, got {int(wide.min())}: is {indices.dtype} too small for them?")
+    if _can_be_read(wide) and bool((wide < -1).any()):
+        why = "" if indices.dtype == torch.int64 else f": is {indices.dtype} too small for them?"
+        raise ValueError(f"{name} must be at least -1, got {int(wide.min())}{why}")
     return wide
 
 

@@ -26,7 +26,7 @@ _MESSAGE = (
 class _Call:
     """What the first pass of one call found, so that it can be repeated from there.
 
-    states: tensors and notes of each codebook before the call moved it. sums: results of reductions over ranks.
+    states: tensors and notes of each codebook before the call. sums: results of reductions over ranks.
     """
 
     random: list[Tensor]
@@ -72,6 +72,9 @@ def repeatable(forward: Callable) -> Callable:
             call = _Call(_random_state(device))
             frame.calls.setdefault(self, []).append(call)
             with _current(call):
+                for part in self.modules():  # a call that moves nothing too: others may, before backward repeats it
+                    if getattr(part, "moves_in_place", False):
+                        before_moving(part)
                 return forward(self, *args, **kwargs)
         if frame.pass_ is None or frame.pass_() is not hooks[0]:
             frame.pass_, frame.repeated = weakref.ref(hooks[0]), {}

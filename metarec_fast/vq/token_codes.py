@@ -78,7 +78,7 @@ def transformed_codes(
     Raises ValueError for another shape.
     """
     H, K, D = codes.shape
-    made = transform(codes)
+    made = transform(codes.clone())  # its graph must not see the codes change in place
     if made.dim() != 5 or made.shape[0] != H or made.shape[1] * made.shape[2] != rows or made.shape[3:] != (K, D):
         raise ValueError(
             f"codebook_transform_fn must return [{H}, B, N, {K}, {D}] with B * N = {rows}, got {tuple(made.shape)}"

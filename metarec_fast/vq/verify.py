@@ -24,11 +24,19 @@ import torch
 from torch import Tensor
 
 from metarec_fast.ops._codebook import add_head, check_metric, check_pair
-from metarec_fast.ops._register import check_tensor
+from metarec_fast.ops._register import check_is_tensor, check_tensor
 from metarec_fast.reference.nearest_codeword import Metric, costs
-from metarec_fast.vq.layout import check_is_tensor
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint64,
+    torch.uint32,
+    torch.uint16,
+    torch.uint8,
+)
 CHUNK_ELEMENTS = 1 << 18  # scores held at a time, and elements of the pairs that are compared by the definition
 _LARGEST_NORM = 1e140  # squares of sums below this do not overflow
 

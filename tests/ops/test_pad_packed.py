@@ -38,7 +38,7 @@ def test_by_hand():
     ("change", "error", "message"),
     [
         ({"values": torch.zeros(3, dtype=torch.int32)}, TypeError, "values must be int64 or float32, got int32"),
-        ({"values": np.zeros(3)}, TypeError, "values must be a torch.Tensor, got ndarray"),
+        ({"values": np.zeros(3)}, TypeError, "values must be a torch.Tensor, got numpy.ndarray: pass torch.from_numpy"),
         ({"values": torch.zeros(3, 1, 1)}, ValueError, r"values must be \[T\] or \[T, K\]"),
         ({"values": torch.zeros(4)}, ValueError, "offsets must rise from 0 to the number of rows"),
         ({"offsets": torch.tensor([0, 2, 1, 3])}, ValueError, "offsets must rise"),

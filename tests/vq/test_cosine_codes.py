@@ -1,5 +1,7 @@
 """Cosine similarity on every path: the code of largest product, whatever has become of the codes' lengths."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -210,6 +212,19 @@ def test_a_cosine_start_waits_for_rows_that_have_a_direction():
     assert vq(torch.zeros(1, 20, DIM), freeze_codebook=True)[1].eq(0).all() and not vq._codebook.initted
     vq(torch.randn(1, 20, DIM), freeze_codebook=True)
     assert vq._codebook.initted and (vq.codebook.norm(dim=-1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-40])
+def test_rows_without_a_direction_become_no_codes(length):
+    x = torch.randn(1, 60, DIM)
+    x[:, 10:] *= length
+    for options in ({"threshold_ema_dead_code": 2.0}, {"kmeans_init": True}):
+        vq = FastVQ(DIM, 20, use_cosine_sim=True, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "k-means starts")
+            for _ in range(3):
+                vq(x)
+        assert (vq.codebook.norm(dim=-1) - 1).abs().max() < 1e-5
 
 
 def test_a_cosine_centre_whose_rows_cancel_keeps_a_direction():

@@ -2,13 +2,14 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from metarec_fast.vq import FastGroupedResidualVQ, FastResidualVQ, FastVQ, verify
+from metarec_fast.vq import FastGroupedResidualVQ, FastResidualVQ, FastVQ, quantize, verify
 
 
 def state(module):
@@ -642,6 +643,8 @@ def test_indices_of_any_integer_dtype(dtype):
     for module in (vq, FastResidualVQ(dim=8, codebook_size=200, num_quantizers=2)):
         with pytest.raises(ValueError, match=r"at least -1, got -56: is torch.int8 too small"):
             module.get_output_from_indices(torch.full((2, 9, 2), 200).to(torch.int8))
+        with pytest.raises(ValueError, match=r"at least -1, got -2$"):
+            module.get_codes_from_indices(torch.full((2, 9, 2), -2))
         with pytest.raises(TypeError, match=r"indices must be a torch.Tensor, got list: pass torch.as_tensor"):
             module.get_codes_from_indices([1, 2])
 
@@ -661,6 +664,37 @@ def test_what_is_no_tensor_is_told_how_to_become_one():
         FastVQ(8, 4)(torch.from_numpy(x), mask=np.ones((2, 3), bool))
     with pytest.raises(TypeError, match=r"lens must be a torch.Tensor, got list"):
         FastVQ(8, 4)(torch.from_numpy(x), lens=[1, 2])
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got numpy.ndarray: pass torch.from_numpy\(x\)"):
+        quantize(x[0], torch.ones(4, 8))
+    with pytest.raises(TypeError, match=r"codebook must be a torch.Tensor, got numpy.ndarray"):
+        FastVQ(8, 4).codebook = np.ones((4, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FastVQ(8, 16, orthogonal_reg_weight=0.1),
+        lambda: FastVQ(8, 16, use_cosine_sim=True, orthogonal_reg_weight=0.1, orthogonal_reg_active_codes_only=True),
+        lambda: FastVQ(8, 16, **LEARNABLE, codebook_weight=0.5, threshold_ema_dead_code=5),
+        lambda: partial(
+            FastVQ(8, 16),
+            codebook_transform_fn=lambda c: (c @ torch.ones(8, 8, requires_grad=True))[:, None, None].expand(
+                1, 1, 20, 16, 8
+            ),
+        ),
+        lambda: FastResidualVQ(
+            dim=8, codebook_size=16, num_quantizers=2, implicit_neural_codebook=True, threshold_ema_dead_code=5
+        ),
+    ],
+)
+def test_backward_comes_after_the_codes_have_moved_on(build):
+    vq, x = build(), torch.randn(1, 20, 8, requires_grad=True)
+    total = 0
+    for _ in range(2):
+        quantized, _, loss = vq(x)
+        total = total + quantized.square().sum() + loss.sum()
+    total.backward()
+    assert x.grad.isfinite().all() and x.grad.any()
 
 
 def test_verify_takes_what_a_module_took_and_gave():

@@ -160,6 +160,38 @@ def test_codes_that_no_call_moves_can_always_be_repeated(name, options):
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "then"),
+    [
+        ("plain", "another_call"),
+        ("plain", "a_call_of_the_region"),
+        ("plain", "known_indices"),
+        ("residual", "another_call"),
+        ("groups", "a_call_of_the_region"),
+    ],
+)
+def test_a_frozen_call_is_repeated_with_its_codes_though_others_have_moved_them(name, then):
+    vq, x = MODULES[name](), torch.randn(2, 32, 8, requires_grad=True)
+
+    def region(vq, x):
+        quantized, indices = vq(x, freeze_codebook=True)[:2]
+        if then == "a_call_of_the_region":
+            quantized = quantized + vq(x.flip(0))[0]
+        elif then == "known_indices":
+            vq.update_indices(3 * x.detach(), indices)
+        return quantized
+
+    gradients = []
+    for call in (in_a_checkpoint, lambda model, *args: model(*args)):
+        module = copy.deepcopy(vq)
+        torch.manual_seed(3)
+        out = call(lambda x, module=module: region(module, x), x)
+        if then == "another_call":
+            module(3 * x.detach())
+        gradients += torch.autograd.grad(out.square().sum(), x)
+    assert torch.equal(*gradients)
+
+
 def test_an_optimizer_within_the_call_cannot_be_in_a_checkpoint():
     vq = FastVQ(8, 16, in_place_codebook_optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **LEARNABLE)
     with pytest.raises(RuntimeError, match="in_place_codebook_optimizer runs a backward pass of its own"):

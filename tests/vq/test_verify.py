@@ -109,6 +109,13 @@ def test_the_higher_index_at_a_tie_is_wrong(equal):
     assert found.rows.tolist() == [1, 2] and found.expected.tolist() == [1, 1] and found.excess.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_indices_of_any_integer_dtype(dtype):
+    x, codebook = torch.randn(9, 4), torch.randn(64, 4)
+    given, _ = reference.nearest_codeword(x, codebook)
+    assert verify(x, codebook, given.to(dtype)) and verify(x, codebook, (given + 1).to(dtype)).wrong == 9
+
+
 @pytest.mark.parametrize("index", [-1, 64, 2**40, -(2**63)])
 def test_an_index_out_of_range_is_wrong(index):
     x, codebook = torch.randn(9, 4), torch.randn(64, 4)
