@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 IN_A_ROW = 20  # steps of a stage that may be left out one after the other; then the run ends with the reason
+MOST_NAMED = 6  # tensors of a message
 
 
 class NonFiniteTrainingError(ValueError):
@@ -58,7 +59,7 @@ def reason(losses: Mapping[str, float], tensors: Mapping[str, Tensor | None]) ->
 
 
 def not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
-    """Of each tensor that is not finite, in words how much of it."""
+    """Of each tensor that is not finite, in words how much of it; of many, the first and how many more there are."""
     found = []
     for name, tensor in tensors.items():
         if tensor is None:
@@ -68,4 +69,5 @@ def not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
         if bad.any():
             rows = bad.flatten(1).any(1) if bad.dim() > 1 else bad.reshape(-1)
             found.append(f"{name} is not finite in {int(rows.sum()):,} of {len(rows):,} rows")
-    return found
+    more = len(found) - MOST_NAMED
+    return [*found[:MOST_NAMED], f"and {more} more"] if more > 0 else found

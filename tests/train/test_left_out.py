@@ -53,6 +53,9 @@ def test_what_is_not_finite_is_named():
     ]
     assert reason({"x": math.nan, "y": 1.0}, {"b": bad}) == "the loss of x is nan; b is not finite in 2 of 4 rows"
     assert "too large" in reason({}, {})
+    many = {f"p{i}": bad for i in range(9)}
+    assert reason({"x": math.nan}, many).startswith("the loss of x is nan; p0 is")
+    assert reason({}, many).endswith("; p5 is not finite in 2 of 4 rows; and 3 more")
 
 
 @pytest.mark.parametrize("sparse", [False, True])
