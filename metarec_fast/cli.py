@@ -790,6 +790,7 @@ def run_study(
 
 
 def study(command: StudyRun) -> int:
+    from metarec_fast.files import write_atomically
     from metarec_fast.study import PRESETS, Domains, Results, Study
     from metarec_fast.study.results import contrast_table, label, summary
     from metarec_fast.study.run import refuse_other
@@ -810,6 +811,8 @@ def study(command: StudyRun) -> int:
         refuse_other(plan, out, overwrite=command.overwrite)
         status, results = 0, Results(plan, out)
         results.write()
+        if not (out / "study.json").exists():
+            write_atomically(out / "study.json", plan.to_json().encode())
     else:
         domains, cells = Domains(command.folder, on_error=command.on_error), list(chosen.cells())
         if plan.synthetic is None:

@@ -311,6 +311,9 @@ def save_cell(path: Path, study: Study, cell: Cell, domains: Domains, outcome: O
 # the run
 
 
+TABLES = ("results.csv", "comparisons.csv", "tables.md", "gains.svg", "cells.tar.xz")  # some of what Results writes
+
+
 class Failure(NamedTuple):
     """A cell that could not be finished, and why."""
 
@@ -358,10 +361,19 @@ def run(
 
 
 def refuse_other(study: Study, out: Path, *, overwrite: bool) -> None:
-    """Raises ValueError, unless ``overwrite``, for a folder of a study of other targets or sources, or another name."""
+    """Raises ValueError, unless ``overwrite``, for a folder of a study of other targets or sources, or another name.
+
+    Also for one of no study whose files have the names of its tables; an archive of cells may lie there unpacked.
+    """
     check_flag(overwrite, "overwrite")
     path = out / "study.json"
-    if overwrite or not path.exists():
+    if overwrite:
+        return
+    if not path.exists():
+        if not (out / "cells").is_dir() and (found := [name for name in TABLES if (out / name).exists()]):
+            raise ValueError(
+                f"{out} holds {found[0]} and no study; --overwrite (overwrite=True) replaces it, or give another folder"
+            )
         return
     try:
         before = Study.load(path)

@@ -255,6 +255,13 @@ def test_processes_must_be_positive(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_tables_of_others_are_not_replaced(tmp_path):
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds results.csv and no study; --overwrite \(overwrite=True\) replaces it"):
+        run(small(), tmp_path)
+    assert os.listdir(tmp_path) == ["results.csv"] and (tmp_path / "results.csv").read_text() == "mine"
+
+
 def test_a_folder_of_another_study_is_refused_and_left(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "out")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
