@@ -189,7 +189,7 @@ def test_figures_are_whole_on_any_terminal(model, capsys, monkeypatch, width):
     assert main(["evaluate", model]) == 0
     shown = capsys.readouterr().out
     assert "…" not in shown
-    assert len(re.findall(r"\b[01]\.[0-9]{4}\b", shown)) == 2 * 3
+    assert len(re.findall(r"\b[01]\.[0-9]{4}\b", shown)) == 2 * 4  # NDCG@10 among all items beside
 
 
 @pytest.mark.parametrize(("split", "rows"), [("test", 2), ("valid", 1)])
@@ -308,7 +308,7 @@ def test_what_is_skipped_and_ignored_is_told(folder, study_file, tmp_path, capsy
         cli.load_named(["shop", "books"], parsed)
     elif command == "audit-transfer":
         nothing = SimpleNamespace(complete=False)
-        monkeypatch.setattr(cli, "run_study", lambda *given: (0, nothing))
+        monkeypatch.setattr(cli, "run_study", lambda *given, **options: (0, nothing))
         assert main(["audit-transfer", "--target=shop", "--source=books", *options]) == 0
     else:
         assert main(["study", str(study_file), "--fractions", "0.5", "--arms", "popularity", *options]) == 0
