@@ -107,8 +107,8 @@ def pieces(
                 if b"\r" in data:
                     data = data.replace(b"\r\n", b"\n")
                 ends = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE)
-                if size is None and len(data) > LONGEST:
-                    _check_lengths(path, ends, len(data))
+                if len(data) > LONGEST:
+                    _check_lengths(path, ends, len(data), line)
                 yield Piece(data, line, file.position)
                 line += len(ends)
             elif len(rest) > LONGEST:
@@ -172,11 +172,11 @@ def _check_encoding(path: Path, head: bytes) -> None:
         raise ValueError(f"{path}: expected UTF-8, got UTF-16")
 
 
-def _check_lengths(path: Path, ends: np.ndarray, size: int) -> None:
-    """ends: of all lines but perhaps the last of ``size`` bytes."""
+def _check_lengths(path: Path, ends: np.ndarray, size: int, line: int) -> None:
+    """ends: of all lines but perhaps the last of ``size`` bytes, the first of which is this ``line`` of the file."""
     lengths = np.diff(ends, prepend=-1, append=size)
     if (lengths > LONGEST).any():
-        raise _too_long(path, int(np.argmax(lengths > LONGEST)) + 1)
+        raise _too_long(path, line + int(np.argmax(lengths > LONGEST)))
 
 
 def _too_long(path: Path, line: int) -> ValueError:

@@ -179,6 +179,13 @@ def test_a_file_name_is_no_pattern(tmp_path, both, name):
     assert rows_of(both(write_parquet(tmp_path, name, user=["a"], item=["x"]))) == [("a", "x", None)]
 
 
+@pytest.mark.parametrize("piece", [7, 40, 1000])
+def test_a_row_that_is_too_long(tmp_path, both, monkeypatch, piece):
+    monkeypatch.setattr("metarec_fast.data._pieces.LONGEST", 64)
+    path = write(tmp_path, "d.csv", "user,item\na,x\n" + "b" * 70 + ",y\nc,z\n")
+    assert both(path, piece=piece).startswith(f"{path}:3: a row longer than")
+
+
 def test_a_key_that_is_not_unicode(tmp_path, both):
     path = write(tmp_path, "d.jsonl", r'{"\ud800": "a", "item_id": "x", "\udc00": 3}' + "\n")
     domain = both(path, user="\ud800", time="\udc00")
