@@ -181,7 +181,7 @@ class MetaRec:
         with _watched("fit", (target, *sources), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
             if config.train.threads:
                 torch.set_num_threads(config.train.threads)
-            run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+            run = _Run(_folder(run_dir), resume, reporter, should_stop)
             run.refuse(overwrite)
             splits = {d.name: split_domain(d, config) for d in sources}
             split = split_domain(target, config, fraction=config.data.target_fraction)
@@ -231,7 +231,7 @@ class MetaRec:
         with _watched("adapt", (domain,), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
             if config.train.threads:
                 torch.set_num_threads(config.train.threads)
-            run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+            run = _Run(_folder(run_dir), resume, reporter, should_stop)
             run.refuse(overwrite)
             split = split_domain(domain, config, fraction=config.data.target_fraction)
             check_splits({}, split, config)
@@ -568,6 +568,12 @@ def _ids(name: str, given: Iterable[Any]) -> list[Any]:
     return given.tolist() if isinstance(given, np.ndarray) else list(given)
 
 
+def _folder(run_dir: str | Path | None) -> Path | None:
+    if run_dir is not None and not os.fspath(run_dir):
+        raise ValueError("run_dir must name a folder, got an empty string; '.' is the current one")
+    return None if run_dir is None else Path(run_dir)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """Where a run is kept, who is told about it and who may stop it."""
@@ -585,6 +591,8 @@ class _Run:
         """Raises ValueError, before any work, for a folder that holds a run which is neither to go on nor to go."""
         check_flag(self.resume, "resume")
         check_flag(overwrite, "overwrite")
+        if self.resume and self.folder is None:
+            raise ValueError("resume=True needs run_dir, the folder of the run to go on with, got None")
         if self.folder is not None:
             run_folder.refuse(self.folder, resume=self.resume, overwrite=overwrite)
 
@@ -773,7 +781,7 @@ def compare(
     if own:
         config = config.replace(train={"compare_target_only": False})
     with _watched("compare", (target, *sources), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
-        run = _Run(Path(run_dir) if run_dir is not None else None, resume, reporter, should_stop)
+        run = _Run(_folder(run_dir), resume, reporter, should_stop)
         run.refuse(overwrite)
         split = split_domain(target, config, fraction=config.data.target_fraction)
         floor = floor_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)

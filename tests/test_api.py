@@ -1069,3 +1069,16 @@ def test_progress_is_shown_where_it_is_asked_for_or_seen(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
     with pytest.raises(ValueError, match="progress must be True or False, got 'bar'"):
         MetaRec.fit([], TARGET, progress="bar", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run_dir": ""}, "run_dir must name a folder, got an empty string"),
+        ({"resume": True}, "resume=True needs run_dir, the folder of the run to go on with, got None"),
+    ],
+    ids=str,
+)
+def test_a_run_needs_a_folder_to_be_kept_in_or_gone_on_with(options, message):
+    with pytest.raises(ValueError, match=message):
+        MetaRec.fit(SOURCES, TARGET, config=config(), **options)
