@@ -4,12 +4,19 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test sanitize lint format bench build wheel clean
+.PHONY: demo test test-all sanitize lint format bench build wheel clean
 
 demo: .venv/base.done
 	$(BIN)/metarec-fast demo
 
+# JOBS processes of one thread each; what several threads do is tested by tests that ask for them, and by sanitize
+JOBS ?= 2
 test: .venv/test.done
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+	$(MAKE) sanitize
+
+# The same in one process of two threads, as most people run it
+test-all: .venv/test.done
 	$(BIN)/pytest
 	$(MAKE) sanitize
 
