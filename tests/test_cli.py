@@ -334,7 +334,7 @@ def test_what_is_skipped_and_ignored_is_told(folder, study_file, tmp_path, capsy
         (["audit-transfer", "--target=shop", "--source=books", "--leave-out", "--folder={folder}"], "two sources"),
         (["study", "nothing"], "STUDY must be smoke, short, published or a JSON file, got 'nothing'"),
         (["study", "smoke", "--arms", "wings"], "study 'smoke' has no arm 'wings'"),
-        (["study", "published"], "domain 'amazon14_office' is neither a file nor in"),
+        (["study", "published", "--folder={folder}"], "domain 'amazon14_office' is neither a file nor in"),
         (["audit-transfer", "--target=shop", "--folder={folder}"], "an audit needs sources"),
         (
             ["demo", "--preset", "nonsense"],

@@ -61,10 +61,10 @@ def environment() -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     sanitized = environment()
-    ask = "from metarec_fast import _C; print(_C.__file__, *_C.supported_isas())"
+    ask = "from metarec_fast import _C; print(_C.__file__, *_C.supported_isas(), sep=chr(10))"
     where, *isas = subprocess.run(
         [sys.executable, "-c", ask], cwd=ROOT, env=sanitized, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.split()
+    ).stdout.splitlines()
     assert Path(where).parent == ROOT / "build/sanitize", where
     for isa in isas:
         once = COMPILED_ONCE if isa == isas[-1] else ()

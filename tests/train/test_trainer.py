@@ -483,6 +483,12 @@ def test_inner_rates_learn_and_a_stopped_run_keeps_them(tmp_path):
     assert torch.equal(resumed.rates.values, straight.rates.values)
 
 
+def capturing(given):
+    """``given`` with train.capture, which a configuration for a CPU refuses: FixedStep needs no GPU."""
+    object.__setattr__(given.train, "capture", True)
+    return given
+
+
 @pytest.mark.parametrize("options", [{}, {"loss": "sampled"}], ids=str)
 def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, options):
     taken = []
@@ -498,9 +504,9 @@ def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, optio
         given = config(
             model={"dropout": 0.0},
             meta={"inner_steps": 2, "lr_of_inner_lr": 0.01},
-            train={"capture": capture, **options},
+            train=options,
         )
-        run = trainer(given)
+        run = trainer(capturing(given) if capture else given)
         run.model.double()  # so that no code is nearly as near as another
         for stage in ("warmup", "meta"):
             for step in range(4):
@@ -513,7 +519,7 @@ def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, optio
 
 def test_a_batch_too_large_to_be_captured_is_stepped_plainly(monkeypatch):
     monkeypatch.setattr(trainer_module, "CapturedStep", FixedStep)
-    run = trainer(config(train={"capture": True}))
+    run = trainer(capturing(config()))
     run._captured.target_shape = BatchShape(1, 1, 12)
     monkeypatch.setattr(FixedStep, "__call__", None)
     facts = run.train_step("meta", 0)
@@ -523,7 +529,7 @@ def test_a_batch_too_large_to_be_captured_is_stepped_plainly(monkeypatch):
 
 def test_capture_without_a_gpu_is_an_error():
     with pytest.raises(ValueError, match=r"captured step \(train.capture\) needs parameters on a CUDA device, got cpu"):
-        trainer(config(train={"capture": True}))
+        trainer(capturing(config()))
 
 
 @pytest.mark.gpu
