@@ -12,7 +12,7 @@ from torch import Tensor
 from metarec_fast import _C
 from metarec_fast.ops._arrays import span
 from metarec_fast.ops._codebook import add_head, batched_lookup, check_metric, check_pair, check_row_weight
-from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform
+from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform, transformed
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
 from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
@@ -241,7 +241,11 @@ def vq_commit_with_health(
         options = {"codebook_grad": codebook_grad, "unweighted": None if row_weight is None else row_weight == 0}
         quantized, indices, row_error = _composed(x_HND, codebook_HKD, nearest, **options)
     else:
-        outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None, metric)
+        needs_grad = torch.is_grad_enabled() and (x_HND.requires_grad or codebook_HKD.requires_grad)
+        if needs_grad or transformed():
+            outputs = _Commit.apply(x_HND, codebook_HKD, codebook_grad, gradient if fused else None, metric)
+        else:  # an autograd.Function costs as much as a small lookup
+            outputs = _op(x_HND, codebook_HKD, metric)
         quantized, indices, row_error, margin, rechecked = outputs
         health = Health(margin if x.dim() == 3 else margin[0], rechecked)
     if gradient is not None and not fused:
