@@ -379,12 +379,6 @@ LIST = Field("a list", lambda v: isinstance(v, list))
 SHA256 = Field("64 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None)
 
 
-def one_of(*values: Any) -> Field:
-    """One of these strings, or null if None is among them."""
-    words = " or ".join("null" if v is None else repr(v) for v in values)
-    return Field(words, lambda v: (v is None or isinstance(v, str)) and v in values)
-
-
 def is_unicode(text: str) -> bool:
     """Without half a surrogate pair."""
     try:

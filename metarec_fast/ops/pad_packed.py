@@ -41,11 +41,11 @@ def pad_packed(values: Tensor, offsets: Tensor, *, length: int, side: Side = "le
     values, offsets = values.contiguous(), offsets.contiguous()
     B = len(offsets) - 1
     out = empty((B, length, *values.shape[1:]), dtype=values.dtype, device=values.device)
-    as_integers = (lambda x: x) if values.dtype == torch.int64 else (lambda x: x.view(torch.int32))
+    bits = torch.int64 if values.dtype == torch.int64 else torch.int32  # copied, whatever they stand for
     _C.pad_rows(
-        span(as_integers(values)),
+        span(values.view(bits)),
         span(offsets),
-        span(as_integers(out)),
+        span(out.view(bits)),
         rows=B,
         positions=len(values),
         length=length,
