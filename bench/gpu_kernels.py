@@ -6,7 +6,7 @@
 
 Every result is checked before it is timed. The floor is the larger of two times: each input read and each output
 written once at the card's copy bandwidth, and the products at its matrix rate (three float16 products for a float32
-lookup, one for a half type; for target_ranks those of float32 itself), and for negatives 12 bytes written for each.
+lookup, one for a half type; for target_ranks those of float32 itself).
 For linear_cross_entropy and the outer step it is three TF32 products for each of float32: logits and both gradients,
 and the encoder's; of any order of the outer step what the first order cannot leave out. These rates are measured here.
 """
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,9 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import gpu_sequence
 from bench.gpu_case import Case, Rates
 from metarec_fast import ops, reference
-from metarec_fast.ops.gpu_negatives import GpuSeenItems, sample_unseen_on_gpu
-from metarec_fast.ops.sample_negatives import SeenItems, sample_unseen, seen_items
-from metarec_fast.reference.negatives import sample_negatives
 
 COLUMNS = (
     "kernel",
@@ -73,27 +69,6 @@ SHAPES = (
     Shape(8, 1024, 8, 256),
 )
 TINY = (Shape(1, 100, 16, 20), Shape(2, 60, 8, 10))
-
-
-class Draws(NamedTuple):
-    """Negatives of a batch of B rows of L positions, K each; users have seen 100 events on average."""
-
-    V: int
-    B: int
-    L: int
-    K: int
-
-    def __str__(self) -> str:
-        return f"V{self.V} B{self.B} L{self.L} K{self.K}"
-
-
-DRAWS = (
-    Draws(10**6, 1024, 50, 1),
-    Draws(10**6, 1024, 50, 128),
-    Draws(3400, 1024, 50, 128),
-    Draws(10**7, 1024, 50, 128),
-)
-TINY_DRAWS = (Draws(300, 8, 5, 3), Draws(300, 3, 5, 128))
 
 
 def lookup_by_product(x: Tensor, codebook: Tensor) -> Tensor:
@@ -223,55 +198,6 @@ def floor_ms(kernel: str, shape: Shape, dtype: torch.dtype, rates: Rates) -> flo
     return 1e3 * max(moved / rates.copy, products / rates.product)
 
 
-def negatives_providers(
-    seen: SeenItems, draws: Draws, device: str, options: dict[str, Any]
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """As ``providers``; those of torch draw from the same distribution and reject nothing."""
-    rows, size = np.arange(draws.B), (draws.B * draws.L, draws.K)
-    on_cpu = lambda: sample_unseen(seen, rows, **options)  # noqa: E731
-    if device == "cuda":
-        gpu = GpuSeenItems.on(seen, torch.device(device))
-        yield "metarec_fast", lambda: sample_unseen_on_gpu(gpu, rows, **options)
-        yield "metarec_fast on the CPU, copied", lambda: [x.to(device) for x in on_cpu()]
-    else:
-        yield "metarec_fast", on_cpu
-    if seen.table is None:
-        yield "torch.randint (rejects nothing)", lambda: torch.randint(draws.V, size, device=device)
-    elif draws.V < 2**24:
-        p = torch.from_numpy(np.exp(seen.table.log_p)).to(device)
-        yield "torch.multinomial (rejects nothing)", lambda: torch.multinomial(p, size[0] * size[1], replacement=True)
-
-
-def check_negatives(result: Any, seen: SeenItems, draws: Draws, device: str, options: dict[str, Any]) -> None:
-    """Raise AssertionError unless they are the CPU's bit for bit, and those of the first row the definition's."""
-    expected, logq = sample_unseen(seen, np.arange(draws.B), **options)
-    assert torch.equal(result[0].cpu(), expected), "negatives differ from the CPU's"
-    torch.testing.assert_close(result[1].cpu(), logq, rtol=1.2e-7, atol=0)
-    if device == "cpu":
-        offsets, items = seen.offsets.numpy(), seen.items.numpy()
-        weights = None if seen.table is None else seen.table.weights
-        first = {**options, "segments": options["segments"][:2], "num_items": seen.num_items, "weights": weights}
-        defined, _ = sample_negatives(np.array([0, seen.counts[0]]), items[offsets[0] :], np.arange(1), **first)
-        assert torch.equal(expected[: draws.L], torch.from_numpy(defined)), "negatives differ from the definition"
-
-
-def negatives_cases(device: str) -> Iterator[tuple[str, Draws, SeenItems, dict[str, Any]]]:
-    for draws in DRAWS if device == "cuda" else TINY_DRAWS:
-        rng = np.random.default_rng(0)
-        offsets = np.cumsum([0, *rng.geometric(1 / 100, draws.B)])
-        items = (rng.random(offsets[-1]) ** 2 * draws.V).astype(np.int64)
-        counts = np.bincount(items, minlength=draws.V) + 1
-        options = {"count": draws.K, "segments": np.arange(draws.B + 1) * draws.L, "seed": 1, "step": 2**40}
-        for distribution in ("uniform", "popularity"):
-            table = ops.popularity_table(counts) if distribution == "popularity" else None
-            yield (
-                f"negatives, {distribution}",
-                draws,
-                seen_items(offsets, items, num_items=draws.V, table=table),
-                options,
-            )
-
-
 def measure_cuda(call: Callable[[], Any]) -> tuple[float, float, float]:
     from triton.testing import do_bench
 
@@ -321,13 +247,6 @@ def cases(device: str, only: str, rates: Rates) -> Iterator[Case]:
                     arguments = kernel, x, codebook, indices
                     verify = lambda result, given=arguments: check(given[0], result, *given[1:])  # noqa: E731
                     yield Case(names, providers(*arguments), verify, floor_ms(kernel, shape, dtype, rates))
-    for kernel, draws, seen, options in negatives_cases(device):
-        names = {"kernel": kernel, "dtype": "int64", "shape": str(draws)}
-        if only in " ".join(names.values()):
-            given = seen, draws, device, options
-            verify = lambda result, given=given: check_negatives(result, *given)  # noqa: E731
-            floor = 1e3 * draws.B * draws.L * draws.K * (8 + 4) / rates.copy
-            yield Case(names, negatives_providers(*given), verify, floor)
     yield from gpu_sequence.cases(device, only, rates)
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from bench.memory import peak_rise  # noqa: E402
 
 LIMIT = 64e6
-ORDERS = ("1", "2", "fd")
+ORDERS = ("1", "2")
 
 
 def measure(order: str) -> dict[str, float]:
@@ -35,7 +35,7 @@ def measure(order: str) -> dict[str, float]:
     from metarec_fast.meta import Source, outer_step
 
     torch.set_num_threads(2)
-    meta = MetaConfig(similarity_decay=0.0, order=order if order == "fd" else int(order))
+    meta = MetaConfig(similarity_decay=0.0, order=int(order))
 
     def world(batch_size: int) -> tuple:
         model, shared, private, batches, names = bench_meta.world(4, batch_size=batch_size)

@@ -37,7 +37,6 @@ RANGES = {
         "codebook_size": Range(1, 2**24),
     },
     "meta": {
-        "fd_epsilon": POSITIVE,
         "inner_steps": POSITIVE_COUNT,
         "temperature": POSITIVE,
         "similarity_decay": DECAY,
@@ -115,16 +114,11 @@ class ModelConfig(Checked):
 class MetaConfig(Checked):
     """The meta step: what is taken from each source, and how the target decides."""
 
-    order: Literal[1, 2, "fd"] = 1
-    """1: first order. 2: exact, differentiating through the inner steps. fd: the same by two more gradients an inner
-    step instead of second derivatives, which a compiled encoder does not have."""
-    fd_epsilon: float = 5e-3
-    """Length of the finite difference of order fd, in lengths of the shared parameters. In float32 this leaves about a
-    fifth of what tells order 2 from order 1; a shorter one loses more to rounding, a longer one to curvature."""
+    order: Literal[1, 2] = 1
+    """1: first order. 2: exact, differentiating through the inner steps; a compiled encoder has no second
+    derivatives."""
     inner_steps: int = 1
     inner_lr: float = 0.1
-    lr_of_inner_lr: float = 0.0
-    """If not 0, each shared tensor has a rate of its own in each inner step, and they learn at this rate (LSLR)."""
     same_batch: bool = False
     """All inner steps on one batch instead of a fresh one each."""
     temperature: float = 0.1
@@ -191,8 +185,6 @@ class TrainConfig(Checked):
     """torch.compile the encoder."""
     capture: bool = False
     """Run meta steps as one CUDA graph each, on batches filled to a fixed size. Only on a GPU; not yet run on one."""
-    remember_codes: bool = False
-    """Keep each item's code from step to step by bounds (vq.CodebookAssignments): the same codes, fewer distances."""
     threads: int = 0
     """CPU threads; 0 leaves torch's setting."""
     device: str = "cpu"
@@ -277,16 +269,8 @@ class Config(Checked):
         train = self.train
         if train.capture and train.device == "cpu":
             raise ValueError("train.capture needs train.device 'cuda', got 'cpu'")
-        if train.capture and self.meta.order == "fd" and self.model.dropout:
-            raise ValueError(
-                f"train.capture needs meta.order 1 or 2, or model.dropout 0, got 'fd' and {self.model.dropout}"
-            )
         if train.compile and train.method == "metarec" and train.meta_steps and self.meta.order == 2:
-            raise ValueError(
-                "train.compile needs meta.order 1 or 'fd', got 2: a compiled encoder has no second derivatives"
-            )
-        if train.remember_codes and self.meta.target_pass == "vmap":
-            raise ValueError("train.remember_codes needs meta.target_pass 'loop', got 'vmap'")
+            raise ValueError("train.compile needs meta.order 1, got 2: a compiled encoder has no second derivatives")
 
     def replace(self, /, **sections: Mapping[str, Any]) -> Config:
         """A copy with options changed: ``config.replace(train={"seed": 1}, model={"dim": 32})``.

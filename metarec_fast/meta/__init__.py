@@ -4,7 +4,6 @@ from metarec_fast.meta.captured import CapturedStep, FixedStep
 from metarec_fast.meta.signals import NoiseFloor, keep_trace, leaving_out, signals
 from metarec_fast.meta.step import (
     GradientAverages,
-    InnerRates,
     OuterStep,
     Source,
     inner_adapt,
@@ -16,7 +15,6 @@ __all__ = [
     "CapturedStep",
     "FixedStep",
     "GradientAverages",
-    "InnerRates",
     "NoiseFloor",
     "OuterStep",
     "Source",

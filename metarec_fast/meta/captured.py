@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metarec_fast.config import MetaConfig
 from metarec_fast.data.batch import BatchShape, PackedBatch
-from metarec_fast.meta.step import GradientAverages, InnerRates, Lane, Loss, OuterStep, Parameters, Source, outer_step
+from metarec_fast.meta.step import GradientAverages, Lane, Loss, OuterStep, Parameters, Source, outer_step
 
 _WARM_UPS = 3  # before a capture: kernels are compiled, libraries take their workspaces
 _READ = ("items", "targets", "offsets", "negatives", "logq", "real")  # of a batch, by a loss
@@ -32,18 +32,17 @@ class _Inputs:
     batches: dict[str, list[PackedBatch]]
     target: PackedBatch
     averages: GradientAverages | None
-    rates: InnerRates | None
 
     def tensors(self) -> list[Tensor]:
         found = [x for given in (*self.batches.values(), [self.target]) for b in given for x in _tensors(b).values()]
         if self.averages is not None:
             found += [part[name] for part in (self.averages.steps, self.averages.answers) for name in self.batches]
-        return found if self.rates is None else [*found, self.rates.values]
+        return found
 
     def layout(self) -> list[object]:
         """All that a graph holds fast."""
         decay = None if self.averages is None else self.averages.decay
-        return [decay, self.rates is None, *((tuple(x.shape), x.dtype) for x in self.tensors())]
+        return [decay, *((tuple(x.shape), x.dtype) for x in self.tensors())]
 
     def on(self, device: torch.device) -> _Inputs:
         """A copy of its own on ``device``."""
@@ -51,7 +50,7 @@ class _Inputs:
         def copied(batch: PackedBatch) -> PackedBatch:
             return replace(batch, **{name: x.to(device, copy=True) for name, x in _tensors(batch).items()})
 
-        averages, rates = self.averages, self.rates
+        averages = self.averages
         if averages is not None:
             parts = ({n: part[n].clone() for n in self.batches} for part in (averages.steps, averages.answers))
             averages = GradientAverages(averages.decay, *parts)
@@ -59,7 +58,6 @@ class _Inputs:
             {name: list(map(copied, given)) for name, given in self.batches.items()},
             copied(self.target),
             averages,
-            None if rates is None else InnerRates(rates.values.clone()),
         )
 
 
@@ -101,31 +99,29 @@ class FixedStep:
         target_batch: PackedBatch,
         *,
         averages: GradientAverages | None = None,
-        rates: InnerRates | None = None,
     ) -> OuterStep:
         """One step. Its tensors may be overwritten by the next one.
 
-        batches: by name, those of each source, on any device. target_batch, averages, rates: as in `outer_step`.
+        batches: by name, those of each source, on any device. target_batch, averages: as in `outer_step`.
 
         Raises ValueError for a batch that its shape cannot hold, where the inputs are not like those of the first step
-        (whether averages, rates and negatives are given, and how many batches), and what `outer_step` raises.
+        (whether averages and negatives are given, and how many batches), and what `outer_step` raises.
         """
         given = _Inputs(
             {name: [b.filled(self.shapes[name]) for b in batches[name]] for name in self.sources},
             target_batch.filled(self.target_shape),
             averages,
-            rates,
         )
         if averages is not None and any(name not in averages.steps for name in self.sources):
             # averages begin with what they are to average, which is a step of its own kind
             batches = {name: [b.to(self.device) for b in those] for name, those in given.batches.items()}
-            return self._step(_Inputs(batches, given.target.to(self.device), averages, rates))
+            return self._step(_Inputs(batches, given.target.to(self.device), averages))
         if self._replay is None:
             self._inputs = given.on(self.device)
             self._replay = self._record()
         elif given.layout() != self._inputs.layout():
             raise ValueError(
-                "a step must have inputs like those of the first one (averages, rates, negatives, number of batches), "
+                "a step must have inputs like those of the first one (averages, negatives, number of batches), "
                 f"got {given.layout()} after {self._inputs.layout()}"
             )
         else:
@@ -154,7 +150,6 @@ class FixedStep:
             inputs.target,
             config=self.config,
             averages=inputs.averages,
-            rates=inputs.rates,
             lane=self._lane(),
         )
 
@@ -174,9 +169,8 @@ class CapturedStep(FixedStep):
 
     parallel: each source on a stream of its own, so that small kernels of several sources run side by side.
 
-    Other arguments as in `FixedStep`. Orders 1, 2 and "fd", inner rates that learn and dropout (of torch's default
-    generator) can be captured. Raises ValueError for parameters elsewhere than on a GPU, and at the first step for
-    order "fd" with a loss that draws random numbers: the difference needs the same ones twice.
+    Other arguments as in `FixedStep`. Orders 1 and 2 and dropout (of torch's default generator) can be captured.
+    Raises ValueError for parameters elsewhere than on a GPU.
     """
 
     def __init__(
@@ -225,11 +219,6 @@ class CapturedStep(FixedStep):
             for _ in range(_WARM_UPS):
                 self._run()
         main.wait_stream(side)
-        if self.config.order == "fd" and not torch.equal(drawn_from, torch.cuda.get_rng_state(self.device)):
-            raise ValueError(
-                "order='fd' needs the same random numbers twice, which a CUDA graph cannot draw: set dropout to 0, or "
-                "use order 1 or 2"
-            )
         graph = torch.cuda.CUDAGraph()
         # other threads may go on copying batches to the device
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -21,8 +21,6 @@ from metarec_fast.data.batch import PackedBatch
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Parameters, PackedBatch], Tensor]
-Gradient = Callable[[Tensor, Parameters, PackedBatch], Tensor]
-RandomState = tuple[Tensor, ...]
 Lane = Callable[[int], AbstractContextManager]
 
 
@@ -53,38 +51,18 @@ class GradientAverages:
         return GradientAverages(self.decay, dict(self.steps), dict(self.answers))
 
 
-@dataclass
-class InnerRates:
-    """A learning rate for each inner step and shared tensor, learned too (LSLR; Antoniou et al., ICLR 2019).
-
-    values: [inner_steps, tensors], in the order of the shared parameters.
-    """
-
-    values: Tensor
-
-    @staticmethod
-    def start(shared: Parameters, config: MetaConfig) -> InnerRates:
-        """All rates at ``inner_lr``."""
-        first = next(iter(shared.values()))
-        return InnerRates(first.new_full((config.inner_steps, len(shared)), config.inner_lr).detach())
-
-    def update(self, grad: Tensor, *, lr: float) -> None:
-        """One descent step by an outer step's ``rates_grad``, a sum over sources: their order does not matter."""
-        self.values = self.values - lr * grad
-
-
 @dataclass(frozen=True)
 class Adaptation:
     """What ``inner_steps`` of SGD on a source did.
 
-    phi: [P] adapted parameters, at order 2 a function of theta and the rates. step: [P], theta - phi.
-    path: the parameters [P] before each inner step, the gradient [P] there, and torch's random state before it.
+    phi: [P] adapted parameters, at order 2 a function of theta. step: [P], theta - phi.
+    descent: [P], the sum of the inner steps' gradients.
     first_loss, private_grad: the source's loss before adaptation and its gradient in the private parameters.
     """
 
     phi: Tensor
     step: Tensor
-    path: list[tuple[Tensor, Tensor, RandomState]]
+    descent: Tensor
     first_loss: Tensor
     private_grad: Parameters
 
@@ -98,7 +76,6 @@ class OuterStep:
     source_losses: [S] before adaptation; target_losses: [S] after adaptation to each source.
     steps: [S, P] theta - phi; descents: [S, P] sums of each source's inner gradients; answers: [S, P] the target's
     gradients. P: all shared parameters in one vector.
-    rates_grad: [inner_steps, tensors], of the weighted target losses in the inner rates, if they are learned.
     """
 
     shared_grad: Parameters
@@ -111,7 +88,6 @@ class OuterStep:
     steps: Tensor
     descents: Tensor
     answers: Tensor
-    rates_grad: Tensor | None = None
 
 
 def flatten(parameters: Parameters) -> Tensor:
@@ -123,34 +99,8 @@ def unflatten(flat: Tensor, like: Parameters) -> Parameters:
     return {name: piece.view(p.shape) for (name, p), piece in zip(like.items(), pieces, strict=True)}
 
 
-def spread_by_tensor(values: Tensor, like: Parameters) -> Tensor:
-    """[P]: the value of each tensor, ``values`` [tensors], at each of its elements."""
-    return torch.cat([value.expand(p.numel()) for value, p in zip(values.unbind(), like.values(), strict=True)])
-
-
-def sum_by_tensor(flat: Tensor, like: Parameters) -> Tensor:
-    """[tensors]: the sum of each tensor's part of a vector."""
-    return torch.stack([piece.sum() for piece in flat.split([p.numel() for p in like.values()])])
-
-
 def _leaves(parameters: Parameters) -> Parameters:
     return {n: p.detach().requires_grad_() for n, p in parameters.items()}
-
-
-def _random_state(device: torch.device) -> RandomState:
-    """What dropout on ``device`` will draw from; nothing during the capture of a graph, which has no way back to it."""
-    if device.type != "cuda":
-        return (torch.get_rng_state(),)
-    if torch.cuda.is_current_stream_capturing():
-        return ()
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device)
-
-
-def _set_random_state(state: RandomState, device: torch.device) -> None:
-    if state:
-        torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def _gradients(value: Tensor, wanted: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
@@ -160,29 +110,23 @@ def _gradients(value: Tensor, wanted: list[Tensor], *, create_graph: bool = Fals
 
 
 @contextmanager
-def _twice_differentiable(order: int | str) -> Iterator[None]:
+def _twice_differentiable(order: int) -> Iterator[None]:
     """Order 2 where the loss lacks second derivatives, for example a compiled one, is an error that names a way out."""
     try:
         yield
     except RuntimeError as error:
-        if order != 2:
+        if order == 1:
             raise
         raise RuntimeError(
-            f"order=2 needs a loss that can be differentiated twice, order='fd' one that can be once: {error}"
+            f"order=2 needs a loss that can be differentiated twice, order=1 one that can be once: {error}"
         ) from error
 
 
-def inner_adapt(
-    loss: Loss, theta: Tensor, source: Source, *, like: Parameters, config: MetaConfig, rates: Tensor | None = None
-) -> Adaptation:
-    """``inner_steps`` of SGD on a source, from ``theta`` [P], the shared parameters ``like`` in one vector.
-
-    rates: [inner_steps, tensors] in place of ``inner_lr``.
-    """
+def inner_adapt(loss: Loss, theta: Tensor, source: Source, *, like: Parameters, config: MetaConfig) -> Adaptation:
+    """``inner_steps`` of SGD on a source, from ``theta`` [P], the shared parameters ``like`` in one vector."""
     fixed = {n: p.detach() for n, p in source.private.items()}
-    phi, step, path = theta, torch.zeros_like(theta.detach()), []
+    phi, step, descent = theta, torch.zeros_like(theta.detach()), 0
     for k in range(config.inner_steps):
-        state = _random_state(theta.device) if config.order == "fd" else ()
         # the private gradient rides on the first backward pass: the source's own loss trains its table
         private = _leaves(fixed) if k == 0 else fixed
         value = loss(unflatten(phi, like), private, source.batches[0 if config.same_batch else k])
@@ -192,59 +136,14 @@ def inner_adapt(
         if k == 0:
             first_loss = value.detach()
             private_grad = {n: g.detach() for n, g in zip(private, own, strict=True)}
-        rate = config.inner_lr if rates is None else spread_by_tensor(rates[k], like)
-        move = rate * gradient
-        path.append((phi.detach(), gradient.detach(), state))
+        move = config.inner_lr * gradient
+        descent = descent + gradient.detach()
         # summed from the moves: the difference of nearly equal parameters would keep few of its digits
         step += move.detach()
         phi = phi - move
-        if config.order != 2:
+        if config.order == 1:
             phi = phi.detach().requires_grad_()
-    return Adaptation(phi, step, path, first_loss, private_grad)
-
-
-def pull_back(
-    gradient: Gradient,
-    answer: Tensor,
-    adaptation: Adaptation,
-    theta: Tensor,
-    source: Source,
-    *,
-    like: Parameters,
-    config: MetaConfig,
-    rates: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The target's gradient at phi, ``answer`` [P], as one at theta and as one in the rates, if there are any.
-
-    Order 1 takes every inner gradient for a constant. Order 2 differentiates it. "fd" has its Hessian H in the product
-    H v by two more gradients, (g(phi + e v) - g(phi - e v)) / 2e with e |v| = ``fd_epsilon`` |phi|: the error is
-    O(e^2), and rounding, about the dtype's precision / e.
-    """
-    if config.order == 2:
-        at = [theta] if rates is None else [theta, rates]
-        with _twice_differentiable(config.order):
-            pulled = torch.autograd.grad(adaptation.phi, at, grad_outputs=answer)
-        return pulled[0], pulled[1] if rates is not None else None
-    rates_grad: list[Tensor] = []
-    for k in reversed(range(config.inner_steps)):
-        phi, g, state = adaptation.path[k]
-        if rates is not None:
-            rates_grad.insert(0, -sum_by_tensor(g * answer, like))
-        if config.order == "fd":
-            rate = config.inner_lr if rates is None else spread_by_tensor(rates[k].detach(), like)
-            direction = rate * answer
-            length = torch.linalg.vector_norm(direction)
-            # a source that asks for nothing, or a target that answers nothing, has no direction to look in
-            e = config.fd_epsilon * torch.linalg.vector_norm(phi) / torch.where(length > 0, length, 1)
-            batch = source.batches[0 if config.same_batch else k]
-            now = _random_state(phi.device)
-            sides = []
-            for side in (e, -e):
-                _set_random_state(state, phi.device)  # the difference is that of one function: the same dropout
-                sides.append(gradient(phi + side * direction, source.private, batch))
-            _set_random_state(now, phi.device)
-            answer = answer - (sides[0] - sides[1]) / (2 * e)
-    return answer, torch.stack(rates_grad) if rates is not None else None
+    return Adaptation(phi, step, descent, first_loss, private_grad)
 
 
 def similarity(step: Tensor, answer: Tensor, *, like: Parameters, config: MetaConfig) -> Tensor:
@@ -293,14 +192,13 @@ def outer_step(
     *,
     config: MetaConfig,
     averages: GradientAverages | None = None,
-    rates: InnerRates | None = None,
     weights: Tensor | None = None,
     lane: Lane = lambda s: nullcontext(),
 ) -> OuterStep:
     """One step of learning to transfer.
 
     For each source s: phi_s is theta after ``inner_steps`` of SGD on the source; m_s is the gradient of the target's
-    loss at phi_s, with respect to phi_s (order 1) or theta (order 2, "fd"). With Delta_s = theta - phi_s, the
+    loss at phi_s, with respect to phi_s (order 1) or theta (order 2). With Delta_s = theta - phi_s, the
     similarity is cos(Delta_s, m_s), smoothed over steps if ``averages`` are given, and the shared gradient is
 
         sum_s w_s (target_loss_weight * m_s
@@ -308,28 +206,21 @@ def outer_step(
 
     The target's table gets the weighted sum of its gradients, each source's table its own loss's gradient.
 
-    rates: inner rates of each tensor and step, in place of ``inner_lr``; ``rates_grad`` is then found too.
     weights: [S] of sum 1, in place of those that the similarities give.
     lane: the context in which source s is adapted and the target asked about it, for example a stream: what is done
         for one source waits for nothing that is done for another.
 
-    Raises ValueError without sources, if a source lacks a batch for each inner step, for rates or weights of another
-    shape, or without rates where ``lr_of_inner_lr`` has them learn;
+    Raises ValueError without sources, if a source lacks a batch for each inner step, or for weights of another shape;
     RuntimeError if ``target_pass`` is "vmap" and the loss cannot be vmapped, or at order 2 if it cannot be
     differentiated twice.
     """
-    _check(sources, shared, config, rates, weights)
+    _check(sources, config, weights)
     like = {n: p.detach() for n, p in shared.items()}
     theta = flatten(like).requires_grad_()
-    alpha = None if rates is None else rates.values.detach().requires_grad_()
     target = _leaves(target_private)
 
-    def gradient(phi: Tensor, private: Parameters, batch: PackedBatch) -> Tensor:
-        phi, private = phi.detach().requires_grad_(), {n: p.detach() for n, p in private.items()}
-        return _gradients(loss(unflatten(phi, like), private, batch), [phi])[0]
-
     def adapt(source: Source) -> Adaptation:
-        return inner_adapt(loss, theta, source, like=like, config=config, rates=alpha)
+        return inner_adapt(loss, theta, source, like=like, config=config)
 
     vmapped, adaptations = config.target_pass == "vmap", []
     if vmapped:
@@ -339,7 +230,7 @@ def outer_step(
         phis = [a.phi.detach() for a in adaptations]
         target_losses, answers_at_phi, private_grads = _target_answers(loss, phis, target, target_batch, like)
     target_grad: list[Tensor] = []
-    answers, descents, steps, similarities, source_losses, losses, rates_grads = [], [], [], [], [], [], []
+    answers, descents, steps, similarities, source_losses, losses = [], [], [], [], [], []
     source_grads: dict[str, Parameters] = {}
     for s, source in enumerate(sources):
         with lane(s):
@@ -351,9 +242,9 @@ def outer_step(
                 value = loss(unflatten(phi, like), target, target_batch)
                 answer, *table_grads = _gradients(value, [phi, *target.values()])
             losses.append(value.detach())
-            answer, rates_grad = pull_back(
-                gradient, answer, adaptation, theta, source, like=like, config=config, rates=alpha
-            )
+            if config.order == 2:  # through the inner steps, to theta
+                with _twice_differentiable(config.order):
+                    (answer,) = torch.autograd.grad(adaptation.phi, [theta], grad_outputs=answer)
         step = adaptation.step
         compared = averages.update(source.name, step, answer) if averages is not None else (step, answer)
         similarities.append(similarity(*compared, like=like, config=config))
@@ -366,9 +257,8 @@ def outer_step(
             target_grad = [mean.lerp_(g, share) for mean, g in pairs]
             del table_grads, value
         answers.append(answer)
-        descents.append(sum(g for _, g, _ in adaptation.path))
+        descents.append(adaptation.descent)
         steps.append(step)
-        rates_grads.append(rates_grad)
         source_losses.append(adaptation.first_loss)
         source_grads[source.name] = adaptation.private_grad
     if weights is None:
@@ -390,17 +280,10 @@ def outer_step(
         steps=torch.stack(steps),
         descents=descents_SP,
         answers=answers_SP,
-        rates_grad=None if alpha is None else torch.tensordot(weights, torch.stack(rates_grads), 1),
     )
 
 
-def _check(
-    sources: Sequence[Source],
-    shared: Parameters,
-    config: MetaConfig,
-    rates: InnerRates | None,
-    weights: Tensor | None,
-) -> None:
+def _check(sources: Sequence[Source], config: MetaConfig, weights: Tensor | None) -> None:
     if not sources:
         raise ValueError("outer_step needs at least one source, got none")
     needed = 1 if config.same_batch else config.inner_steps
@@ -410,15 +293,5 @@ def _check(
                 f"source {source.name!r} needs {needed} batches for {config.inner_steps} inner steps, "
                 f"got {len(source.batches)}"
             )
-    if rates is None and config.lr_of_inner_lr:
-        raise ValueError(
-            f"inner rates that learn (lr_of_inner_lr {config.lr_of_inner_lr}) must be given as rates, got None; "
-            "InnerRates.start makes them"
-        )
-    if rates is not None and tuple(rates.values.shape) != (config.inner_steps, len(shared)):
-        raise ValueError(
-            f"rates must be [{config.inner_steps}, {len(shared)}], a rate for each inner step and shared tensor, "
-            f"got {tuple(rates.values.shape)}"
-        )
     if weights is not None and tuple(weights.shape) != (len(sources),):
         raise ValueError(f"weights must be [{len(sources)}], one for each source, got {tuple(weights.shape)}")

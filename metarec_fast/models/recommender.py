@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,12 +18,9 @@ from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.models.spectral import moments, spectral_table, turned
 from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
-from metarec_fast.ops._register import transformed
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
-from metarec_fast.vq.assignments import CodebookAssignments
 
 Parameters = dict[str, Tensor]
-Lookup = Callable[[Tensor, Tensor], Tensor]
 
 
 class Repeats(NamedTuple):
@@ -88,35 +84,25 @@ class SharedEncoder(nn.Module):
                 D, layers=config.layers, heads=config.heads, dropout=config.dropout, max_length=config.max_length
             )
 
-    def quantize(
-        self, z_TD: Tensor, lookup: Lookup | None = None, *, counts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z_TD: Tensor, *, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The codes of rows, one a head: quantized [T, D], indices [H, T] and the VQ loss.
 
         Codes move to rows, rows commit to codes, and both learn from the task through ``quantized``.
-        lookup: finds the indices [H, T] of rows [H, T, d] in the codebook [H, K, d], in place of a full search.
         counts: [T], how often each row counts in the loss, a mean; by default once.
         """
         H = self.codebook.shape[0]
         z_HTd = z_TD.unflatten(1, (H, -1)).transpose(0, 1).contiguous()
-        if lookup is None:
-            q_HTd, indices, commitment = vq_commit(z_HTd, self.codebook, row_weight=counts)
-        else:
-            indices = lookup(z_HTd, self.codebook)
-            q_HTd = self.codebook.gather(1, indices.unsqueeze(-1).expand_as(z_HTd))
-            commitment = _mean_square_error(z_HTd, q_HTd.detach(), counts)
+        q_HTd, indices, commitment = vq_commit(z_HTd, self.codebook, row_weight=counts)
         loss = _mean_square_error(q_HTd, z_HTd.detach(), counts) + self.config.commitment_weight * commitment
         estimate = GRADIENT_ESTIMATORS[self.config.vq_gradient](z_HTd, q_HTd.detach())
         q_HTd = estimate + (q_HTd - q_HTd.detach())
         return q_HTd.transpose(0, 1).flatten(1), indices, loss
 
-    def forward(
-        self, z_TD: Tensor, offsets: Tensor, lookup: Lookup | None = None, repeats: Repeats | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, z_TD: Tensor, offsets: Tensor, repeats: Repeats | None = None) -> tuple[Tensor, Tensor]:
         """repeats: which of the rows z stands at each position, and how often each counts; by default each once."""
         loss = z_TD.new_zeros(())
         if self.config.vq != "none":
-            q_TD, _, loss = self.quantize(z_TD, lookup, counts=None if repeats is None else repeats.counts)
+            q_TD, _, loss = self.quantize(z_TD, counts=None if repeats is None else repeats.counts)
             z_TD = q_TD if self.config.vq == "quantized" else z_TD + q_TD
         if repeats is not None and repeats.row is not None:
             z_TD = F.embedding(repeats.row, z_TD)
@@ -133,7 +119,6 @@ class Recommender(nn.Module):
         self.domains = list(catalogues)
         self.shared = SharedEncoder(config)
         self.tables = nn.ModuleList(ItemTable(size, config.dim) for size in catalogues.values())
-        self.assignments: list[CodebookAssignments] = []  # of each table, if codes are remembered
 
     def table(self, domain: str) -> ItemTable:
         if domain not in self.domains:
@@ -150,26 +135,6 @@ class Recommender(nn.Module):
         """Run the encoder through torch.compile from now on, for packed lengths that change from step to step."""
         self.shared.encoder.compile(dynamic=True, **options)
 
-    def remember_codes(self, *, neighbours: int = 32) -> None:
-        """From now on, while training, find codes by what is remembered of each item: the same, with less search."""
-        if self.config.vq == "none":
-            return
-        H, K, d = self.shared.codebook.shape
-        self.assignments = [
-            CodebookAssignments(len(table.weight), K, d, num_codebooks=H, neighbours=neighbours)
-            for table in self.tables
-        ]
-
-    def _lookup(self, items: Tensor, weight: Tensor) -> Lookup | None:
-        """The remembering lookup of the table that ``weight`` is, or shares the memory of."""
-        if self.training and self.assignments:
-            if transformed():
-                raise RuntimeError("remembered codes cannot be looked up under torch.func; use target_pass='loop'")
-            for table, assignments in zip(self.tables, self.assignments, strict=False):
-                if table.weight.data_ptr() == weight.data_ptr():
-                    return partial(assignments.lookup, items)
-        return None
-
     def states(
         self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor, *, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -181,7 +146,7 @@ class Recommender(nn.Module):
             items, repeats = _each_once(items, len(weight), real, weight.dtype, look=items.device.type == "cpu")
         rows_TD = F.embedding(items, weight)
         z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
-        return functional_call(self.shared, shared, (z_TD, offsets, self._lookup(items, weight), repeats))
+        return functional_call(self.shared, shared, (z_TD, offsets, repeats))
 
     def loss(self, shared: Parameters, private: Parameters, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy of the next item over the batch's real positions, plus the weighted VQ loss.

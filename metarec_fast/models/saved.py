@@ -39,7 +39,7 @@ from metarec_fast.files import (
 from metarec_fast.models.evidence import EvidenceScorer
 from metarec_fast.models.recommender import ItemTable, SharedEncoder
 
-FORMAT = 4
+FORMAT = 5
 TENSORS = "model.safetensors"
 MODEL_FILES = (TENSORS, "domain/domain.json")  # which names the domain's arrays and their checksums
 MODEL_FIELDS = {

@@ -24,7 +24,7 @@ from metarec_fast.files import (
     write_atomically,
 )
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "checkpoint.json"
 STATE = re.compile(r"state-[0-9]+(-again)?\.safetensors")
 FIELDS = {

@@ -91,8 +91,7 @@ class EvidenceTrainer:
     ) -> None:
         """start: a scorer whose parameters to go on from, by default fresh ones."""
         self.config, self.target, self.sources = config, target, sources
-        # inner rates that learn are the encoder's
-        self.meta = replace(config.meta, source_loss_weight=config.evidence.source_loss_weight, lr_of_inner_lr=0.0)
+        self.meta = replace(config.meta, source_loss_weight=config.evidence.source_loss_weight)
         self.reporter, self.should_stop = reporter or Silent(), should_stop
         self.statistics = EvidenceStatistics(target.train)
         users = np.flatnonzero(target.train.lengths > 0)

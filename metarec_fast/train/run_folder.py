@@ -60,7 +60,7 @@ DOMAIN_FIELDS = {
     "items": TEXT,
 }
 # options of which a run that goes on may have others: they change how it is computed, not what
-FREE = ("train.threads", "train.device", "train.compile", "train.capture", "train.remember_codes")
+FREE = ("train.threads", "train.device", "train.compile", "train.capture")
 FREE += ("train.compare_target_only",)  # adds a run, and changes none
 
 

@@ -28,7 +28,7 @@ from metarec_fast.evaluation import choice_catalogue, evaluate
 from metarec_fast.files import COUNT, FINITE, LIST, OBJECT, TEXT, Damaged, Field, check_fields
 from metarec_fast.meta.captured import CapturedStep
 from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
-from metarec_fast.meta.step import GradientAverages, InnerRates, OuterStep, Source, outer_step
+from metarec_fast.meta.step import GradientAverages, OuterStep, Source, outer_step
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.train import checkpoint
@@ -204,9 +204,6 @@ class Trainer:
         self.averages = GradientAverages(config.meta.similarity_decay)
         self.noise = NoiseFloor()
         self.best_state: dict[str, Tensor] = {}
-        self.rates: InnerRates | None = None
-        if config.meta.lr_of_inner_lr:
-            self.rates = InnerRates.start(model.shared_parameters(), config.meta)
         self.stages = stages(config, int((target.train.lengths > 0).sum()))
         self._samplers: dict[tuple[str, str], Sampler] = {}
         self._prefetch: tuple[str, Prefetch] | None = None  # of one stage
@@ -214,8 +211,6 @@ class Trainer:
         self._captured: CapturedStep | None = None
         if config.train.capture and any(stage.name == "meta" for stage in self.stages):
             self._captured = self._capture()
-        if config.train.remember_codes:
-            model.remember_codes()
 
     # what a step is made of
 
@@ -290,8 +285,7 @@ class Trainer:
     def _start_optimizers(self) -> None:
         """Of a stage: one for what every step moves, one for tables of which a step touches few rows."""
         t, stage = self.config.train, self.stages[self.progress.stage].name
-        # codes are remembered of whole tables, not of some of their rows
-        by_rows = t.loss == "sampled" and t.device == "cpu" and not t.remember_codes
+        by_rows = t.loss == "sampled" and t.device == "cpu"
         self._large = {
             name for name in self.model.domains if by_rows and len(self.model.table(name).weight) >= LARGE_TABLE
         }
@@ -330,14 +324,15 @@ class Trainer:
         rows[name] = self._rows(name, [batches[-1][1]])
         before = self.averages.copy()
         given, target_batch = {s: rows[s].batches for s in self.sources}, rows[name].batches[0]
-        state = {"averages": self.averages, "rates": self.rates}
         result: OuterStep
         if self._captured is not None and self._captured.holds(given, target_batch):
-            result = self._captured(given, target_batch, **state)
+            result = self._captured(given, target_batch, averages=self.averages)
         else:
             sources = [Source(s, rows[s].private, rows[s].batches) for s in self.sources]
             shared, private = self.model.shared_parameters(), rows[name].private
-            result = outer_step(self.model.loss, shared, sources, private, target_batch, config=m, **state)
+            result = outer_step(
+                self.model.loss, shared, sources, private, target_batch, config=m, averages=self.averages
+            )
         for key, parameter in self.model.shared_parameters().items():
             parameter.grad = result.shared_grad[key]
         for domain, grads in (result.source_grads | {name: result.target_grad}).items():
@@ -346,7 +341,6 @@ class Trainer:
         return {
             "losses": {**losses, name: result.target_losses.mean()},
             **signals(result, self.noise, before=before, config=m),
-            "rates_grad": result.rates_grad,
         }
 
     def train_step(self, stage: str, step: int) -> dict[str, Any]:
@@ -361,11 +355,7 @@ class Trainer:
         batches = self._ready(stage, step)
         facts = self._meta(batches) if stage == "meta" else self._joint(batches)
         facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
-        rates_grad = facts.pop("rates_grad", None)
-        updated = self._update(facts["losses"])
-        if updated and rates_grad is not None:
-            self.rates.update(rates_grad, lr=self.config.meta.lr_of_inner_lr)
-        if updated:
+        if self._update(facts["losses"]):
             self.progress.left_out.took()
         else:
             self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
@@ -483,8 +473,6 @@ class Trainer:
         tensors |= {f"steps.{k}": v for k, v in self.averages.steps.items()}
         tensors |= {f"answers.{k}": v for k, v in self.averages.answers.items()}
         tensors |= {f"noise.{k}": v for k, v in self.noise.answers.items()}
-        if self.rates is not None:
-            tensors["rates"] = self.rates.values
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         if self.table_optimizer is not None:  # rows stay behind, so that a run that goes on rounds as if not stopped
             tensors |= checkpoint.optimizer_tensors(self.table_optimizer, prefix="table_optimizer")
@@ -542,8 +530,6 @@ class Trainer:
         self.best_state = pick("best.")
         self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
         self.noise.answers = pick("noise.")
-        if self.rates is not None:
-            self.rates.values = tensors["rates"]
         if self.progress.stage < len(self.stages):
             self._start_optimizers()
             checkpoint.restore_optimizer(self.optimizer, tensors)

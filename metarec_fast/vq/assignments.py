@@ -39,8 +39,7 @@ class CodebookAssignments:
 
     Fewer distances are not always less time: a full search computes them in tiles, several times faster each. It pays
     where rows and codes move slowly beside the distances between codes and codebook_size * dim is large. Where most
-    bounds fail, plain searches take over for a while, up to 64 lookups. bench/bench_assignments.py shows both ends,
-    bench/assignments_run.py what a training run gives.
+    bounds fail, plain searches take over for a while, up to 64 lookups. bench/bench_assignments.py shows both ends.
 
     On a CPU; elsewhere, and for float64, every row is searched in full. A cache, not a state: it belongs in no
     checkpoint, and a new one gives the same codes.

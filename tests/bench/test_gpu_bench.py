@@ -23,15 +23,6 @@ def test_dry_run_checks_every_provider_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_dry_run_checks_negatives_against_the_definition():
-    command = [sys.executable, BENCH / "gpu_kernels.py", "--dry-run", "--only", "negatives"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    for distribution in ("uniform", "popularity"):
-        lines = [line for line in run.stdout.splitlines() if line.startswith(f"negatives, {distribution}")]
-        assert [line.split("metarec_fast")[1].split() for line in lines if "metarec_fast" in line] == [["runs"]] * 2
-        assert len(lines) == 4
-
-
 @pytest.mark.parametrize(
     ("kernel", "providers"),
     [

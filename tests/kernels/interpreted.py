@@ -5,14 +5,9 @@ No bfloat16: the interpreter computes it wrongly without a word (NumPy has no su
 
 import os
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from metarec_fast import reference
 from metarec_fast.kernels import (
@@ -20,17 +15,12 @@ from metarec_fast.kernels import (
     linear_cross_entropy,
     linear_scan,
     nearest_codeword,
-    sample_negatives,
     target_ranks,
     vq_backward,
     vq_commit,
     vq_statistics,
 )
-from metarec_fast.ops import popularity_table, sample_shared_negatives
-from metarec_fast.ops.gpu_negatives import GpuSeenItems, sample_unseen_on_gpu
-from metarec_fast.ops.sample_negatives import sample_unseen, seen_items
 from tests.ops.test_nearest_codeword import DATA, UNIT
-from tests.ops.test_philox import KNOWN
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreter.py instead"
 
@@ -282,109 +272,6 @@ def test_backward(shape, rotation, given):
     found = vq_backward.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
     expected = reference.vq_backward(grad, grad_error, x, quantized, rotation=rotation)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@triton.jit
-def _one_block(counter_ptr, key_ptr, word_ptr):
-    c0, c1 = tl.load(counter_ptr).to(tl.uint32), tl.load(counter_ptr + 1).to(tl.uint32)
-    c2, c3 = tl.load(counter_ptr + 2).to(tl.uint32), tl.load(counter_ptr + 3).to(tl.uint32)
-    key0, key1 = tl.load(key_ptr).to(tl.uint32), tl.load(key_ptr + 1).to(tl.uint32)
-    w0, w1, w2, w3 = sample_negatives._block(c0, c1, c2, c3, key0, key1)
-    tl.store(word_ptr, w0.to(tl.int64))
-    tl.store(word_ptr + 1, w1.to(tl.int64))
-    tl.store(word_ptr + 2, w2.to(tl.int64))
-    tl.store(word_ptr + 3, w3.to(tl.int64))
-
-
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "pi"])
-def test_philox_gives_the_known_answers(counter, key, expected):
-    words = torch.zeros(4, dtype=torch.int64)
-    _one_block[(1,)](torch.tensor(counter), torch.tensor(key), words)
-    assert tuple(words.tolist()) == expected
-
-
-def draw_both(seen, rows, **options):
-    """The same negatives on both sides; returns them."""
-    expected, expected_logq = sample_unseen(seen, rows, **options)
-    gpu = GpuSeenItems.on(seen, torch.device("cpu"))
-    negatives, logq = sample_unseen_on_gpu(gpu, rows, **options)
-    assert (negatives.dtype, logq.dtype) == (torch.int64, torch.float32)
-    assert torch.equal(negatives, expected)
-    torch.testing.assert_close(logq, expected_logq, rtol=1.2e-7, atol=0)  # one rounding of float32
-    return negatives
-
-
-@st.composite
-def sampling_problems(draw, *, popular):
-    V = draw(st.one_of(st.integers(1, 3), st.integers(4, 90)))
-    some = st.lists(st.integers(0, V - 1), max_size=2 * V)  # repeated items, empty users, users of one event
-    nearly_all = st.integers(0, V - 1).map(lambda left: [i for i in range(V) if i != left])
-    users = draw(st.lists(st.one_of(some, nearly_all), min_size=1, max_size=5))
-    counts = np.array(draw(st.lists(st.sampled_from([0, 1, 1, 2, 7, 10**6]), min_size=V, max_size=V)))
-    table = popularity_table(counts) if popular and counts.any() else None
-    offsets = np.cumsum([0, *map(len, users)])
-    items = np.array([i for user in users for i in user], np.int64)
-    seen = seen_items(offsets, items, num_items=V, table=table)
-    alive = np.flatnonzero(~seen.exhausted.numpy()).tolist()
-    rows = np.array(draw(st.lists(st.sampled_from(alive), max_size=6)) if alive else [], np.int64)
-    positions = draw(st.lists(st.integers(0, 70), min_size=len(rows), max_size=len(rows)))
-    segments = draw(st.sampled_from([None, np.cumsum([0, *positions])]))
-    options = {"count": draw(st.sampled_from([0, 1, 2, 4, 5, 300])), "segments": segments}
-    for name, end in (("seed", 2**64), ("stream", 2**64), ("step", 2**48), ("first_row", 2**32 - len(rows) + 1)):
-        options[name] = draw(st.integers(0, end - 1))
-    return seen, rows, options
-
-
-@pytest.mark.parametrize("popular", [False, True], ids=["uniform", "popularity"])
-def test_negatives_have_the_bits_of_the_cpu(popular):
-    @given(sampling_problems(popular=popular))
-    @settings(deadline=None, derandomize=True, max_examples=20 if popular else 40)
-    def check(problem):
-        seen, rows, options = problem
-        draw_both(seen, rows, **options)
-
-    check()
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 7, 520])
-@pytest.mark.parametrize("V", [2**24 + 3, 2**31 - 1, 2**31, 2**31 + 1000, 2**40, 2**62 - 1])
-def test_negatives_of_huge_catalogues(V, count):
-    items = np.array([0, V - 1, V - 2, 2**24 + 1, V // 2, V // 2, V - 1])
-    seen = seen_items(np.array([0, 0, 6, 7]), items, num_items=V)
-    negatives = draw_both(seen, np.array([1, 0, 2]), count=count, seed=2**64 - 1, stream=2**40, step=2**48 - 1)
-    assert negatives.min() >= 0
-    assert V / 9 < negatives.max() < V
-
-
-@pytest.mark.parametrize("unseen", [2**32 // 3 + 1, 2**64 // 5 + 1])
-def test_refused_words_are_drawn_again(unseen):
-    assert 2**32 % unseen > 2**32 * 0.3 or 2**64 % unseen > 2**64 * 0.19, "the shares that are refused"
-    seen = seen_items(np.array([0, 1, 1]), np.array([7]), num_items=unseen + 1)
-    draw_both(seen, np.array([0, 1, 0]), count=700, seed=3)
-
-
-def test_the_exact_inverse_after_the_last_attempt():
-    # nearly every draw from the table is refused
-    counts = np.array([10**12, 1, 2, 3, 0, 4, 10**12])
-    table = popularity_table(counts, alpha=1.0)
-    seen = seen_items(np.array([0, 2, 6, 6]), np.array([0, 6, 6, 5, 0, 3]), num_items=7, table=table)
-    negatives = draw_both(seen, np.array([0, 1, 2]), count=90, seed=1)
-    assert negatives[0].unique().tolist() == [1, 2, 3, 5]
-    assert negatives[1].unique().tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("popular", [False, True], ids=["uniform", "popularity"])
-@pytest.mark.parametrize("count", [3, 2000])
-def test_shared_negatives(popular, count):
-    table = popularity_table(np.arange(50) % 5 + 1) if popular else None
-    options = {"count": count, "seed": 3, "stream": 7, "step": 12}
-    nothing = seen_items(np.zeros(2, np.int64), np.zeros(0, np.int64), num_items=50, table=table)
-    gpu = GpuSeenItems.on(nothing, torch.device("cpu"))
-    negatives, logq = sample_unseen_on_gpu(gpu, np.array([0]), shared=True, **options)
-    distribution = "popularity" if popular else "uniform"
-    expected = sample_shared_negatives(num_items=50, distribution=distribution, table=table, **options)
-    assert torch.equal(negatives[0], expected[0])
-    torch.testing.assert_close(logq[0], expected[1], rtol=1.2e-7, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 5, 4), (70, 200, 16), (5, 130, 33), (3, 9, 0)], ids=str)

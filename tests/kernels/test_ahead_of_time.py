@@ -22,7 +22,6 @@ from triton.runtime.jit import JITFunction
 
 from metarec_fast.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
 from metarec_fast.kernels.linear_scan import linear_scan, linear_scan_backward
-from metarec_fast.kernels.sample_negatives import Popularity, Words, sample_negatives
 from metarec_fast.kernels.target_ranks import target_ranks
 from metarec_fast.kernels.vq_backward import vq_backward
 from metarec_fast.kernels.vq_commit import vq_commit
@@ -217,36 +216,3 @@ def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launche
         made.append([str(launch) for launch in launches])
     assert len(made[0]) == 7
     assert made[0] == made[1] == made[2] == made[3]
-
-
-def draw(*, num_items: int, count: int, popular: bool, word: int = 5) -> None:
-    row, user, event = (torch.zeros(n, dtype=torch.int64) for n in (512, 1000, 9000))
-    segments = torch.zeros(513, dtype=torch.int64)
-    cells = torch.zeros(7, 4, dtype=torch.int32)
-    popularity = Popularity(cells, cells.view(torch.float32), user, user) if popular else None
-    items = event if num_items > 2**31 else event.int()
-    words = Words(word, word, word, word)
-    sample_negatives(
-        row, segments, user, user, items, user.double(),
-        positions=4096, count=count, num_items=num_items, first_row=0, words=words, popularity=popularity,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("count", [1, 5, 128])
-@pytest.mark.parametrize(
-    ("num_items", "popular"), [(10**6, False), (2**31 + 9, False), (10**6, True)], ids=["narrow", "wide", "popular"]
-)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_negatives_do_not_spill(launches, capability, num_items, popular, count):
-    draw(num_items=num_items, count=count, popular=popular)
-    (launch,) = launches
-    usage = compile_for(launch, capability)
-    print(f"\nsm_{capability} count={count} {launch.kernel.__name__}: {usage.registers} registers")
-    assert usage.stack == usage.local == 0
-    assert usage.registers <= 128, "fewer than four programs would fit a multiprocessor"
-
-
-def test_one_negatives_kernel_serves_every_catalogue_seed_and_step(launches):
-    for num_items, word in ((1000, 0), (2**31, 2**32 - 1), (4096, 16)):
-        draw(num_items=num_items, count=8, popular=False, word=word)
-    assert len({str(launch) for launch in launches}) == 1

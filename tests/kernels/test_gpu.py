@@ -1,6 +1,5 @@
 """The kernels and the operators over them on a CUDA device, against float64 and against the CPU."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -8,9 +7,6 @@ from metarec_fast import ops, reference
 from metarec_fast.kernels import nearest_codeword as kernel
 from metarec_fast.kernels.vq_commit import vq_commit
 from metarec_fast.kernels.vq_statistics import vq_statistics
-from metarec_fast.ops import popularity_table
-from metarec_fast.ops.gpu_negatives import gpu_seen_items, sample_unseen_on_gpu
-from metarec_fast.ops.sample_negatives import sample_unseen, seen_items
 
 pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
@@ -169,38 +165,6 @@ def test_backward_equals_the_reference(shape, rotation):
     exact = (t.double() for t in (grad, grad_error, x, quantized))
     expected = reference.vq_backward(*exact, rotation=rotation)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("count", [1, 3, 128, 3000])
-@pytest.mark.parametrize(
-    ("V", "popular"), [(2000, False), (2**32 // 3 + 1, False), (2**31 + 1000, False), (2000, True)], ids=str
-)
-def test_negatives_have_the_bits_of_the_cpu(V, popular, count):
-    rng = np.random.default_rng(0)
-    lengths = [0, 1, 5, 40, 700]
-    offsets = np.cumsum([0, *lengths, 1999 if V == 2000 else 0])  # the last has seen all but one
-    items = np.concatenate((rng.integers(0, V, sum(lengths)), np.arange(offsets[-1] - sum(lengths))))
-    table = popularity_table(np.append(10**9, rng.integers(1, 100, V - 1))) if popular else None
-    seen = seen_items(offsets, items, num_items=V, table=table)
-    rows = rng.integers(0, len(seen), 300)
-    segments = np.cumsum([0, *rng.integers(0, 60, len(rows))])
-    options = {"count": count, "segments": segments, "seed": 2**64 - 1, "stream": 2**40, "step": 2**48 - 2}
-    expected, expected_logq = sample_unseen(seen, rows, first_row=2**32 - 300, **options)
-    negatives, logq = sample_unseen_on_gpu(gpu_seen_items(seen), rows, first_row=2**32 - 300, **options)
-    assert torch.equal(negatives.cpu(), expected)
-    torch.testing.assert_close(logq.cpu(), expected_logq, rtol=1.2e-7, atol=0)
-
-
-@pytest.mark.parametrize("popular", [False, True])
-def test_shared_negatives_have_the_bits_of_the_cpu(popular):
-    table = popularity_table(np.arange(5000) % 7 + 1) if popular else None
-    options = {"count": 8192, "seed": 3, "step": 12}
-    nothing = seen_items(np.zeros(2, np.int64), np.zeros(0, np.int64), num_items=5000, table=table)
-    negatives, logq = sample_unseen_on_gpu(gpu_seen_items(nothing), np.array([0]), shared=True, **options)
-    distribution = "popularity" if popular else "uniform"
-    expected = ops.sample_shared_negatives(num_items=5000, distribution=distribution, table=table, **options)
-    assert torch.equal(negatives[0].cpu(), expected[0])
-    torch.testing.assert_close(logq[0].cpu(), expected[1], rtol=1.2e-7, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (70, 300, 16), (1000, 20000, 64), (50, 3000, 257)], ids=str)

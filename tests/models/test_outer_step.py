@@ -7,7 +7,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from bench.peers import padded_meta_step
-from metarec_fast.meta import InnerRates
 from metarec_fast.models import recommender
 from tests.models.problems import META, SMALL, World, as_expected, assert_same
 
@@ -69,83 +68,38 @@ def test_vmap_equals_loop(encoder, order, dtype):
     assert_same(vmapped, as_expected(loop), tolerance=1e-10 if dtype == torch.float64 else 1e-5)
 
 
-def test_remembered_codes_cannot_be_vmapped():
-    world = World(dtype=torch.float32)
-    world.model.remember_codes(neighbours=4)
-    with pytest.raises(RuntimeError, match=r"target_pass='vmap' needs a loss that torch.func can vmap; use 'loop'"):
-        world.step(dataclasses.replace(META, target_pass="vmap"))
-
-
-@pytest.mark.parametrize("order", [1, "fd"])
 @pytest.mark.parametrize("encoder", ["lru", "sasrec"])
-def test_compiled_equals_eager(encoder, order):
-    config = dataclasses.replace(META, order=order, inner_steps=2)
+def test_compiled_equals_eager(encoder):
+    config = dataclasses.replace(META, inner_steps=2)
     torch._dynamo.reset()
     counters.clear()
     world = World(dataclasses.replace(SMALL, encoder=encoder), torch.float32)
     eager = world.step(config)
     world.model.compile_encoder(backend="aot_eager", fullgraph=True)
-    # finite differences enlarge what rounding in another order does
-    assert_same(world.step(config), as_expected(eager), tolerance=1e-5 if order == 1 else 1e-3)
+    assert_same(world.step(config), as_expected(eager), tolerance=1e-5)
     # once for every length
     assert counters["stats"]["unique_graphs"] == 1 and not counters["recompiles"]
     assert len({len(b.items) for batches in world.batches.values() for b in batches}) > 3
 
 
-def test_second_order_of_a_compiled_encoder_is_an_error_that_names_fd():
+def test_second_order_of_a_compiled_encoder_is_an_error_that_names_order_1():
     world = World(dtype=torch.float32)
     world.model.compile_encoder(backend="aot_eager")
-    with pytest.raises(RuntimeError, match="order='fd'"):
+    with pytest.raises(RuntimeError, match="order=1"):
         world.step(dataclasses.replace(META, order=2))
 
 
-@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
-def test_finite_differences_converge_to_second_order(encoder):
-    world = World(dataclasses.replace(SMALL, encoder=encoder))
-    exact = world.step(dataclasses.replace(META, order=2, inner_steps=2))
-    first = world.step(dataclasses.replace(META, inner_steps=2))
-    errors = []
-    for epsilon in (1e-3, 1e-4):
-        got = world.step(dataclasses.replace(META, order="fd", inner_steps=2, fd_epsilon=epsilon))
-        errors.append(max(float((got.shared_grad[k] - v).norm() / v.norm()) for k, v in exact.shared_grad.items()))
-    between = max(float((first.shared_grad[k] - v).norm() / v.norm()) for k, v in exact.shared_grad.items())
-    assert errors[0] < 0.02 * between
-    assert errors[1] < 0.02 * errors[0]  # of second order: a hundredth of the error at a tenth of the length
-
-
-def test_finite_differences_replay_dropout():
-    world = World(dataclasses.replace(SMALL, dropout=0.5))
-    got = []
-    for order in (2, "fd"):
-        torch.manual_seed(1)
-        got.append(world.step(dataclasses.replace(META, order=order, fd_epsilon=1e-4), "a"))
-    # the target's dropout comes after the source's in both
-    for name, grad in got[0].shared_grad.items():
-        torch.testing.assert_close(got[1].shared_grad[name], grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("order", [1, 2, "fd"])
-def test_constant_rates_change_nothing(order):
-    world, config = World(), dataclasses.replace(META, order=order, inner_steps=3)
-    got = world.step(config, rates=InnerRates.start(world.shared, config))
-    assert_same(got, as_expected(world.step(config)), tolerance=1e-10)
-    assert got.rates_grad.shape == (3, len(world.shared))
-
-
 @pytest.mark.parametrize("vq_gradient", ["straight_through", "rotation"])
-@pytest.mark.parametrize("remember", [False, True])
-def test_unique_items_once_equals_every_position(vq_gradient, remember):
+def test_unique_items_once_equals_every_position(vq_gradient):
     found = []
     for once in ("never", "always"):
         config = dataclasses.replace(SMALL, unique_items=once, vq_gradient=vq_gradient)
-        world = World(config, torch.float32 if remember else torch.float64)
-        if remember:
-            world.model.remember_codes(neighbours=4)
+        world = World(config)
         batch = world.batches["a"][0]
         batch.items[::3] = batch.items[0]
         found.append(world.step(dataclasses.replace(META, order=2)))
     assert len(batch.items.unique()) < len(batch.items)
-    assert_same(found[1], as_expected(found[0]), tolerance=1e-5 if remember else 1e-10)
+    assert_same(found[1], as_expected(found[0]), tolerance=1e-10)
 
 
 def test_every_item_once_equals_every_position_without_a_look(monkeypatch):

@@ -95,56 +95,6 @@ def test_outer_step_of_the_recommender_equals_nested_differentiation(encoder, or
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("vq", ["residual", "none"])
-@pytest.mark.parametrize("order", [1, 2])
-def test_remembered_codes_change_no_step(order, vq):
-    options = MetaConfig(order=order, similarity_decay=0.0)
-    found = []
-    for remember in (False, True):
-        torch.manual_seed(0)
-        model, batches = world(dataclasses.replace(SMALL, vq=vq), dtype=torch.float32)
-        if remember:
-            model.remember_codes(neighbours=4)
-        for _ in range(3):
-            sources = [Source(n, model.private_parameters(n), [batches[n]]) for n in "ab"]
-            shared, target = model.shared_parameters(), model.private_parameters("t")
-            step = outer_step(model.loss, shared, sources, target, batches["t"], config=options)
-            grads = {**step.shared_grad, **{f"t.{n}": g for n, g in step.target_grad.items()}}
-            grads |= {f"{s}.{n}": g for s in "ab" for n, g in step.source_grads[s].items()}
-            with torch.no_grad():
-                for name in "abt":
-                    for key, p in model.private_parameters(name).items():
-                        p -= 0.01 * grads[f"{name}.{key}"]
-                for key, p in shared.items():
-                    p -= 0.01 * grads[key]
-        found.append(grads)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-    if vq == "none":
-        assert not model.assignments
-        return
-    # every table's lookups went to its own assignments, and the bounds were of use
-    for name, assignments in zip(CATALOGUES, model.assignments, strict=True):
-        rows = 3 * (2 if name == "t" else 1) * len(batches[name].items) * SMALL.codebook_heads
-        assert assignments.stats.rows == rows and assignments.stats.evaluations < assignments.stats.full_evaluations
-
-
-def test_evaluation_leaves_remembered_codes_alone():
-    model, _ = world(dtype=torch.float32)
-    scorer, history = ModelScorer(model, "t"), sequences(20)
-    expected = scorer.states(history)
-    model.remember_codes()
-    model.eval()
-    torch.testing.assert_close(scorer.states(history), expected)
-    assert all(a.stats.rows == 0 for a in model.assignments)
-
-
-def test_remembered_codes_are_no_part_of_the_state():
-    model, _ = world()
-    names = set(model.state_dict())
-    model.remember_codes()
-    assert set(model.state_dict()) == names
-
-
 def test_float32_step_equals_float64():
     steps = []
     for dtype in (torch.float32, torch.float64):

@@ -155,10 +155,6 @@ def test_starts_that_are_not_finite_are_left_out(monkeypatch):
         assert (run.weights.tolist() == [0.5, 0.5]) != weighed
 
 
-def test_inner_rates_that_learn_are_the_encoders():
-    trainer(config(meta={"lr_of_inner_lr": 0.01})).run()
-
-
 def test_a_copy_of_the_target_weighs_more_than_random_sources():
     related = DOMAINS.sources[0]
     sources = {

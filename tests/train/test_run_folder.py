@@ -110,7 +110,7 @@ def test_options_that_matter_are_named_and_others_are_free(run):
     with pytest.raises(ValueError, match=r"another configuration: train\.lr is 0\.5, was 0\.01"):
         fit(folder, options=QUICK.replace(train={"lr": 0.5}), resume=True)
     assert held(folder)[folder / "model" / "model.safetensors"] == before[folder / "model" / "model.safetensors"]
-    for option in ({"threads": 1}, {"remember_codes": True}, {"compare_target_only": False}):
+    for option in ({"threads": 1}, {"compile": True}, {"compare_target_only": False}):
         assert run_folder.other_options(QUICK.replace(train=option), dataclasses.asdict(QUICK)) is None
 
 

@@ -110,27 +110,6 @@ def test_a_finished_run_is_restored_whole(straight, tmp_path):
     assert_same_state(again.model.state_dict(), straight[0].model.state_dict())
 
 
-def test_remembered_codes_give_the_same_run_and_resume(tmp_path):
-    plain, remembering = (
-        trainer(config(model={"dropout": 0.0}, train={"remember_codes": on}), folder=tmp_path / str(on))
-        for on in (False, True)
-    )
-    progress = remembering.run()
-    plain.run()
-    for name, tensor in plain.model.state_dict().items():
-        torch.testing.assert_close(remembering.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
-    assert all(0 < a.stats.evaluations < a.stats.full_evaluations for a in remembering.model.assignments)
-    assert not plain.model.assignments
-    # what is remembered belongs to no checkpoint: a run that goes on without it takes the same steps
-    stopped = trainer(remembering.config, folder=tmp_path / "stopped", should_stop=after(5))
-    with pytest.raises(Interrupted):
-        stopped.run()
-    resumed = trainer(remembering.config, folder=tmp_path / "stopped")
-    assert resumed.restore()
-    assert resumed.run() == progress
-    assert_same_state(resumed.model.state_dict(), remembering.model.state_dict())
-
-
 def test_another_configuration_is_refused(tmp_path):
     first = trainer(config(), folder=tmp_path)
     first.save()
@@ -464,23 +443,9 @@ def test_a_stopped_run_by_rows_goes_on_as_if_it_had_not_been(monkeypatch, tmp_pa
     assert_same_state(resumed.model.state_dict(), straight.model.state_dict())
 
 
-def test_tables_stay_dense_where_every_row_is_touched_or_remembered(monkeypatch):
+def test_tables_stay_dense_where_every_row_is_touched(monkeypatch):
     monkeypatch.setattr(trainer_module, "LARGE_TABLE", 1)
     assert trainer(config()).table_optimizer is None
-    assert trainer(config(train={"loss": "sampled", "remember_codes": True})).table_optimizer is None
-
-
-def test_inner_rates_learn_and_a_stopped_run_keeps_them(tmp_path):
-    options = RUN.replace(meta={"lr_of_inner_lr": 0.1})
-    straight = trainer(options)
-    progress = straight.run()
-    assert (straight.rates.values != RUN.meta.inner_lr).all()
-    with pytest.raises(Interrupted):
-        trainer(options, folder=tmp_path, should_stop=after(9)).run()
-    resumed = trainer(options, folder=tmp_path)
-    assert resumed.restore()
-    assert resumed.run() == progress
-    assert torch.equal(resumed.rates.values, straight.rates.values)
 
 
 def capturing(given):
@@ -503,7 +468,7 @@ def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, optio
     for capture in (False, True):
         given = config(
             model={"dropout": 0.0},
-            meta={"inner_steps": 2, "lr_of_inner_lr": 0.01},
+            meta={"inner_steps": 2},
             train=options,
         )
         run = trainer(capturing(given) if capture else given)
@@ -512,7 +477,7 @@ def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, optio
             for step in range(4):
                 run.train_step(stage, step)
         run._stop_prefetch()
-        ends.append((run.model.state_dict(), run.rates.values, run.averages.steps))
+        ends.append((run.model.state_dict(), run.averages.steps))
     assert len(taken) == 4
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
 
