@@ -108,3 +108,15 @@ def test_optimizer_round_trip(tmp_path):
         step(module, optimizer, k)
         step(other, restored, k)
     assert torch.equal(other.weight, module.weight) and torch.equal(other.bias, module.bias)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [(2, "format 2, this version reads 3: finish it with the version that wrote it"), (99, "a newer version")],
+)
+def test_another_format_is_refused(tmp_path, monkeypatch, other, message):
+    monkeypatch.setattr(checkpoint, "FORMAT", other)
+    checkpoint.save(tmp_path, OLD, {"config": {"meta": {"fd_epsilon": 5e-3}}}, step=1)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path)
