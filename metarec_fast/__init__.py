@@ -18,11 +18,11 @@ _HOMES = {
     "FastResidualVQ": "vq",
     "FastVQ": "vq",
     "MetaRec": "api",
-    "Mixture": "data",
-    "Prefetch": "data",
-    "Sampler": "data",
+    "Mixture": "sampling",
+    "Prefetch": "sampling",
+    "Sampler": "sampling",
     "Sequences": "data",
-    "support_and_query": "data",
+    "support_and_query": "sampling",
     "backend_info": "ops",
     "compare": "api",
     "import_file": "data",
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from metarec_fast.api import compare as compare
     from metarec_fast.config import Config as Config
     from metarec_fast.data import Domain as Domain
-    from metarec_fast.data import Mixture as Mixture
-    from metarec_fast.data import Prefetch as Prefetch
-    from metarec_fast.data import Sampler as Sampler
     from metarec_fast.data import Sequences as Sequences
     from metarec_fast.data import import_file as import_file
     from metarec_fast.data import load_domain as load_domain
     from metarec_fast.data import read as read
-    from metarec_fast.data import support_and_query as support_and_query
     from metarec_fast.data import synthetic as synthetic
     from metarec_fast.ops import backend_info as backend_info
+    from metarec_fast.sampling import Mixture as Mixture
+    from metarec_fast.sampling import Prefetch as Prefetch
+    from metarec_fast.sampling import Sampler as Sampler
+    from metarec_fast.sampling import support_and_query as support_and_query
     from metarec_fast.vq import FastGroupedResidualVQ as FastGroupedResidualVQ
     from metarec_fast.vq import FastResidualVQ as FastResidualVQ
     from metarec_fast.vq import FastVQ as FastVQ

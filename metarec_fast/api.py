@@ -19,37 +19,37 @@ import torch
 
 from metarec_fast.checks import POSITIVE_COUNT, check_choice, check_count, check_flag
 from metarec_fast.config import Config
+from metarec_fast.cooccurrence.features import CooccurrenceStatistics
+from metarec_fast.cooccurrence.mixture import fit_mixture
+from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, time_cut
 from metarec_fast.data.copies import copied
 from metarec_fast.data.domain import Catalogue
-from metarec_fast.data.evidence import EvidenceStatistics
 from metarec_fast.data.vocabulary import Vocabulary
 from metarec_fast.evaluation import (
     Metrics,
     NonFiniteScoresError,
     Scorer,
-    best_floor,
-    best_items,
+    best_baseline,
     choice_catalogue,
     evaluate,
-    fit_mixture,
+    top_k_items,
 )
 from metarec_fast.files import write_atomically
-from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
 from metarec_fast.models.recommender import Recommender, SharedEncoder
-from metarec_fast.models.saved import load_model, save_model
-from metarec_fast.models.scorer import EvidenceMixture, ModelScorer, TransitionEvidence
+from metarec_fast.models.scorer import ModelScorer, ScoreMixture, TransitionTerms
+from metarec_fast.persistence import load_model, save_model
+from metarec_fast.profiling.steps import StepProfiler
 from metarec_fast.report.table import Row
 from metarec_fast.report.transfer import html, transfer_report
 from metarec_fast.text import printable
 from metarec_fast.train import run_folder
-from metarec_fast.train.evidence import EvidenceTrainer
-from metarec_fast.train.profile import StepProfiler
-from metarec_fast.train.stop import StopAsked
+from metarec_fast.train.cooccurrence import CooccurrenceTrainer
+from metarec_fast.train.stop import StopRequested
 from metarec_fast.train.trainer import Interrupted, Reporter, Trainer
 
 MOST_NAMED = 10  # unknown ids of one call
-EVIDENCE_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
+TRANSITION_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
 
 
 def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
@@ -71,7 +71,7 @@ def _watched(
 
     Where somebody else handles Ctrl-C, and outside the main thread, that is left alone.
     """
-    stop, own, started = StopAsked((signal.SIGINT,), yielding=True), None, time.perf_counter()
+    stop, own, started = StopRequested((signal.SIGINT,), yielding=True), None, time.perf_counter()
     with ExitStack() as stack:
         if progress is None:
             progress = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
@@ -112,16 +112,16 @@ class MetaRec:
         split: Split,
         config: Config,
         *,
-        evidence: EvidencePath | None = None,
-        evidence_weight: float = 0.0,
+        cooccurrence: CooccurrenceScorer | None = None,
+        cooccurrence_weight: float = 0.0,
         encoder_weight: float = 1.0,
         history: dict | None = None,
     ) -> None:
         self.model, self.split, self.config = model, split, config
-        self.evidence: EvidencePath | TransitionEvidence | None = evidence
-        self.evidence_weight, self.encoder_weight = evidence_weight, encoder_weight
-        if evidence is None and evidence_weight:
-            self.evidence = TransitionEvidence(split.train)
+        self.cooccurrence: CooccurrenceScorer | TransitionTerms | None = cooccurrence
+        self.cooccurrence_weight, self.encoder_weight = cooccurrence_weight, encoder_weight
+        if cooccurrence is None and cooccurrence_weight:
+            self.cooccurrence = TransitionTerms(split.train)
         self.history = history or {}
 
     @property
@@ -209,9 +209,9 @@ class MetaRec:
     ) -> MetaRec:
         """A recommender of another domain, from this one's encoder and codebook; no source data is needed.
 
-        The new item table starts from the domain's own structure (``model.start``), then the table alone and after it
+        The new item table starts from the domain's own structure (``model.init``), then the table alone and after it
         everything is fine-tuned on the domain, as ``train.finetune_scope`` says; steps and the weights of encoder and
-        evidence are chosen on validation. This model stays as it is.
+        co-occurrence are chosen on validation. This model stays as it is.
 
         config: options of the fine-tuning; by default ``adapt_config()``, this model's with all of the users. Only
             ``finetune_steps`` and ``finetune_passes`` of steps are taken.
@@ -236,7 +236,7 @@ class MetaRec:
             split = split_domain(domain, config, fraction=config.data.target_fraction)
             check_splits({}, split, config)
             model = build(config, [split], shared=self.model.shared)
-            start = self.evidence.scorer if isinstance(self.evidence, EvidencePath) else None
+            start = self.cooccurrence.scorer if isinstance(self.cooccurrence, CooccurrenceScorer) else None
             with run.claimed("adapt", config, [], domain, overwrite=overwrite):
                 adapted = self._train(model, {}, split, config, run, start=start, origin=self._origin(start))
                 adapted.history["adapted_from"] = self.domain.name
@@ -254,7 +254,7 @@ class MetaRec:
             return config.replace(train={"device": "cpu", "capture": False})
         return config
 
-    def _origin(self, start: EvidenceScorer | None) -> str:
+    def _origin(self, start: CooccurrenceNetwork | None) -> str:
         """What tells the parameters that an adapted model starts from apart from any others."""
         digest = hashlib.sha256()
         for module in (self.model.shared, *(() if start is None else (start,))):
@@ -273,7 +273,7 @@ class MetaRec:
         run: _Run,
         *,
         profiler: StepProfiler | None = None,
-        start: EvidenceScorer | None = None,
+        start: CooccurrenceNetwork | None = None,
         origin: str | None = None,
     ) -> MetaRec:
         """Train ``model`` as ``config`` says, or go on with it, then what stands beside it, from ``start`` if given."""
@@ -307,10 +307,10 @@ class MetaRec:
             "stages_not_run": list(progress.left_out.not_run),
             "transfer": progress.trace,
         }
-        if config.model.evidence == "transitions":
-            trained._choose_evidence_weight()
-        elif config.model.evidence == "learned":
-            trained._learn_evidence(sources, run, start=start)
+        if config.model.cooccurrence == "transitions":
+            trained._choose_cooccurrence_weight()
+        elif config.model.cooccurrence == "learned":
+            trained._train_cooccurrence(sources, run, start=start)
         trained.history["seconds"] = time.perf_counter() - started
         return trained
 
@@ -344,7 +344,7 @@ class MetaRec:
             mixtures={"transferred": self._mixture(), "target_only": alone._mixture()},
             left_out={"transferred": self._left_out(), "target_only": alone._left_out()},
             trace=self.history["transfer"],
-            evidence=self.history.get("evidence"),
+            cooccurrence=self.history.get("cooccurrence"),
             codes=codes,
             codebook_size=self.config.model.codebook_size,
             replaces=replaces,
@@ -356,44 +356,48 @@ class MetaRec:
 
     def _mixture(self) -> dict[str, Any]:
         """What scores are made of."""
-        weights = {"encoder": self.encoder_weight, "evidence": self.evidence_weight}
-        return {"beside": self.config.model.evidence, **weights}
+        weights = {"encoder": self.encoder_weight, "cooccurrence": self.cooccurrence_weight}
+        return {"beside": self.config.model.cooccurrence, **weights}
 
-    def _learn_evidence(self, sources: dict[str, Split], run: _Run, *, start: EvidenceScorer | None) -> None:
-        """Train the evidence scorer, and mix it with the encoder so that validation's answers are likeliest.
+    def _train_cooccurrence(self, sources: dict[str, Split], run: _Run, *, start: CooccurrenceNetwork | None) -> None:
+        """Train the co-occurrence scorer, and mix it with the encoder so that validation's answers are likeliest.
 
         They are asked by statistics that leave the asked users out, as later users will be.
         """
-        trainer = EvidenceTrainer(
+        trainer = CooccurrenceTrainer(
             sources, self.split, self.config, start=start, reporter=run.reporter, should_stop=run.should_stop
         )
-        self.evidence = trainer.run()
-        self.history["evidence"] = found = trainer.found.to_dict()
+        self.cooccurrence = trainer.run()
+        self.history["cooccurrence"] = found = trainer.found.to_dict()
         for name in ("skipped_steps", "stages_not_run"):
             self.history[name] += found[name]
         self.history["skipped_by_stage"] |= found["skipped_by_stage"]
         self.model.eval()
         encoder = ModelScorer(self.model, self.domain.name)
-        asked = [(EvidencePath(self.evidence.scorer, known), cases) for known, cases in trainer.questions if len(cases)]
+        asked = [
+            (CooccurrenceScorer(self.cooccurrence.scorer, known), cases)
+            for known, cases in trainer.questions
+            if len(cases)
+        ]
         fitted = fit_mixture(
-            [(EvidenceMixture(encoder, path), cases) for path, cases in asked], catalogue=trainer.catalogue
+            [(ScoreMixture(encoder, path), cases) for path, cases in asked], catalogue=trainer.catalogue
         )
-        self.encoder_weight, self.evidence_weight = (
-            (fitted.encoder / fitted.evidence, 1.0) if fitted.evidence else (1.0, 0.0)
+        self.encoder_weight, self.cooccurrence_weight = (
+            (fitted.encoder / fitted.cooccurrence, 1.0) if fitted.cooccurrence else (1.0, 0.0)
         )
         self.history["mixture"] = {
             "encoder": self.encoder_weight,
-            "evidence": self.evidence_weight,
-            "fitted": {"encoder": fitted.encoder, "evidence": fitted.evidence},
-            "validation_loss": {"evidence": fitted.evidence_loss, "mixture": fitted.loss},
+            "cooccurrence": self.cooccurrence_weight,
+            "fitted": {"encoder": fitted.encoder, "cooccurrence": fitted.cooccurrence},
+            "validation_loss": {"cooccurrence": fitted.cooccurrence_loss, "mixture": fitted.loss},
         }
 
-    def _choose_evidence_weight(self) -> None:
+    def _choose_cooccurrence_weight(self) -> None:
         """How much the domain's own transitions count beside the encoder: whatever validation likes best."""
-        self.evidence = TransitionEvidence(self.split.train)
+        self.cooccurrence = TransitionTerms(self.split.train)
         tried, catalogue = {}, choice_catalogue(self.split, self.config.data.catalogue)
-        for weight in EVIDENCE_WEIGHTS:
-            self.evidence_weight = weight
+        for weight in TRANSITION_WEIGHTS:
+            self.cooccurrence_weight = weight
             metrics = evaluate(
                 self.scorer(),
                 self.split.valid,
@@ -402,28 +406,30 @@ class MetaRec:
                 catalogue=catalogue,
             )
             tried[weight] = metrics.ndcg[10]
-        self.evidence_weight = max(tried, key=lambda weight: (tried[weight], -weight))
-        self.history["evidence_weight"] = {
-            "chosen": self.evidence_weight,
+        self.cooccurrence_weight = max(tried, key=lambda weight: (tried[weight], -weight))
+        self.history["cooccurrence_weight"] = {
+            "chosen": self.cooccurrence_weight,
             "validation_ndcg@10": {str(weight): ndcg for weight, ndcg in tried.items()},
         }
 
-    def scorer(self, *, evidence: bool = True) -> Scorer:
-        """Scores over the target's catalogue; ``evidence=False`` leaves what stands beside the encoder out."""
+    def scorer(self, *, cooccurrence: bool = True) -> Scorer:
+        """Scores over the target's catalogue; ``cooccurrence=False`` leaves what stands beside the encoder out."""
         self.model.eval()
         encoder = ModelScorer(self.model, self.domain.name)
-        if not evidence or self.evidence is None or not self.evidence_weight:
+        if not cooccurrence or self.cooccurrence is None or not self.cooccurrence_weight:
             return encoder
-        if isinstance(self.evidence, EvidencePath):
-            return EvidenceMixture(encoder, self.evidence, encoder_weight=self.encoder_weight)
-        return ModelScorer(self.model, self.domain.name, evidence=self.evidence, evidence_weight=self.evidence_weight)
+        if isinstance(self.cooccurrence, CooccurrenceScorer):
+            return ScoreMixture(encoder, self.cooccurrence, encoder_weight=self.encoder_weight)
+        return ModelScorer(
+            self.model, self.domain.name, cooccurrence=self.cooccurrence, cooccurrence_weight=self.cooccurrence_weight
+        )
 
     def evaluate(
         self,
         split: Literal["valid", "test"] = "test",
         *,
         mask_history: bool | None = None,
-        evidence: bool = True,
+        cooccurrence: bool = True,
         catalogue: Catalogue | None = None,
     ) -> Metrics:
         """Full ranking of every case of the target's split; ties count as their expectation.
@@ -433,9 +439,9 @@ class MetaRec:
             those known from held-out events alone. By default ``config.data.catalogue``.
         """
         check_choice(split, "split", ("valid", "test"))
-        check_flag(evidence, "evidence")
+        check_flag(cooccurrence, "cooccurrence")
         return evaluate(
-            self.scorer(evidence=evidence),
+            self.scorer(cooccurrence=cooccurrence),
             getattr(self.split, split),
             mask_history=self.config.data.mask_history if mask_history is None else mask_history,
             protocol=f"{self.split.protocol}; {split}",
@@ -495,7 +501,7 @@ class MetaRec:
             items=np.concatenate(rows).astype(np.int64),
             num_items=self.domain.num_items,
         )
-        found = best_items(
+        found = top_k_items(
             self.scorer(),
             read,
             k=k,
@@ -534,9 +540,9 @@ class MetaRec:
         """
         index = self.model.domains.index(self.domain.name)
         parts: dict[str, torch.nn.Module] = {"shared": self.model.shared, "table": self.model.tables[index]}
-        if isinstance(self.evidence, EvidencePath):
-            parts["evidence"] = self.evidence.scorer
-        weights = {"evidence_weight": self.evidence_weight, "encoder_weight": self.encoder_weight}
+        if isinstance(self.cooccurrence, CooccurrenceScorer):
+            parts["cooccurrence"] = self.cooccurrence.scorer
+        weights = {"cooccurrence_weight": self.cooccurrence_weight, "encoder_weight": self.encoder_weight}
         facts = {"config": dataclasses.asdict(self.config), **weights, "history": self.history}
         save_model(folder, parts, self.domain, facts, overwrite=overwrite)
 
@@ -553,11 +559,11 @@ class MetaRec:
             model = Recommender(config.model, {loaded.domain.name: loaded.domain.num_items})
         model.shared, model.tables[0] = loaded.parts["shared"], loaded.parts["table"]
         split = split_domain(loaded.domain, config, fraction=config.data.target_fraction)
-        evidence = None
-        if "evidence" in loaded.parts:
-            evidence = EvidencePath(loaded.parts["evidence"].eval(), EvidenceStatistics(split.train))
-        weights = {name: loaded.facts[name] for name in ("evidence_weight", "encoder_weight")}
-        return cls(model.eval(), split, config, evidence=evidence, history=loaded.facts["history"], **weights)
+        cooccurrence = None
+        if "cooccurrence" in loaded.parts:
+            cooccurrence = CooccurrenceScorer(loaded.parts["cooccurrence"].eval(), CooccurrenceStatistics(split.train))
+        weights = {name: loaded.facts[name] for name in ("cooccurrence_weight", "encoder_weight")}
+        return cls(model.eval(), split, config, cooccurrence=cooccurrence, history=loaded.facts["history"], **weights)
 
 
 def _ids(name: str, given: Iterable[Any]) -> list[Any]:
@@ -696,9 +702,9 @@ def check_splits(sources: dict[str, Split], target: Split, config: Config) -> No
             f"domain {target.domain.name!r} has no validation case, by which the model is chosen ({target.protocol})"
         )
     users = int((target.train.lengths > 0).sum())
-    if config.model.evidence == "learned" and users < 2:
+    if config.model.cooccurrence == "learned" and users < 2:
         raise ValueError(
-            f"model.evidence='learned' needs two users with training events, and domain {target.domain.name!r} has "
+            f"model.cooccurrence='learned' needs two users with training events, and domain {target.domain.name!r} has "
             f"{users}; 'transitions' and 'none' need one"
         )
 
@@ -712,17 +718,17 @@ def build(config: Config, splits: Sequence[Split], *, shared: SharedEncoder | No
     model = Recommender(config.model, {s.domain.name: s.domain.num_items for s in splits})
     if shared is not None:
         model.shared.load_state_dict(shared.state_dict())
-    if config.model.start != "random":
+    if config.model.init != "random":
         for split in splits:
-            model.start_table(split.domain.name, split.train, seed=config.train.seed)
+            model.init_table(split.domain.name, split.train, seed=config.train.seed)
     if shared is None:
-        model.start_codebook(model.domains, seed=config.train.seed)
+        model.init_codebook(model.domains, seed=config.train.seed)
     return model.to(config.train.device)
 
 
-def floor_row(split: Split, *, mask_history: bool, catalogue: Catalogue = "training") -> Row:
+def baseline_row(split: Split, *, mask_history: bool, catalogue: Catalogue = "training") -> Row:
     """The best untrained baseline by validation, at test; both among the items of ``catalogue``."""
-    name, scorer, _ = best_floor(split, mask_history=mask_history, catalogue=catalogue)
+    name, scorer, _ = best_baseline(split, mask_history=mask_history, catalogue=catalogue)
     metrics = evaluate(
         scorer,
         split.test,
@@ -766,7 +772,7 @@ def compare(
     should_stop: Callable[[], bool] = lambda: False,
     profiler: StepProfiler | None = None,
 ) -> tuple[list[Row], dict[str, MetaRec]]:
-    """Train several methods on the same split and budget: rows for a table, untrained floor first, and the models.
+    """Train several methods on the same split and budget: rows for a table, untrained baseline first, and the models.
 
     run_dir: one folder a method; resume and overwrite as for ``fit``.
     Every model is chosen by validation; the figures are of the test cases.
@@ -784,7 +790,7 @@ def compare(
         run = _Run(_folder(run_dir), resume, reporter, should_stop)
         run.refuse(overwrite)
         split = split_domain(target, config, fraction=config.data.target_fraction)
-        floor = floor_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)
+        baseline = baseline_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)
         with run.claimed("compare", config, sources, target, overwrite=overwrite, method=", ".join(methods)):
             rows, models = _fit_each(sources, target, config, methods, run, profiler, overwrite=overwrite)
             for method, model in models.items() if own else ():
@@ -792,7 +798,7 @@ def compare(
                     names = [source.name for source in sources]
                     model.history["transfer_report"] = model.report_transfer(models["target_only"], names)
                     run.inside(method).keep(model)
-        return [floor, *rows], models
+        return [baseline, *rows], models
 
 
 def _fit_each(

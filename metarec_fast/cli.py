@@ -463,16 +463,16 @@ def train_and_show(
     """Train, print the table, write the run folder. Returns the exit status."""
     from metarec_fast.api import compare
     from metarec_fast.files import write_atomically
+    from metarec_fast.profiling.steps import StepProfiler
     from metarec_fast.report import profile as profile_report
     from metarec_fast.report.table import COLUMNS, markdown
-    from metarec_fast.train.profile import StepProfiler
-    from metarec_fast.train.stop import StopAsked
+    from metarec_fast.train.stop import StopRequested
     from metarec_fast.train.trainer import Interrupted
 
     profiler = StepProfiler() if profile else None
     console = plain_console()
     started = time.perf_counter()
-    with StopAsked() as stop:
+    with StopRequested() as stop:
         try:
             with ConsoleReporter(log=out / "log.jsonl", console=console) as reporter:
                 rows, models = compare(
@@ -602,10 +602,10 @@ def train(command: Train) -> int:
 
 
 def adapt(command: Adapt) -> int:
-    from metarec_fast.api import METHODS, MetaRec, check_device, floor_row
+    from metarec_fast.api import METHODS, MetaRec, baseline_row, check_device
     from metarec_fast.report.table import Row
     from metarec_fast.train import run_folder
-    from metarec_fast.train.stop import StopAsked
+    from metarec_fast.train.stop import StopRequested
     from metarec_fast.train.trainer import Interrupted
 
     if command.out is not None:
@@ -627,7 +627,7 @@ def adapt(command: Adapt) -> int:
     (target,) = load_named([command.target], command)
     out = command.out or Path("runs") / file_name(target.name)
     console = plain_console()
-    with StopAsked() as stop:
+    with StopRequested() as stop:
         try:
             with ConsoleReporter(log=out / "log.jsonl", console=console) as reporter:
                 reporter.begin(f"from {model.domain.name}")
@@ -648,7 +648,7 @@ def adapt(command: Adapt) -> int:
     if "adapted_from" in adapted.history:
         name += f", adapted from {model.domain.name}"
     rows = [
-        floor_row(adapted.split, mask_history=config.data.mask_history, catalogue=config.data.catalogue),
+        baseline_row(adapted.split, mask_history=config.data.mask_history, catalogue=config.data.catalogue),
         Row(name, adapted.evaluate(), seconds=adapted.history["seconds"]),
     ]
     show_rows(console, rows, f"target {target.name}")
@@ -691,7 +691,7 @@ def import_(command: Import) -> int:
 
 
 def evaluate(command: Evaluate) -> int:
-    from metarec_fast.api import METHODS, MetaRec, floor_row
+    from metarec_fast.api import METHODS, MetaRec, baseline_row
     from metarec_fast.report.table import Row
 
     model = MetaRec.from_pretrained(command.model)
@@ -700,7 +700,7 @@ def evaluate(command: Evaluate) -> int:
     rows = [Row(METHODS[model.config.train.method], metrics)]
     if command.split == "test":
         mask = model.config.data.mask_history if command.mask_history is None else command.mask_history
-        rows.insert(0, floor_row(model.split, mask_history=mask, catalogue=catalogue))
+        rows.insert(0, baseline_row(model.split, mask_history=mask, catalogue=catalogue))
     show_rows(plain_console(), rows, f"{model.domain.name}, {command.split}")
     return 0
 
@@ -750,7 +750,7 @@ def run_study(
     """Run what is left of a study, a line a cell, and write its tables and plots: the exit status, and the results."""
     from metarec_fast.study import Results, run
     from metarec_fast.study.results import figure
-    from metarec_fast.train.stop import StopAsked
+    from metarec_fast.train.stop import StopRequested
     from metarec_fast.train.trainer import Interrupted
 
     console, status = plain_console(), 0
@@ -766,7 +766,7 @@ def run_study(
             soft_wrap=True,
         )
 
-    with StopAsked() as stop:
+    with StopRequested() as stop:
         try:
             failures = run(
                 plan,

@@ -47,8 +47,8 @@ RANGES = {
         "seed": SEED,
         "threads": Range(0, 1024),
     },
-    "evidence": {
-        **dict.fromkeys(("similarity_starts", "similarity_batches", "batch_size", "evaluate_every"), POSITIVE_COUNT),
+    "cooccurrence": {
+        **dict.fromkeys(("similarity_inits", "similarity_batches", "batch_size", "evaluate_every"), POSITIVE_COUNT),
         "hidden": Range(1, 2**16),
         "sizes": POSITIVE,
         "folds": Range(2, 2**20),
@@ -71,11 +71,11 @@ class ModelConfig(Checked):
     dropout: float = 0.5
     max_length: int = 50
     """Most recent events that the encoder reads."""
-    start: Literal["random", "spectral", "aligned"] = "aligned"
+    init: Literal["random", "spectral", "aligned"] = "aligned"
     """Item table: small random numbers, or the leading singular vectors of the domain's own co-occurrence, as they are
     or turned so that coordinates go with how items are used (`data.descriptors`) as in the first domain."""
-    start_scale: float = 0.5
-    """Length of an item row at a spectral or aligned start."""
+    init_scale: float = 0.5
+    """Length of an item row at a spectral or aligned initialisation."""
     vq: Literal["residual", "quantized", "none"] = "residual"
     """What the encoder reads: z + q, q alone, or z alone (z: normalised item rows, q: their codes)."""
     codebook_heads: int = 8
@@ -87,7 +87,7 @@ class ModelConfig(Checked):
     """Find the codes of each item of a batch once, however often it occurs: the same result, with less work where
     items repeat. auto: for batches of more positions than the catalogue has items. On a GPU: of each item of the
     catalogue, since how many a batch has would have to be waited for."""
-    evidence: Literal["learned", "transitions", "none"] = "learned"
+    cooccurrence: Literal["learned", "transitions", "none"] = "learned"
     """What stands beside the encoder's scores, by a weight chosen on validation. learned: a network over what the
     domain's statistics say of each candidate, trained on all domains alike. transitions: its own transitions as they
     are."""
@@ -123,7 +123,7 @@ class MetaConfig(Checked):
     """All inner steps on one batch instead of a fresh one each."""
     temperature: float = 0.1
     """Of the softmax over similarities. This, weighting, similarity_scope and similarity_sign are the encoder's and the
-    evidence scorer's alike."""
+    co-occurrence scorer's alike."""
     weighting: Literal["softmax", "uniform"] = "softmax"
     similarity_scope: Literal["flat", "tensor_mean"] = "flat"
     """Cosine over all shared parameters at once, or the mean of the cosines of each tensor."""
@@ -133,8 +133,8 @@ class MetaConfig(Checked):
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
     source_loss_weight: float = 100.0
     """How much of each source's own descent direction joins its rescaled meta gradient. Few target users overfit an
-    encoder: they tell well which sources to follow and badly where to (docs/alignment.md). The evidence scorer has a
-    weight of its own."""
+    encoder: they tell well which sources to follow and badly where to (docs/alignment.md). The co-occurrence scorer has
+    a weight of its own."""
     target_pass: Literal["loop", "vmap"] = "loop"
     """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
     large operations, which suits a GPU and keeps a gradient of the target's table for each source."""
@@ -196,11 +196,11 @@ class TrainConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvidenceConfig(Checked):
-    """How the evidence scorer is trained: the stages of ``train.method``, over questions instead of windows."""
+class CooccurrenceConfig(Checked):
+    """How the co-occurrence scorer is trained: the stages of ``train.method``, over questions instead of windows."""
 
     hidden: int = 64
-    similarity_starts: int = 5
+    similarity_inits: int = 5
     """Fresh scorers in which the first descent directions of sources and target are compared, for the weights."""
     similarity_batches: int = 8
     """Of each domain and start."""
@@ -230,9 +230,9 @@ class EvidenceConfig(Checked):
     """On the target, the parameters that count are an exponential average over steps; 0 takes them as they are."""
 
     def check(self) -> None:
-        check_fields(self, prefix="evidence.", ranges=RANGES["evidence"])
+        check_fields(self, prefix="cooccurrence.", ranges=RANGES["cooccurrence"])
         if not self.sizes:
-            raise ValueError("evidence.sizes must be one number or more, got none")
+            raise ValueError("cooccurrence.sizes must be one number or more, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +257,7 @@ class Config(Checked):
     model: ModelConfig = field(default_factory=ModelConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
+    cooccurrence: CooccurrenceConfig = field(default_factory=CooccurrenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def check(self) -> None:
@@ -314,7 +314,7 @@ SECTIONS = {
     "model": ModelConfig,
     "meta": MetaConfig,
     "train": TrainConfig,
-    "evidence": EvidenceConfig,
+    "cooccurrence": CooccurrenceConfig,
     "data": DataConfig,
 }
 
@@ -328,7 +328,7 @@ def abstract() -> Config:
     return Config(
         model=ModelConfig(vq="quantized"),
         meta=MetaConfig(order=2, source_loss_weight=0.0, similarity_decay=0.0),
-        evidence=EvidenceConfig(source_loss_weight=0.0),
+        cooccurrence=CooccurrenceConfig(source_loss_weight=0.0),
         train=TrainConfig(warmup_steps=100, meta_steps=300, finetune_scope="all"),
     )
 
@@ -347,7 +347,7 @@ def metaadapt_literal() -> Config:
             similarity_sign="ascent",
             source_loss_weight=0.0,
         ),
-        evidence=EvidenceConfig(source_loss_weight=0.0),
+        cooccurrence=CooccurrenceConfig(source_loss_weight=0.0),
         train=TrainConfig(warmup_steps=100, meta_steps=300, finetune_scope="all"),
     )
 

@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
-from metarec_fast.ops import _register
+from metarec_fast.ops import register
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def poison(monkeypatch):
         return torch.full(shape, fill, dtype=dtype, device=device)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("metarec_fast") and getattr(module, "empty", None) is _register.empty:
+        if name.startswith("metarec_fast") and getattr(module, "empty", None) is register.empty:
             monkeypatch.setattr(module, "empty", poisoned)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from metarec_fast import MetaRec, api
 from metarec_fast.api import compare
+from metarec_fast.cooccurrence.mixture import FittedMixture
 from metarec_fast.data import (
     Domain,
     Sequences,
@@ -28,12 +29,12 @@ from metarec_fast.data import (
     relabelled_copy,
     synthetic,
 )
-from metarec_fast.data.descriptors import item_descriptors
-from metarec_fast.evaluation import FittedMixture, Metrics, best_items
+from metarec_fast.evaluation import Metrics, top_k_items
 from metarec_fast.files import sealed
-from metarec_fast.models.saved import load_model
 from metarec_fast.models.scorer import ModelScorer
-from metarec_fast.models.spectral import moments, turned
+from metarec_fast.persistence import load_model
+from metarec_fast.statistics.descriptors import item_descriptors
+from metarec_fast.statistics.spectral import moments, turned
 from metarec_fast.train.trainer import Interrupted, Silent
 from tests.killed import fails_with_little_room, killed
 from tests.tiny import DOMAINS, config, shop
@@ -49,7 +50,7 @@ def fitted():
 
 @pytest.fixture(scope="module")
 def with_transitions():
-    return MetaRec.fit(SOURCES, TARGET, config=config(model={"evidence": "transitions"}))
+    return MetaRec.fit(SOURCES, TARGET, config=config(model={"cooccurrence": "transitions"}))
 
 
 @pytest.fixture(scope="module")
@@ -77,30 +78,32 @@ def test_a_saved_model_is_the_model(fitted, saved):
     assert loaded.recommend(users, k=5) == fitted.recommend(users, k=5)
     assert loaded.config == fitted.config
     assert loaded.history == fitted.history
-    assert (loaded.evidence_weight, loaded.encoder_weight) == (fitted.evidence_weight, fitted.encoder_weight)
+    assert (loaded.cooccurrence_weight, loaded.encoder_weight) == (fitted.cooccurrence_weight, fitted.encoder_weight)
     assert loaded.domain.name == "target"
 
 
-@pytest.mark.parametrize("evidence", ["transitions", "none"])
-def test_a_saved_model_has_the_evidence_that_it_was_made_with(with_transitions, tmp_path, monkeypatch, evidence):
+@pytest.mark.parametrize("cooccurrence", ["transitions", "none"])
+def test_a_saved_model_has_the_cooccurrence_that_it_was_made_with(
+    with_transitions, tmp_path, monkeypatch, cooccurrence
+):
     model = with_transitions
-    if evidence == "none":
-        options = config(model={"evidence": "none"}, train={"method": "target_only"})
+    if cooccurrence == "none":
+        options = config(model={"cooccurrence": "none"}, train={"method": "target_only"})
         model = MetaRec.fit([], TARGET, config=options)
-    monkeypatch.setattr(model, "evidence_weight", 1.25 if evidence == "transitions" else 0.0)
+    monkeypatch.setattr(model, "cooccurrence_weight", 1.25 if cooccurrence == "transitions" else 0.0)
     model.save_pretrained(tmp_path)
     loaded = MetaRec.from_pretrained(tmp_path)
-    assert (loaded.evidence is None) == (evidence == "none")
+    assert (loaded.cooccurrence is None) == (cooccurrence == "none")
     users = list(TARGET.users)
     assert loaded.recommend(users, k=5) == model.recommend(users, k=5)
     assert loaded.history == model.history
 
 
-def test_a_model_without_its_evidence_is_refused(copy):
+def test_a_model_without_its_cooccurrence_is_refused(copy):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(copy / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if not k.startswith("evidence.")}, copy / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if not k.startswith("cooccurrence.")}, copy / "model.safetensors")
     with pytest.raises(ValueError, match="damaged"):
         MetaRec.from_pretrained(copy)
 
@@ -275,9 +278,9 @@ def test_seen_items_are_left_out_on_request(fitted):
         assert sorted(items) == sorted(TARGET.items)
 
 
-@pytest.mark.parametrize("evidence", ["learned", "transitions", "none"])
-def test_items_that_nobody_in_training_touched_are_recommended_on_request_alone(evidence, tmp_path):
-    options = config(model={"evidence": evidence}, train={"method": "target_only"})
+@pytest.mark.parametrize("cooccurrence", ["learned", "transitions", "none"])
+def test_items_that_nobody_in_training_touched_are_recommended_on_request_alone(cooccurrence, tmp_path):
+    options = config(model={"cooccurrence": cooccurrence}, train={"method": "target_only"})
     model = MetaRec.fit([], shop(), config=options)
     trained = {f"i{i}" for i in range(20)}
     users, k = list(model.domain.users), 60
@@ -315,18 +318,18 @@ def test_where_training_holds_every_item_the_catalogue_changes_no_bit_of_trainin
     ]
     for ours, theirs in zip(*(model.model.state_dict().values() for model in models), strict=True):
         assert torch.equal(ours, theirs)
-    ours, theirs = (model.evidence.scorer.state_dict() for model in models)
+    ours, theirs = (model.cooccurrence.scorer.state_dict() for model in models)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert models[0].history["mixture"] == models[1].history["mixture"]
 
 
 def test_with_all_items_validation_chooses_among_all_of_them():
-    """The best of training is what `evaluate` finds among all items, evidence's weight too."""
+    """The best of training is what `evaluate` finds among all items, co-occurrence's weight too."""
     options = config(train={"method": "target_only"}, data={"catalogue": "all"})
     model = MetaRec.fit([], shop(), config=options)
-    found = model.evaluate("valid", evidence=False)
+    found = model.evaluate("valid", cooccurrence=False)
     assert found.ndcg[10] == model.history["best_validation_ndcg@10"] and found.catalogue == "all"
-    assert model.evaluate("valid", evidence=False, catalogue="training").outside > found.outside == 0
+    assert model.evaluate("valid", cooccurrence=False, catalogue="training").outside > found.outside == 0
 
 
 def test_users_are_read_a_batch_at_a_time(fitted, monkeypatch):
@@ -337,7 +340,7 @@ def test_users_are_read_a_batch_at_a_time(fitted, monkeypatch):
     prepare = scorer.prepare
     monkeypatch.setattr(scorer, "prepare", lambda histories: asked.append(len(histories)) or prepare(histories))
     monkeypatch.setattr(fitted, "scorer", lambda: scorer)
-    monkeypatch.setattr(api, "best_items", partial(best_items, batch_size=9))
+    monkeypatch.setattr(api, "top_k_items", partial(top_k_items, batch_size=9))
     apart = fitted.recommend(users, k=5)
     assert asked == [9, 9, 9, 9, 4]
     assert items_of(apart) == items_of(together)
@@ -346,7 +349,7 @@ def test_users_are_read_a_batch_at_a_time(fitted, monkeypatch):
 
 
 def test_recommend_raises_for_scores_that_are_not_finite_as_evaluate_does():
-    model = MetaRec.fit([], shop(), config=config(train={"method": "target_only"}, model={"evidence": "none"}))
+    model = MetaRec.fit([], shop(), config=config(train={"method": "target_only"}, model={"cooccurrence": "none"}))
     with torch.no_grad():
         model.model.table("shop").bias[3] = torch.nan
     for ask, who in (
@@ -380,7 +383,7 @@ def test_an_empty_history_is_answered_by_popularity_and_bias_and_does_not_touch_
     items = TARGET.items.encode([item for item, _ in alone])
     scores = torch.tensor([score for _, score in alone])
     rest = scores - fitted.encoder_weight * fitted.model.table("target").bias.detach()[items]
-    levels = fitted.evidence.statistics.level_of[items].numpy()
+    levels = fitted.cooccurrence.statistics.level_of[items].numpy()
     for level in np.unique(levels):  # one score for all items of a popularity and place in order
         same = rest[levels == level]
         torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-5, atol=1e-5)
@@ -442,11 +445,11 @@ def test_the_history_of_the_user_is_masked_on_request(fitted):
 
 def test_the_mixture_says_what_it_was_made_by(fitted):
     found = fitted.history["mixture"]
-    fit, weights = found["fitted"], (found["encoder"], found["evidence"])
-    assert weights == (fitted.encoder_weight, fitted.evidence_weight) == (fit["encoder"] / fit["evidence"], 1.0)
-    assert found["validation_loss"]["mixture"] <= found["validation_loss"]["evidence"]
-    # without evidence it is the encoder's own score, by which its steps were chosen
-    assert fitted.evaluate("valid", evidence=False).ndcg[10] == fitted.history["best_validation_ndcg@10"]
+    fit, weights = found["fitted"], (found["encoder"], found["cooccurrence"])
+    assert weights == (fitted.encoder_weight, fitted.cooccurrence_weight) == (fit["encoder"] / fit["cooccurrence"], 1.0)
+    assert found["validation_loss"]["mixture"] <= found["validation_loss"]["cooccurrence"]
+    # without co-occurrence it is the encoder's own score, by which its steps were chosen
+    assert fitted.evaluate("valid", cooccurrence=False).ndcg[10] == fitted.history["best_validation_ndcg@10"]
 
 
 @pytest.mark.parametrize(
@@ -461,22 +464,22 @@ def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitte
 
     monkeypatch.setattr(api, "fit_mixture", fit)
     model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}))
-    assert (model.encoder_weight, model.evidence_weight) == pytest.approx(weights)
+    assert (model.encoder_weight, model.cooccurrence_weight) == pytest.approx(weights)
     histories, N = model.split.test.histories, TARGET.num_items
-    parts = (ModelScorer(model.model, TARGET.name), model.evidence)
+    parts = (ModelScorer(model.model, TARGET.name), model.cooccurrence)
     expected = sum(w * part.prepare(histories)(0, N) for w, part in zip(weights, parts, strict=True))
     torch.testing.assert_close(model.scorer().prepare(histories)(0, N), expected, rtol=1e-5, atol=1e-5)
     users = np.concatenate([cases.users for _, cases in asked])
     assert sorted(users) == sorted(model.split.valid.users)
-    events = sum(int(scorer.evidence.statistics.counts.sum()) for scorer, _ in asked)
+    events = sum(int(scorer.cooccurrence.statistics.counts.sum()) for scorer, _ in asked)
     assert events == (len(asked) - 1) * len(model.split.train.items)  # each fold is left out by one
 
 
-def test_the_weight_of_evidence_is_the_best_on_validation(with_transitions):
+def test_the_weight_of_cooccurrence_is_the_best_on_validation(with_transitions):
     fitted = with_transitions
-    tried = fitted.history["evidence_weight"]["validation_ndcg@10"]
+    tried = fitted.history["cooccurrence_weight"]["validation_ndcg@10"]
     assert fitted.evaluate("valid").ndcg[10] == max(tried.values())
-    assert tried["0.0"] == fitted.evaluate("valid", evidence=False).ndcg[10]
+    assert tried["0.0"] == fitted.evaluate("valid", cooccurrence=False).ndcg[10]
 
 
 @pytest.mark.parametrize("method", ["pretrain", "metarec"])
@@ -600,23 +603,25 @@ def test_fit_with_sources_reports_what_they_gave(straight):
     assert MetaRec.from_pretrained(folder / "model").history == model.history
 
 
-def test_the_report_shows_the_evidence_scorer_beside_the_encoder(tmp_path):
-    options = config(train={"meta_steps": 10}, evidence={"meta_steps": 20})
+def test_the_report_shows_the_cooccurrence_scorer_beside_the_encoder(tmp_path):
+    options = config(train={"meta_steps": 10}, cooccurrence={"meta_steps": 20})
     model = MetaRec.fit(SOURCES, TARGET, config=options, run_dir=tmp_path)
     report, found = model.history["transfer_report"], model.history["mixture"]
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    evidence = report["evidence"]
-    assert [entry["step"] for entry in evidence["over_time"]] == [10, 20] and evidence["noise_floor"]["draws"] == 2 * 18
-    assert set(evidence["sources"]) == set(report["sources"]) == {"source0", "source1"}
-    assert evidence["over_time"][0]["similarity"] != report["over_time"][0]["similarity"]
-    assert {stage for stage, *_ in evidence["validation_loss"]} == {"warmup", "meta", "finetune"}
-    assert evidence["best"] == min(loss for *_, loss in evidence["validation_loss"])
+    cooccurrence = report["cooccurrence"]
+    assert [entry["step"] for entry in cooccurrence["over_time"]] == [10, 20] and cooccurrence["noise_floor"][
+        "draws"
+    ] == 2 * 18
+    assert set(cooccurrence["sources"]) == set(report["sources"]) == {"source0", "source1"}
+    assert cooccurrence["over_time"][0]["similarity"] != report["over_time"][0]["similarity"]
+    assert {stage for stage, *_ in cooccurrence["validation_loss"]} == {"warmup", "meta", "finetune"}
+    assert cooccurrence["best"] == min(loss for *_, loss in cooccurrence["validation_loss"])
     # what is returned is made of what the history of the same model says
-    expected = {"beside": "learned", "encoder": found["encoder"], "evidence": found["evidence"]}
+    expected = {"beside": "learned", "encoder": found["encoder"], "cooccurrence": found["cooccurrence"]}
     assert report["mixture"][report["returned"]] == expected
     text = (tmp_path / "report.html").read_text()
     assert report["returned_parts"] in text
-    for part in ("Encoder: similarity", "Evidence scorer: similarity", "Evidence scorer: validation loss"):
+    for part in ("Encoder: similarity", "Co-occurrence scorer: similarity", "Co-occurrence scorer: validation loss"):
         assert part in text
 
 
@@ -624,10 +629,10 @@ def test_the_target_only_run_beside_has_the_same_budget():
     seen = Recorder()
     MetaRec.fit(SOURCES, TARGET, config=config(train={"patience": 99}), reporter=seen)
     assert seen.begun == ["target only"]
-    taken = [sum(at == part and "evidence" not in stage for at, stage in seen.steps) for part in (0, 1)]
-    beside = [sum(at == part and "evidence" in stage for at, stage in seen.steps) for part in (0, 1)]
+    taken = [sum(at == part and "cooccurrence" not in stage for at, stage in seen.steps) for part in (0, 1)]
+    beside = [sum(at == part and "cooccurrence" in stage for at, stage in seen.steps) for part in (0, 1)]
     assert taken == [13, 13] and beside == [10, 10]
-    assert {stage for at, stage in seen.steps if at == 1} == {"finetune", "evidence: target"}
+    assert {stage for at, stage in seen.steps if at == 1} == {"finetune", "co-occurrence: target"}
     seen = Recorder()
     model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}), reporter=seen)
     assert not seen.begun and "transfer_report" not in model.history
@@ -637,7 +642,7 @@ def test_the_target_only_run_beside_has_the_same_budget():
     ("ranks", "method", "words"),
     [
         ({"metarec": 0, "target_only": 3}, "metarec", "Transfer helped"),
-        ({"metarec": 3, "target_only": 3}, "target_only", "No evidence that transfer helped"),
+        ({"metarec": 3, "target_only": 3}, "target_only", "No co-occurrence that transfer helped"),
         ({"metarec": 3, "target_only": 0}, "target_only", "Transfer harmed"),
     ],
     ids=str,
@@ -650,7 +655,7 @@ def test_what_is_not_better_on_validation_gives_way_to_target_only(monkeypatch, 
         return Metrics("", False, 30, users, np.full(len(users), ranks[self.config.train.method]), 0 * users)
 
     monkeypatch.setattr(MetaRec, "evaluate", known)
-    model = MetaRec.fit(SOURCES, TARGET, config=config(model={"evidence": "none"}), run_dir=tmp_path)
+    model = MetaRec.fit(SOURCES, TARGET, config=config(model={"cooccurrence": "none"}), run_dir=tmp_path)
     report = model.history["transfer_report"]
     assert model.config.train.method == method
     assert report["returned"] == ("transferred" if method == "metarec" else "target_only")
@@ -668,7 +673,7 @@ def test_sources_that_teach_are_kept_and_random_ones_that_teach_nothing_are_not(
     # with sources, warm-up and meta steps learn at lr; target only learns at finetune_lr throughout
     rates = {"lr": 5e-3, "finetune_lr": 0.0} if helps else {"lr": 0.0, "finetune_lr": 5e-3}
     train = {"warmup_steps": 10, "meta_steps": 90, "finetune_steps": 0, "batch_size": 32, **rates}
-    options = config(model={"start": "random", "evidence": "none", "dropout": 0.1}, train=train)
+    options = config(model={"init": "random", "cooccurrence": "none", "dropout": 0.1}, train=train)
     source = domains.sources[0] if helps else random_items(domains.sources[0], seed=0)
     model = MetaRec.fit(source, domains.target, config=options)
     report = model.history["transfer_report"]
@@ -686,8 +691,8 @@ def after(calls):
     return lambda: next(left, None) is None
 
 
-# with sources: 3 + 20 + 6 steps of the encoder, then 5 starts and 10 steps of the evidence, which start again; then the
-# target alone: 21 steps until it gets no better, and 10 of the evidence
+# with sources: 3 + 20 + 6 steps of the encoder, then 5 starts and 10 steps of the scorer, which start again; then
+# the target alone: 21 steps until it gets no better, and 10 of the co-occurrence
 @pytest.mark.parametrize(("calls", "kept"), [(15, 15), (26, 26), (35, 29), (44, 29), (55, 40), (70, 50)])
 def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tmp_path, calls, kept):
     want, folder = straight
@@ -698,14 +703,14 @@ def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tm
     seen = Recorder()
     model = MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=tmp_path, resume=True, reporter=seen)
     torch.set_num_threads(before)
-    assert sum("evidence" not in stage for _, stage in seen.steps) < 58 - kept + 2
-    for name in ("transfer_report", "evidence", "mixture"):
+    assert sum("cooccurrence" not in stage for _, stage in seen.steps) < 58 - kept + 2
+    for name in ("transfer_report", "cooccurrence", "mixture"):
         assert model.history[name] == want.history[name]
     assert model.config == want.config
     for name, tensor in want.model.state_dict().items():
         assert torch.equal(model.model.state_dict()[name], tensor), name
-    for name, tensor in want.evidence.scorer.state_dict().items():
-        assert torch.equal(model.evidence.scorer.state_dict()[name], tensor), name
+    for name, tensor in want.cooccurrence.scorer.state_dict().items():
+        assert torch.equal(model.cooccurrence.scorer.state_dict()[name], tensor), name
     assert (tmp_path / "report.html").read_text() == (folder / "report.html").read_text()
 
 
@@ -749,7 +754,7 @@ def test_adapt_needs_no_source_and_leaves_the_model_as_it_was(saved, tmp_path):
         assert torch.equal(tensor, kept[name]), name
     assert adapted.history["adapted_from"] == "target" and "transfer_report" not in adapted.history
     assert adapted.history["mixture"]["encoder"] == adapted.encoder_weight
-    assert model.evidence.scorer is not adapted.evidence.scorer and adapted.evidence.num_items == 35
+    assert model.cooccurrence.scorer is not adapted.cooccurrence.scorer and adapted.cooccurrence.num_items == 35
     assert len(adapted.recommend(users=[next(iter(NEW.users))], k=3)[0]) == 3
     loaded = MetaRec.from_pretrained(tmp_path / "model")
     got, want = loaded.evaluate(), adapted.evaluate()
@@ -758,12 +763,12 @@ def test_adapt_needs_no_source_and_leaves_the_model_as_it_was(saved, tmp_path):
     assert loaded.adapt(TARGET).domain is TARGET
 
 
-def test_adapting_starts_from_the_evidence_scorer_of_the_model(fitted):
-    still = fitted.config.replace(evidence={"finetune_steps": 0})
+def test_adapting_starts_from_the_cooccurrence_scorer_of_the_model(fitted):
+    still = fitted.config.replace(cooccurrence={"finetune_steps": 0})
     adapted = fitted.adapt(NEW, config=still)
-    for name, tensor in fitted.evidence.scorer.state_dict().items():
-        assert torch.equal(adapted.evidence.scorer.state_dict()[name], tensor), name
-    assert adapted.history["evidence"]["best_at"] == "start 0"
+    for name, tensor in fitted.cooccurrence.scorer.state_dict().items():
+        assert torch.equal(adapted.cooccurrence.scorer.state_dict()[name], tensor), name
+    assert adapted.history["cooccurrence"]["best_at"] == "start 0"
     json.dumps(adapted.history, allow_nan=False)
 
 
@@ -773,7 +778,7 @@ def test_adapting_starts_from_the_shared_parameters_and_the_structure_of_the_new
     for name, tensor in fitted.model.shared.state_dict().items():
         assert torch.equal(adapted.model.shared.state_dict()[name], tensor), name
     rows = adapted.model.table("target").weight
-    assert rows.norm(dim=1).tolist() == pytest.approx([fitted.config.model.start_scale] * 35, rel=1e-4)
+    assert rows.norm(dim=1).tolist() == pytest.approx([fitted.config.model.init_scale] * 35, rel=1e-4)
     rows, frame = rows.detach(), fitted.model.shared.frame
     assert frame.any()  # rows stand as near to it as they can be turned
     again = turned(rows, moments(rows, item_descriptors(adapted.split.train)), frame)
@@ -796,7 +801,12 @@ def test_a_stopped_adaptation_goes_on(fitted, tmp_path):
     options = fitted.config.replace(train={"threads": 1})
     want = fitted.adapt(NEW, config=options, compare_target_only=True)
     # three steps of the table, three of everything, four of the scorer; then the target-only run
-    for calls, stage in ((1, "finetune table at step 1"), (4, "finetune at step 1"), (7, "evidence"), (12, "finetune")):
+    for calls, stage in (
+        (1, "finetune table at step 1"),
+        (4, "finetune at step 1"),
+        (7, "cooccurrence"),
+        (12, "finetune"),
+    ):
         folder = tmp_path / str(calls)
         with pytest.raises(Interrupted, match=f"stopped in {stage}"):
             fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, should_stop=after(calls))
@@ -844,7 +854,7 @@ def short(lengths):
     [
         ([1, 1, 3], "domain 'shop' has no user with two training events"),
         ([2, 2, 2], "domain 'shop' has no validation case, by which the model is chosen"),
-        ([4], "model.evidence='learned' needs two users with training events, and domain 'shop' has 1"),
+        ([4], "model.cooccurrence='learned' needs two users with training events, and domain 'shop' has 1"),
     ],
     ids=str,
 )
@@ -1059,7 +1069,7 @@ def test_fit_works_outside_the_main_thread():
 
 
 def test_progress_is_shown_where_it_is_asked_for_or_seen(capsys, monkeypatch):
-    options = {"config": config(train={"method": "target_only"}, model={"evidence": "none"})}
+    options = {"config": config(train={"method": "target_only"}, model={"cooccurrence": "none"})}
     MetaRec.fit([], TARGET, **options)
     assert capsys.readouterr() == ("", "")  # no terminal
     MetaRec.fit([], TARGET, progress=True, **options)

@@ -6,7 +6,7 @@ import pytest
 from metarec_fast import Mixture, Prefetch, Sampler, synthetic
 from metarec_fast.data import leave_one_out, limit_users, random_items, relabelled_copy, shuffled_order
 from metarec_fast.evaluation import evaluate, paired_bootstrap
-from metarec_fast.evaluation.floors import Popularity
+from metarec_fast.evaluation.baselines import Popularity
 from tests.tiny import DOMAINS
 
 TARGET = DOMAINS.target

@@ -32,10 +32,10 @@ TINY = [
     "--train.evaluate-every=50",
     "--train.patience=99",
     "--train.threads=1",
-    "--evidence.hidden=8",
-    "--evidence.warmup-steps=4",
-    "--evidence.meta-steps=2",
-    "--evidence.finetune-steps=4",
+    "--cooccurrence.hidden=8",
+    "--cooccurrence.warmup-steps=4",
+    "--cooccurrence.meta-steps=2",
+    "--cooccurrence.finetune-steps=4",
 ]
 
 
@@ -378,12 +378,12 @@ def study_file(folder):
     from tests.study.problems import TRAIN
 
     options = {"model": {"dim": 8, "codebook_heads": 2, "codebook_size": 8, "layers": 1}, "train": TRAIN}
-    options["evidence"] = dataclasses.asdict(config().evidence)
+    options["cooccurrence"] = dataclasses.asdict(config().cooccurrence)
     plan = Study(
         name="files",
         targets=("shop",),
         sources=("books",),
-        arms=(Arm(name="popularity", group="floor", floor="popularity"), Arm(name="ours", group="ours")),
+        arms=(Arm(name="popularity", group="baseline", baseline="popularity"), Arm(name="ours", group="ours")),
         fractions=(0.5, 1.0),
         comparisons=(Comparison(arm="ours", against=("popularity",)),),
         options=options,
@@ -547,7 +547,7 @@ def test_a_run_is_not_overwritten_unless_asked(folder, tmp_path, capsys):
 
 def test_the_demo_replaces_a_demo_where_nobody_chose_the_folder_and_nothing_else(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny = [*TINY, "--train.finetune-steps=2", "--model.evidence=none", "--methods", "target_only"]
+    tiny = [*TINY, "--train.finetune-steps=2", "--model.cooccurrence=none", "--methods", "target_only"]
     assert main(["demo", *tiny]) == 0
     assert main(["demo", *tiny]) == 0
     assert "replacing the demo in runs/demo" in capsys.readouterr().out
@@ -566,7 +566,7 @@ def test_the_demo_replaces_a_demo_where_nobody_chose_the_folder_and_nothing_else
     ("command", "message", "want"),
     [
         ("train", "train.batch_size must be at least 1, got 0", "--train.batch-size must be at least 1, got 0"),
-        ("train", "model.evidence='learned' needs two users", "--model.evidence learned needs two users"),
+        ("train", "model.cooccurrence='learned' needs two users", "--model.cooccurrence learned needs two users"),
         ("train", "pass overwrite=True", "pass --overwrite"),
         ("train", "--overwrite (overwrite=True) replaces it", "--overwrite replaces it"),
         ("train", "on_error='skip' counts them", "--on-error skip counts them"),

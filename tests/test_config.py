@@ -52,7 +52,7 @@ def test_every_option_round_trips():
 
 
 def test_a_list_from_a_study_is_the_tuple_that_it_stands_for():
-    assert Config().replace(evidence={"sizes": [0.5, 1.0, 2.0]}) == Config()
+    assert Config().replace(cooccurrence={"sizes": [0.5, 1.0, 2.0]}) == Config()
 
 
 def test_options_left_out_have_their_defaults():
@@ -63,7 +63,7 @@ def test_options_left_out_have_their_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"modell": {}}', "no section 'modell'; sections are model, meta, train, evidence, data"),
+        ('{"modell": {}}', "no section 'modell'; sections are model, meta, train, cooccurrence, data"),
         ('{"model": {"dims": 3}}', "model has no option 'dims'; options are .*dim"),
         ("[]", "must be a JSON object"),
         ('{"model": 3}', "must be a JSON object"),
@@ -92,7 +92,7 @@ def test_metaadapt_literal_has_the_published_constants():
     assert (meta.order, meta.inner_steps, meta.inner_lr, meta.temperature) == (2, 3, 1e-5, 0.01)
     assert (meta.similarity_scope, meta.similarity_sign, meta.weighting) == ("tensor_mean", "ascent", "softmax")
     assert meta.same_batch and meta.similarity_decay == 0
-    assert meta.source_loss_weight == literal.evidence.source_loss_weight == 0
+    assert meta.source_loss_weight == literal.cooccurrence.source_loss_weight == 0
 
 
 def test_options_cannot_be_changed_in_place():
@@ -103,24 +103,24 @@ def test_options_cannot_be_changed_in_place():
 @pytest.mark.parametrize(
     ("section", "option", "value", "message"),
     [
-        ("evidence", "similarity_starts", 0, "evidence.similarity_starts must be at least 1, got 0"),
-        ("evidence", "similarity_batches", -3, "evidence.similarity_batches must be at least 1, got -3"),
-        ("evidence", "folds", 1, "evidence.folds must be at least 2, got 1"),
-        ("evidence", "evaluate_every", 0, "evidence.evaluate_every must be at least 1, got 0"),
-        ("evidence", "batch_size", 0, "evidence.batch_size must be at least 1, got 0"),
-        ("evidence", "hidden", 0, "evidence.hidden must be at least 1, got 0"),
-        ("evidence", "warmup_steps", -1, "evidence.warmup_steps must be at least 0, got -1"),
-        ("evidence", "finetune_passes", -1.0, "evidence.finetune_passes must be at least 0, got -1"),
-        ("evidence", "finetune_passes", float("inf"), "evidence.finetune_passes must be finite, got inf"),
-        ("evidence", "source_loss_weight", -0.5, "evidence.source_loss_weight must be at least 0, got -0.5"),
-        ("evidence", "source_loss_weight", float("inf"), "evidence.source_loss_weight must be finite, got inf"),
+        ("cooccurrence", "similarity_inits", 0, "cooccurrence.similarity_inits must be at least 1, got 0"),
+        ("cooccurrence", "similarity_batches", -3, "cooccurrence.similarity_batches must be at least 1, got -3"),
+        ("cooccurrence", "folds", 1, "cooccurrence.folds must be at least 2, got 1"),
+        ("cooccurrence", "evaluate_every", 0, "cooccurrence.evaluate_every must be at least 1, got 0"),
+        ("cooccurrence", "batch_size", 0, "cooccurrence.batch_size must be at least 1, got 0"),
+        ("cooccurrence", "hidden", 0, "cooccurrence.hidden must be at least 1, got 0"),
+        ("cooccurrence", "warmup_steps", -1, "cooccurrence.warmup_steps must be at least 0, got -1"),
+        ("cooccurrence", "finetune_passes", -1.0, "cooccurrence.finetune_passes must be at least 0, got -1"),
+        ("cooccurrence", "finetune_passes", float("inf"), "cooccurrence.finetune_passes must be finite, got inf"),
+        ("cooccurrence", "source_loss_weight", -0.5, "cooccurrence.source_loss_weight must be at least 0, got -0.5"),
+        ("cooccurrence", "source_loss_weight", float("inf"), "cooccurrence.source_loss_weight must be finite, got inf"),
         ("train", "finetune_passes", -1.0, "train.finetune_passes must be at least 0, got -1.0"),
         ("meta", "source_loss_weight", -1.0, "meta.source_loss_weight must be at least 0, got -1.0"),
-        ("evidence", "lr", float("nan"), "evidence.lr must be at least 0, got nan"),
-        ("evidence", "sizes", (), "evidence.sizes must be one number or more, got none"),
-        ("evidence", "sizes", (1.0, -1.0), r"evidence.sizes\[1\] must be above 0, got -1.0"),
-        ("evidence", "sizes", "12", "evidence.sizes must be a list, got '12'"),
-        ("evidence", "sizes", np.array(1.0), "evidence.sizes must be a list, got array"),
+        ("cooccurrence", "lr", float("nan"), "cooccurrence.lr must be at least 0, got nan"),
+        ("cooccurrence", "sizes", (), "cooccurrence.sizes must be one number or more, got none"),
+        ("cooccurrence", "sizes", (1.0, -1.0), r"cooccurrence.sizes\[1\] must be above 0, got -1.0"),
+        ("cooccurrence", "sizes", "12", "cooccurrence.sizes must be a list, got '12'"),
+        ("cooccurrence", "sizes", np.array(1.0), "cooccurrence.sizes must be a list, got array"),
         ("model", "encoder", "LRU", "model.encoder must be 'lru' or 'sasrec', got 'LRU'; did you mean 'lru'?"),
         ("model", "encoder", "xyz", "got 'xyz'$"),
         ("model", "vq", "residul", "did you mean 'residual'"),
@@ -147,7 +147,7 @@ def test_options_cannot_be_changed_in_place():
         ("train", "device", 0, "train.device must be a string, got 0"),
         ("train", "capture", True, "train.capture needs train.device 'cuda'"),
         ("model", "dim", 12, "model.dim must be a multiple of model.codebook_heads, got dim 12 and codebook_heads 8"),
-        ("evidence", "average_decay", 2.0, r"evidence.average_decay must be in \[0, 1\), got 2.0"),
+        ("cooccurrence", "average_decay", 2.0, r"cooccurrence.average_decay must be in \[0, 1\), got 2.0"),
         ("meta", "temperature", 0.0, "meta.temperature must be above 0, got 0.0"),
     ],
 )

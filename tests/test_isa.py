@@ -20,7 +20,7 @@ FLAGS = {
 }
 CORE = (
     "tests/ops/test_bounded_lookup.py::test_equals_reference",
-    "tests/ops/test_gather_evidence.py::test_equals_reference",
+    "tests/ops/test_gather_cooccurrence.py::test_equals_reference",
     "tests/ops/test_nearest_codeword.py::test_equals_reference",
     "tests/ops/test_nearest_codeword.py::test_dtypes_and_heads",
     "tests/ops/test_vq_commit.py::test_equals_reference",

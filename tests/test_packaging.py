@@ -1,6 +1,5 @@
-"""What an import brings along, and which part may import which."""
+"""What an import brings along, and how the extension is built."""
 
-import ast
 import importlib.util
 import json
 import subprocess
@@ -71,74 +70,6 @@ def test_every_public_name_resolves():
         assert name in dir(metarec_fast)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         metarec_fast.nothing  # noqa: B018
-
-
-# The rule of the house: imports run down this list only.
-#   cli -> study -> api -> report, train -> meta, evaluation -> models, data -> vq -> ops -> reference | _C | kernels
-# Of two on one line, the first may read the second. checks, files and text may be read by all and read nothing; config
-# may be read by all and reads those.
-LAYERS = ["cli", "study", "api", "report", "train", "meta", "evaluation", "models", "data", "vq", "ops"]
-LEAVES = {"checks", "files", "text"}
-BELOW = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)}
-ALLOWED = {layer: below | {layer, "config", *LEAVES, "reference"} for layer, below in BELOW.items()}
-ALLOWED["report"].discard("train")  # a run is reported to; neither knows the other
-ALLOWED["meta"].discard("evaluation")
-ALLOWED["ops"] = {"ops", *LEAVES, "reference", "_C", "kernels"}
-ALLOWED |= {"reference": {"reference"}, "kernels": {"kernels"}, "config": LEAVES, **{leaf: set() for leaf in LEAVES}}
-THIRD_PARTY = {  # beyond torch and numpy
-    "cli": {"tyro", "rich"},
-    "models": {"safetensors"},
-    "report": {"rich"},
-    "train": {"safetensors"},
-    "data": {"polars", "safetensors"},
-    "kernels": {"triton"},
-}
-
-
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it; those of a package by their full name."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports by a relative name"
-            if node.module == "metarec_fast":
-                found |= {f"metarec_fast.{alias.name}" for alias in node.names}
-            else:
-                found.add(node.module)
-    return found
-
-
-FILES = {
-    **{path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")},
-    **dict.fromkeys((ROOT / "kernels").glob("*.py"), "kernels"),
-}
-del FILES[PACKAGE / "__init__.py"]
-
-
-def test_every_part_has_its_place_in_the_rule():
-    assert set(FILES.values()) == set(ALLOWED)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    layer = FILES[path]
-    for name in imports(path):
-        top, _, rest = name.partition(".")
-        if top == "metarec_fast":
-            part = rest.split(".")[0]
-            assert part in ALLOWED[layer] or part == "__version__", f"{layer} must not import {name}"
-        elif top not in sys.stdlib_module_names:
-            allowed = {"torch", "numpy"} | THIRD_PARTY.get(layer, set())
-            assert top in (allowed - {"numpy"} if layer == "kernels" else allowed), f"{layer} must not import {name}"
-
-
-def test_the_rule_sees_what_it_forbids(tmp_path):
-    path = tmp_path / "x.py"
-    path.write_text("def f():\n    from metarec_fast import _C\n    import metarec_fast.cli, polars.selectors\n")
-    assert imports(path) == {"metarec_fast._C", "metarec_fast.cli", "polars.selectors"}
-    assert "_C" not in ALLOWED["data"] and "kernels" not in ALLOWED["vq"] and "cli" not in ALLOWED["api"]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from metarec_fast.config import Config, EvidenceConfig, ModelConfig, TrainConfig
+from metarec_fast.config import Config, CooccurrenceConfig, ModelConfig, TrainConfig
 from metarec_fast.data import Domain, Sequences, Vocabulary, synthetic
 
 DOMAINS = synthetic(source_users=60, source_items=40, target_users=40, target_items=30)
@@ -21,7 +21,7 @@ def config(**sections) -> Config:
             negatives=16,
             lr=1e-2,
         ),
-        evidence=EvidenceConfig(
+        cooccurrence=CooccurrenceConfig(
             hidden=8,
             warmup_steps=4,
             meta_steps=2,

@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#include "sequence/gather_evidence.h"
+#include "sequence/gather_cooccurrence.h"
 #include "sequence/linear_cross_entropy.h"
 #include "sequence/linear_scan.h"
 
@@ -70,7 +70,7 @@ void check_items(const int32_t* items, int64_t count, int64_t V, const char* nam
 }
 
 // Checked once, as items are addresses: a graph serves many calls.
-EvidenceGraph evidence_graph(const Span& offsets, const Span& items, const Span& values, int64_t V, int64_t relations) {
+CooccurrenceGraph cooccurrence_graph(const Span& offsets, const Span& items, const Span& values, int64_t V, int64_t relations) {
     const auto* item = items.of<const int32_t>("graph items", {items.size});
     check_at_least("relations", relations, 0);
     const auto* at = checked_offsets(offsets, "graph offsets", V, items.size);
@@ -79,8 +79,8 @@ EvidenceGraph evidence_graph(const Span& offsets, const Span& items, const Span&
 }
 
 // The candidates of some histories: where those of each begin is known first, so that the caller can make room.
-struct EvidencePlan {
-    EvidencePlan(const EvidenceGraph& graph, const Span& offsets, const Span& items, std::vector<int64_t> age_bounds,
+struct CooccurrencePlan {
+    CooccurrencePlan(const CooccurrenceGraph& graph, const Span& offsets, const Span& items, std::vector<int64_t> age_bounds,
                  int64_t B)
         : graph(graph), ages(std::move(age_bounds)) {
         histories = {checked_offsets(offsets, "offsets", B, items.size), items.of<const int32_t>("items", {items.size}),
@@ -90,11 +90,11 @@ struct EvidencePlan {
         for (size_t g = 1; g < ages.size(); ++g) rising = rising && ages[g - 1] < ages[g];
         if (!rising) throw std::invalid_argument("ages must rise from 0 and name one group at least");
         packed.resize(B + 1);
-        plan_evidence(graph, histories, by_age(), packed.data());
+        plan_cooccurrence(graph, histories, by_age(), packed.data());
     }
     AgeGroups by_age() const { return {ages.data(), static_cast<int64_t>(ages.size()) - 1}; }
 
-    const EvidenceGraph& graph;
+    const CooccurrenceGraph& graph;
     Histories histories;
     std::vector<int64_t> ages, packed;
 };
@@ -157,18 +157,18 @@ void bind_sequence(py::module_& m) {
         py::arg("a"), py::arg("h"), py::arg("grad_h"), py::arg("offsets"), py::arg("grad_a"), py::arg("grad_u"),
         py::kw_only(), py::arg("segments"), py::arg("rows"), py::arg("width"), py::arg("reverse"));
 
-    py::class_<EvidenceGraph>(m, "EvidenceGraph")
-        .def(py::init(&evidence_graph), py::arg("offsets"), py::arg("items"), py::arg("values"), py::kw_only(),
+    py::class_<CooccurrenceGraph>(m, "CooccurrenceGraph")
+        .def(py::init(&cooccurrence_graph), py::arg("offsets"), py::arg("items"), py::arg("values"), py::kw_only(),
              py::arg("V"), py::arg("relations"));
-    py::class_<EvidencePlan>(m, "EvidencePlan")
-        .def(py::init<const EvidenceGraph&, const Span&, const Span&, std::vector<int64_t>, int64_t>(),
+    py::class_<CooccurrencePlan>(m, "CooccurrencePlan")
+        .def(py::init<const CooccurrenceGraph&, const Span&, const Span&, std::vector<int64_t>, int64_t>(),
              py::call_guard<py::gil_scoped_release>(), py::keep_alive<1, 2>(), py::arg("graph"), py::arg("offsets"),
              py::arg("items"), py::kw_only(), py::arg("ages"), py::arg("B"))
-        .def_property_readonly("candidates", [](const EvidencePlan& plan) { return plan.packed.back(); })
+        .def_property_readonly("candidates", [](const CooccurrencePlan& plan) { return plan.packed.back(); })
         .def(
             "gather",
-            [](const EvidencePlan& plan, const Span& packed, const Span& candidates, const Span& features) {
-                const EvidenceGraph& graph = plan.graph;
+            [](const CooccurrencePlan& plan, const Span& packed, const Span& candidates, const Span& features) {
+                const CooccurrenceGraph& graph = plan.graph;
                 const int64_t N = plan.packed.back(), columns = plan.by_age().groups * graph.relations + 1;
                 auto* offsets = packed.of<int64_t>("packed", {plan.histories.B + 1});
                 auto* items = candidates.of<int64_t>("candidates", {N});
@@ -178,7 +178,7 @@ void bind_sequence(py::module_& m) {
                 list_candidates(graph, plan.histories, plan.by_age(), plan.packed.data(), items);
                 const int threads = threads_for(N * columns);
                 std::vector<int32_t> places(threads * graph.V, -1);
-                METAREC_DISPATCH(gather_evidence)
+                METAREC_DISPATCH(gather_cooccurrence)
                 (graph, plan.histories, plan.by_age(), plan.packed.data(), items, {places.data(), threads}, values);
             },
             py::arg("packed"), py::arg("candidates"), py::arg("features"));

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from metarec_fast.data import _csr
-from metarec_fast.data._tables import SHOWN
+from metarec_fast.data import csr
+from metarec_fast.data.io.tables import SHOWN
 from metarec_fast.data.vocabulary import Vocabulary
 from metarec_fast.text import printable
 
@@ -46,8 +46,8 @@ class Sequences:
     def take(self, rows: np.ndarray) -> Sequences:
         """The sequences of these numbers, in this order, without their times."""
         lengths = self.lengths[rows]
-        events = _csr.positions(self.offsets[:-1][rows], lengths)
-        return Sequences(_csr.offsets(lengths), self.items[events], self.num_items)
+        events = csr.positions(self.offsets[:-1][rows], lengths)
+        return Sequences(csr.offsets(lengths), self.items[events], self.num_items)
 
     def pairs(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
         """All pairs of items ``lag`` >= 1 events apart in one sequence: the earlier [N] and the later [N], in order."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from metarec_fast.data._strings import BLOCK, PackedStrings
+from metarec_fast.data.strings import BLOCK, PackedStrings
 
 INT64_MAX = 2**63 - 1
 INT64_MIN = -(2**63)

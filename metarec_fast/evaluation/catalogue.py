@@ -10,9 +10,9 @@ from torch import Tensor
 
 from metarec_fast.data.domain import Cases, Catalogue, Split
 from metarec_fast.data.split import select_cases
+from metarec_fast.evaluation.linear_scores import LinearScores
 from metarec_fast.evaluation.ranks import TILE
 from metarec_fast.evaluation.scorer import ScoreTile
-from metarec_fast.models.linear_scores import LinearScores
 
 
 class Candidates:

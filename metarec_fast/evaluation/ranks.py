@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import ops, reference
+from metarec_fast.evaluation.linear_scores import LinearScores
 from metarec_fast.evaluation.scorer import ScoreTile
-from metarec_fast.models.linear_scores import LinearScores
 
 TILE = 2048
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast.data.domain import Sequences
-from metarec_fast.models.linear_scores import LinearScores, MixedScores
+from metarec_fast.evaluation.linear_scores import LinearScores, MixedScores
 
 ScoreTile = Callable[[int, int], Tensor]
 """``score_tile(begin, end) -> [B, end - begin]``: float32 or float64 scores of items begin to end, higher is better.
@@ -32,7 +32,7 @@ class Scorer(Protocol):
 
 
 class MixtureScorer(Protocol):
-    """An encoder and evidence beside it, that can be mixed in many ways at the price of preparing once."""
+    """An encoder and co-occurrence beside it, that can be mixed in many ways at the price of preparing once."""
 
     @property
     def num_items(self) -> int: ...

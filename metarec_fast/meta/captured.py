@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast.config import MetaConfig
-from metarec_fast.data.batch import BatchShape, PackedBatch
 from metarec_fast.meta.step import GradientAverages, Lane, Loss, OuterStep, Parameters, Source, outer_step
+from metarec_fast.sampling.batch import BatchShape, PackedBatch
 
 _WARM_UPS = 3  # before a capture: kernels are compiled, libraries take their workspaces
 _READ = ("items", "targets", "offsets", "negatives", "logq", "real")  # of a batch, by a loss

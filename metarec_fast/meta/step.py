@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from metarec_fast.config import MetaConfig
-from metarec_fast.data.batch import PackedBatch
+from metarec_fast.sampling.batch import PackedBatch
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Parameters, PackedBatch], Tensor]

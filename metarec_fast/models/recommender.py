@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metarec_fast.config import ModelConfig
-from metarec_fast.data.batch import PackedBatch
-from metarec_fast.data.descriptors import NUM_DESCRIPTORS, item_descriptors
 from metarec_fast.data.domain import Sequences
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
-from metarec_fast.models.spectral import moments, spectral_table, turned
 from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
+from metarec_fast.sampling.batch import PackedBatch
+from metarec_fast.statistics.descriptors import NUM_DESCRIPTORS, item_descriptors
+from metarec_fast.statistics.spectral import moments, spectral_table, turned
 
 Parameters = dict[str, Tensor]
 
@@ -74,7 +74,7 @@ class SharedEncoder(nn.Module):
         self.config = config
         if config.vq != "none":
             self.codebook = nn.Parameter(torch.randn(H, config.codebook_size, D // H))
-        if config.start == "aligned":  # moments of the first domain, to which the others are turned
+        if config.init == "aligned":  # moments of the first domain, to which the others are turned
             self.register_buffer("frame", torch.zeros(D, NUM_DESCRIPTORS))
         self.norm = nn.LayerNorm(D)
         if config.encoder == "lru":
@@ -166,22 +166,22 @@ class Recommender(nn.Module):
         return task + self.config.vq_loss_weight * vq_loss
 
     @torch.no_grad()
-    def start_table(self, domain: str, train: Sequences, *, seed: int) -> None:
+    def init_table(self, domain: str, train: Sequences, *, seed: int) -> None:
         """Item rows from the domain's own co-occurrence, item biases from its popularity.
 
-        Where ``config.start`` is aligned, rows are turned to the domain that started first.
+        Where ``config.init`` is aligned, rows are turned to the domain that started first.
         """
         table = self.table(domain)
         rows = spectral_table(train, self.config.dim, seed=seed)
         if not rows.isfinite().all():
             raise ValueError(f"the spectral start of {domain!r} is not finite")
-        if self.config.start == "aligned":
+        if self.config.init == "aligned":
             own = moments(rows, item_descriptors(train))
             if self.shared.frame.any():
                 rows = turned(rows, own, self.shared.frame.cpu())
             else:
                 self.shared.frame.copy_(own)
-        table.weight.copy_(self.config.start_scale * rows)
+        table.weight.copy_(self.config.init_scale * rows)
         counts = torch.bincount(torch.from_numpy(train.items.astype("int64")), minlength=train.num_items)
         table.bias.copy_(torch.log((counts + 0.5) / (counts.sum() + 0.5 * len(counts)) * len(counts)))
 
@@ -194,7 +194,7 @@ class Recommender(nn.Module):
         return self.shared.quantize(table.norm(table.weight))[1]
 
     @torch.no_grad()
-    def start_codebook(self, domains: Sequence[str], *, seed: int) -> None:
+    def init_codebook(self, domains: Sequence[str], *, seed: int) -> None:
         """Codes start as normalised item rows, drawn evenly from the domains, so that none starts dead.
 
         Of more domains than codes, each head draws from the next ones.

@@ -1,15 +1,15 @@
 """The operators: one file each, with schema, checks, dispatch to CPU, Triton or reference, and gradient."""
 
-from metarec_fast.ops._register import backend_info
 from metarec_fast.ops.bounded_lookup import LookupWork, RowBounds, bounded_lookup_
 from metarec_fast.ops.epoch_order import epoch_order
-from metarec_fast.ops.gather_evidence import EvidenceGraph, gather_evidence
+from metarec_fast.ops.gather_cooccurrence import CooccurrenceGraph, gather_cooccurrence
 from metarec_fast.ops.linear import linear
 from metarec_fast.ops.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.ops.linear_scan import linear_scan
 from metarec_fast.ops.nearest_codeword import NearestCodeword, nearest_codeword
 from metarec_fast.ops.pack_windows import pack_windows
 from metarec_fast.ops.pad_packed import pad_packed
+from metarec_fast.ops.register import backend_info
 from metarec_fast.ops.sample_negatives import (
     PopularityTable,
     popularity_table,
@@ -23,7 +23,7 @@ from metarec_fast.ops.vq_ema_update import vq_ema_update_
 from metarec_fast.ops.vq_statistics import VQStatistics, vq_statistics
 
 __all__ = [
-    "EvidenceGraph",
+    "CooccurrenceGraph",
     "LookupWork",
     "NearestCodeword",
     "PopularityTable",
@@ -34,7 +34,7 @@ __all__ = [
     "backend_info",
     "bounded_lookup_",
     "epoch_order",
-    "gather_evidence",
+    "gather_cooccurrence",
     "linear",
     "linear_cross_entropy",
     "linear_scan",

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import check_integer, span
-from metarec_fast.ops._codebook import add_head, check_pair
-from metarec_fast.ops._register import check_tensor, empty
+from metarec_fast.ops.arrays import check_integer, span
+from metarec_fast.ops.codebook_checks import add_head, check_pair
 from metarec_fast.ops.nearest_codeword import nearest_codeword
+from metarec_fast.ops.register import check_tensor, empty
 
 # After a lookup in which most bounds failed, the next is a plain search, after the next such lookup two are, and so on:
 # where rows or codes are anywhere each time, bounds cost several times what a search does.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import INTEGERS, Array, as_array, check_integer, check_offsets, check_randomness, span
-from metarec_fast.ops._register import empty
+from metarec_fast.ops.arrays import INTEGERS, Array, as_array, check_integer, check_offsets, check_randomness, span
 from metarec_fast.ops.pack_windows import WINDOWS, Window, check_window
+from metarec_fast.ops.register import empty
 from metarec_fast.ops.sample_negatives import PopularityTable, SeenItems
 
 CPU = torch.device("cpu")

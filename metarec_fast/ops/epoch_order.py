@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import check_integer, check_randomness, span
-from metarec_fast.ops._register import empty
+from metarec_fast.ops.arrays import check_integer, check_randomness, span
+from metarec_fast.ops.register import empty
 
 
 def epoch_order(size: int, first: int, count: int, *, seed: int = 0, stream: int = 0, epoch: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metarec_fast.ops._register import traced_transform
+from metarec_fast.ops.register import traced_transform
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.reference import gradient_estimators as reference
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metarec_fast.ops._register import define, traced_transform
 from metarec_fast.ops.portable_lookup import leaves_python
+from metarec_fast.ops.register import define, traced_transform
 
 # its linear layer has been where inductor finds it since torch 2.0; a build without it has MKL or OpenBLAS alone
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

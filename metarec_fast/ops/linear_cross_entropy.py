@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
-from metarec_fast.ops._register import (
+from metarec_fast.ops.arrays import span
+from metarec_fast.ops.register import (
     Backend,
     check_tensor,
     choose_backend,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
-from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty, traced_transform
+from metarec_fast.ops.arrays import span
+from metarec_fast.ops.register import Backend, check_tensor, choose_backend, define, empty, traced_transform
 from metarec_fast.reference.linear_scan import linear_scan as reference_linear_scan
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
-from metarec_fast.ops._register import check_tensor
+from metarec_fast.ops.arrays import span
+from metarec_fast.ops.register import check_tensor
 
 COLUMNS = 3  # of Past.facts before the moments: learning rate, sum of log(1 - lr weight_decay), center
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import (
+from metarec_fast.ops.arrays import (
     INTEGERS,
     Array,
     as_array,
@@ -20,7 +20,7 @@ from metarec_fast.ops._arrays import (
     check_randomness,
     span,
 )
-from metarec_fast.ops._register import empty
+from metarec_fast.ops.register import empty
 
 Window = Literal["last", "sliding", "crop"]
 WINDOWS = ("last", "sliding", "crop")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import check_integer, span
-from metarec_fast.ops._register import check_tensor, empty
+from metarec_fast.ops.arrays import check_integer, span
+from metarec_fast.ops.register import check_tensor, empty
 
 Side = Literal["left", "right"]
 

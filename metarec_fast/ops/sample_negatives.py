@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import (
+from metarec_fast.ops.arrays import (
     INT64,
     INTEGERS,
     Array,
@@ -24,7 +24,7 @@ from metarec_fast.ops._arrays import (
     check_randomness,
     span,
 )
-from metarec_fast.ops._register import empty
+from metarec_fast.ops.register import empty
 from metarec_fast.reference.negatives import CAPACITY, CELL, integer_weights
 
 Distribution = Literal["uniform", "popularity", "mixed"]

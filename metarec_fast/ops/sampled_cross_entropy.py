@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from metarec_fast.ops._register import check_tensor
+from metarec_fast.ops.register import check_tensor
 
 
 def sampled_cross_entropy(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
-from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty
+from metarec_fast.ops.arrays import span
+from metarec_fast.ops.register import Backend, check_tensor, choose_backend, define, empty
 from metarec_fast.reference.target_ranks import linear_target_ranks
 
 _REFERENCE_SCORES = 1 << 26  # that exist at a time where no kernel runs

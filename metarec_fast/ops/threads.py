@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import check_integer
+from metarec_fast.ops.arrays import check_integer
 
 
 def limit_threads(count: int) -> None:

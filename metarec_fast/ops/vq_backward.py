@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
-from metarec_fast.ops._codebook import fold_into_heads, unfold_heads
-from metarec_fast.ops._register import define, empty
+from metarec_fast.ops.arrays import span
+from metarec_fast.ops.codebook_checks import fold_into_heads, unfold_heads
+from metarec_fast.ops.register import define, empty
 from metarec_fast.reference.vq_backward import vq_backward as reference_vq_backward
 
 

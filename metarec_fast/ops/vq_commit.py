@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
-from metarec_fast.ops._codebook import add_head, batched_lookup, check_metric, check_pair, check_row_weight
-from metarec_fast.ops._register import Backend, choose_backend, define, empty, traced_transform, transformed
+from metarec_fast.ops.arrays import span
+from metarec_fast.ops.codebook_checks import add_head, batched_lookup, check_metric, check_pair, check_row_weight
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
 from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
 from metarec_fast.ops.portable_lookup import leaves_python, portable_nearest
+from metarec_fast.ops.register import Backend, choose_backend, define, empty, traced_transform, transformed
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.reference.nearest_codeword import Metric
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword

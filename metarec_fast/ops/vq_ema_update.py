@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metarec_fast.ops._register import check_tensor, define
+from metarec_fast.ops.register import check_tensor, define
 from metarec_fast.reference.vq_ema_update import vq_ema_update_ as reference_vq_ema_update_
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
-from metarec_fast.ops._codebook import FLOATS, add_head, check_row_weight, fold_into_heads, unfold_heads
-from metarec_fast.ops._register import Backend, check_tensor, choose_backend, define, empty
+from metarec_fast.ops.arrays import span
+from metarec_fast.ops.codebook_checks import FLOATS, add_head, check_row_weight, fold_into_heads, unfold_heads
+from metarec_fast.ops.register import Backend, check_tensor, choose_backend, define, empty
 from metarec_fast.reference.vq_statistics import vq_statistics as reference_vq_statistics
 
 

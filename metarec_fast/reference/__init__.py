@@ -1,6 +1,6 @@
 """The plain definition of every operator and of the meta step, on torch and numpy alone."""
 
-from metarec_fast.reference.gather_evidence import gather_evidence
+from metarec_fast.reference.gather_cooccurrence import gather_cooccurrence
 from metarec_fast.reference.linear_cross_entropy import linear_cross_entropy
 from metarec_fast.reference.linear_scan import linear_scan
 from metarec_fast.reference.meta_step import meta_step
@@ -13,7 +13,7 @@ from metarec_fast.reference.vq_ema_update import vq_ema_update_
 from metarec_fast.reference.vq_statistics import vq_statistics
 
 __all__ = [
-    "gather_evidence",
+    "gather_cooccurrence",
     "linear_cross_entropy",
     "linear_scan",
     "linear_scores",

@@ -29,9 +29,9 @@ class StageProfile(Protocol):
     parts: dict[str, Any]
 
     @property
-    def floor_share(self) -> float: ...
+    def roofline_share(self) -> float: ...
 
-    def floor_ms(self, part: Any) -> float: ...
+    def roofline_ms(self, part: Any) -> float: ...
 
     def as_dict(self) -> dict[str, Any]: ...
 
@@ -57,12 +57,12 @@ def show(profiles: Sequence[StageProfile], console: Console, *, width: int = 24)
                 f"{part.ms / profile.step_ms:.1%}",
                 f"{part.forward_ms:.2f}",
                 f"{part.backward_ms:.2f}" if part.backward_ms else "",
-                f"{profile.floor_ms(part):.2f}" if part.bytes else "",
+                f"{profile.roofline_ms(part):.2f}" if part.bytes else "",
                 "█" * forward + "▒" * backward,
             )
         console.print(table)
         console.print(
-            f"█ forward ▒ backward. Floor: {profile.floor_share:.0%} of the step, at {profile.peak_flops / 1e9:.0f} "
+            f"█ forward ▒ backward. Floor: {profile.roofline_share:.0%} of the step, at {profile.peak_flops / 1e9:.0f} "
             f"GFLOP/s and {profile.peak_bytes / 1e9:.0f} GB/s measured on {profile.threads} threads. Traced steps took "
             f"{profile.traced_ms:.1f} ms; shares are theirs.",
             highlight=False,
@@ -75,7 +75,7 @@ def svg(profiles: Sequence[StageProfile]) -> str:
     bodies, y = [], 8
     for profile in profiles:
         scale = (right - left) / max(part.ms for part in profile.parts.values())
-        heading = f"{title(profile)}: {profile.step_ms:.1f} ms a step, floor {profile.floor_share:.0%}"
+        heading = f"{title(profile)}: {profile.step_ms:.1f} ms a step, floor {profile.roofline_share:.0%}"
         bodies.append(f'<text x="8" y="{y + 18}" font-weight="bold">{html(heading)}</text>')
         y += head - row // 2
         for name, part in profile.parts.items():
@@ -87,7 +87,7 @@ def svg(profiles: Sequence[StageProfile]) -> str:
             bodies.append(
                 f'<text x="{x + 6:.1f}" y="{y + 12}">{part.ms:.2f} ms, {part.ms / profile.step_ms:.1%}</text>'
             )
-            floor = left + profile.floor_ms(part) * scale
+            floor = left + profile.roofline_ms(part) * scale
             if part.bytes:
                 bodies.append(f'<path d="M{floor:.1f} {y - 2}v18" stroke="{FLOOR}" stroke-width="2"/>')
             y += row

@@ -27,7 +27,7 @@ def transfer_report(
     sources: Sequence[str],
     mixtures: Mapping[str, Mapping[str, Any]],
     trace: Sequence[Mapping[str, Any]] = (),
-    evidence: Mapping[str, Any] | None = None,
+    cooccurrence: Mapping[str, Any] | None = None,
     codes: Mapping[str, np.ndarray] | None = None,
     codebook_size: int = 0,
     left_out: Mapping[str, Mapping[str, Any]] | None = None,
@@ -36,10 +36,10 @@ def transfer_report(
     """What transfer gave over the target-only model of the same budget, and what each source had to do with it.
 
     transferred, alone: of the two models on the same validation cases. method: how the first was trained.
-    mixtures: what "transferred" and "target_only" are made of: "beside", what ``model.evidence`` put beside the
-        encoder, and the weights "encoder" and "evidence" that validation chose.
+    mixtures: what "transferred" and "target_only" are made of: "beside", what ``model.cooccurrence`` put beside the
+        encoder, and the weights "encoder" and "cooccurrence" that validation chose.
     trace: of the encoder's meta stage (``Trainer.progress.trace``), empty without one.
-    evidence: what training the evidence scorer found out (``train.evidence.Found.to_dict``), None without one.
+    cooccurrence: results of training the co-occurrence scorer (``train.cooccurrence.Found.to_dict``), None without one.
     codes: of each domain's items, [H, V] each; the target is the last.
     left_out: training steps of both models that were not finite: "skipped_by_stage", and "stages_not_run", those of
         which every step was.
@@ -87,7 +87,7 @@ def transfer_report(
         "validation": validation,
         **_meta_stage(trace, sources),
         "left_out": {name: dict(of["skipped_by_stage"]) for name, of in left_out.items()},
-        "evidence": None if evidence is None else _evidence(evidence, sources),
+        "cooccurrence": None if cooccurrence is None else _cooccurrence(cooccurrence, sources),
         "code_overlap": None if codes is None else code_overlap(codes, codebook_size=codebook_size),
     }
 
@@ -126,9 +126,9 @@ def verdict(validation: Mapping[str, Any], *, better: bool | None = None, replac
     if better:
         if clear:
             return f"Transfer helped on validation: {figures}."
-        return f"No clear evidence that transfer helped: {figures}. It is not worse, so the transferred model is kept."
+        return f"No significant gain from transfer: {figures}. It is not worse, so the transferred model is kept."
     choice = "is returned" if replaces else "is the one to take"
-    what = "Transfer harmed on validation" if clear else "No evidence that transfer helped"
+    what = "Transfer harmed on validation" if clear else "No co-occurrence that transfer helped"
     return f"{what}: {figures}. The target-only model {choice}."
 
 
@@ -141,16 +141,16 @@ def _change(validation: Mapping[str, Any]) -> str:
 
 
 def parts_in_words(mixture: Mapping[str, Any]) -> str:
-    """One sentence on what the returned model is made of: encoder, evidence, or both."""
+    """One sentence on what the returned model is made of: encoder, co-occurrence, or both."""
     if mixture["beside"] == "none":
-        return "What is returned is the encoder alone: it has no evidence beside it."
-    evidence = {"learned": "evidence scorer", "transitions": "transition counts"}[mixture["beside"]]
+        return "What is returned is the encoder alone: it has no co-occurrence beside it."
+    cooccurrence = {"learned": "co-occurrence scorer", "transitions": "transition counts"}[mixture["beside"]]
     if not mixture["encoder"]:
-        return f"The encoder got weight 0: what is returned is the {evidence} alone."
-    if not mixture["evidence"]:
-        return f"The {evidence} got weight 0: what is returned is the encoder alone."
-    weights = f"weight {mixture['encoder']:.3g} for the encoder, {mixture['evidence']:.3g} for the {evidence}"
-    return f"What is returned is encoder and {evidence} together: {weights}."
+        return f"The encoder got weight 0: what is returned is the {cooccurrence} alone."
+    if not mixture["cooccurrence"]:
+        return f"The {cooccurrence} got weight 0: what is returned is the encoder alone."
+    weights = f"weight {mixture['encoder']:.3g} for the encoder, {mixture['cooccurrence']:.3g} for the {cooccurrence}"
+    return f"What is returned is encoder and {cooccurrence} together: {weights}."
 
 
 def _meta_stage(trace: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> dict[str, Any]:
@@ -162,8 +162,8 @@ def _meta_stage(trace: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> d
     }
 
 
-def _evidence(found: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
-    """The evidence scorer's first similarities, its meta stage, and its validation losses; None for one not finite."""
+def _cooccurrence(found: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+    """The co-occurrence scorer's first similarities, meta stage and validation losses; None for one not finite."""
     losses = [[stage, step, loss if math.isfinite(loss) else None] for stage, step, loss in found["validation_loss"]]
     return {
         "first": found["sources"],
@@ -228,16 +228,16 @@ def code_overlap(codes: Mapping[str, np.ndarray], *, codebook_size: int) -> dict
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The key figures under the verdict, for a terminal."""
     told = [f"  {report['returned_parts']}", *_left_out_lines(report), *_source_lines("encoder", report)]
-    evidence = report["evidence"]
-    if evidence is not None:
+    cooccurrence = report["cooccurrence"]
+    if cooccurrence is not None:
         told += [
-            f"  evidence, {printable(name)}: weight {source['weight']:.2f}, similarity of first descent directions "
+            f"  co-occurrence, {printable(name)}: weight {source['weight']:.2f}, similarity of first descent "
             f"{source['similarity']:+.3f} ± {source['deviation']:.3f}"
-            for name, source in evidence["first"].items()
+            for name, source in cooccurrence["first"].items()
         ]
-        if evidence["best"] is not None:
-            least = ", ".join(f"{stage} {loss:.3f}" for stage, loss in _least_by_stage(evidence).items())
-            told.append(f"  evidence: least validation loss by stage {least} (best at {evidence['best_at']})")
+        if cooccurrence["best"] is not None:
+            least = ", ".join(f"{stage} {loss:.3f}" for stage, loss in _least_by_stage(cooccurrence).items())
+            told.append(f"  co-occurrence: least validation loss by stage {least} (best at {cooccurrence['best_at']})")
     if report["code_overlap"] is not None and len(report["code_overlap"]["domains"]) > 1:
         *others, target = report["code_overlap"]["domains"]
         shared = report["code_overlap"]["overlap"][-1]
@@ -269,9 +269,9 @@ def _source_lines(part: str, stage: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def _least_by_stage(evidence: Mapping[str, Any]) -> dict[str, float]:
+def _least_by_stage(cooccurrence: Mapping[str, Any]) -> dict[str, float]:
     least: dict[str, float] = {}
-    for stage, _, loss in evidence["validation_loss"]:
+    for stage, _, loss in cooccurrence["validation_loss"]:
         if loss is not None:
             least[stage] = min(loss, least.get(stage, math.inf))
     return least
@@ -283,10 +283,10 @@ def _costs(source: Mapping[str, Any]) -> str:
 
 
 NOTES = {
-    "First similarity": "of the descent directions of a source and of the target in evidence scorers that know nothing "
-    "yet: mean and deviation over some, each asked by another part of the target's users. The weights follow from it, "
+    "First similarity": "of the descent directions of a source and of the target in untrained co-occurrence scorers: "
+    "mean and deviation over some, each asked by another part of the target's users. The weights follow from it, "
     "after similarities that differ by no more than this noise are drawn together. Later similarities say how far a "
-    "domain's evidence may be trusted, and no longer which source is related.",
+    "domain's co-occurrence may be trusted, and no longer which source is related.",
     "Noise floor": "twice the spread of the similarity of gradients that have nothing to do with each other, drawn "
     "from this run's own: the deviations of a source's and of the target's from their averages, at different steps. "
     "Independent gradients lie inside it 19 times in 20. A similarity above it is more than chance, not yet of use: "
@@ -297,11 +297,11 @@ NOTES = {
     "it is a share of next to nothing and says little. Any source evens out the noise of batches, and this counts too; "
     "of warm-up and of what item tables learn it knows nothing. "
     "metarec-fast audit-transfer --leave-out trains without each source.",
-    "Encoder and evidence scorer": "two models, trained apart and mixed by validation: the encoder reads an item table "
-    "of its own domain, the scorer what the domain's statistics say. Each has a meta stage, and figures of a part that "
+    "Encoder and co-occurrence scorer": "two models, trained apart and mixed by validation: the encoder reads an item "
+    "table of its own domain, the scorer what the domain's statistics say. Each has a meta stage, and figures of a part that "
     "got weight 0 are of nothing that is returned. Once training has come to rest, gradients of source and target "
     "pull against each other whatever they have in common: a negative similarity alone is no verdict on a source.",
-    "Validation loss of the evidence scorer": "mean cross-entropy of the target's validation answers over the whole "
+    "Validation loss of the co-occurrence scorer": "mean cross-entropy of the target's validation items over the whole "
     "catalogue, users asked by statistics that leave them out; by the steps of all stages so far. The scorer of the "
     "least is kept. Warm-up is asked at its end alone; on the target the parameters are an average over steps.",
     "Overlap of codes": "the sum over codes of the smaller of two domains' shares of items, mean over the heads of the "
@@ -326,10 +326,10 @@ def html(report: Mapping[str, Any], *, title: str) -> str:
         )
         parts.append(interval_chart([gain], title="Gain in NDCG@10 on validation, 95 % interval", percent=True))
     parts += _drawn_sources("Encoder", report)
-    if report["evidence"] is not None:
-        parts += _first(report["evidence"]["first"])
-        parts += _drawn_sources("Evidence scorer", report["evidence"])
-        parts += _drawn_losses(report["evidence"])
+    if report["cooccurrence"] is not None:
+        parts += _first(report["cooccurrence"]["first"])
+        parts += _drawn_sources("Co-occurrence scorer", report["cooccurrence"])
+        parts += _drawn_losses(report["cooccurrence"])
     codes = report["code_overlap"]
     if codes is not None and len(codes["domains"]) > 1:
         parts.append(heat_map(codes["domains"], codes["overlap"], title="Overlap of the use of codes"))
@@ -381,33 +381,33 @@ def _drawn_sources(part: str, stage: Mapping[str, Any]) -> list[str]:
 
 
 def _first(sources: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What the evidence scorer's sources weigh, and why; nothing for a method that does not weigh them."""
+    """What the co-occurrence scorer's sources weigh, and why; nothing for a method that does not weigh them."""
     if not sources:
         return []
     rows = [
         (name, f"{of['weight']:.3f}", f"{of['similarity']:+.3f} ± {of['deviation']:.3f}")
         for name, of in sources.items()
     ]
-    return ["<h2>Evidence scorer: sources</h2>", _table(("source", "weight", "first similarity"), rows)]
+    return ["<h2>Co-occurrence scorer: sources</h2>", _table(("source", "weight", "first similarity"), rows)]
 
 
-def _drawn_losses(evidence: Mapping[str, Any]) -> list[str]:
+def _drawn_losses(cooccurrence: Mapping[str, Any]) -> list[str]:
     """Validation losses by stage over the steps of all stages, and where the best was; nothing if none was finite."""
-    if evidence["best"] is None:
+    if cooccurrence["best"] is None:
         return []
     curves: dict[str, list[Point]] = {}
     begin = end = 0
-    best = f"best: {evidence['best_at']}, loss {evidence['best']:.4f}"
-    for stage, step, loss in evidence["validation_loss"]:
+    best = f"best: {cooccurrence['best_at']}, loss {cooccurrence['best']:.4f}"
+    for stage, step, loss in cooccurrence["validation_loss"]:
         if stage not in curves:
             curves[stage], begin = [], end
         end = begin + step
         if loss is not None:
             curves[stage].append(Point(str(end), loss))
-        if f"{stage} {step}" == evidence["best_at"]:
+        if f"{stage} {step}" == cooccurrence["best_at"]:
             found = curves[stage][-1]
     drawn = {stage: points for stage, points in curves.items() if points} | {best: [found]}
-    return [line_chart(drawn, title="Evidence scorer: validation loss by step and stage")]
+    return [line_chart(drawn, title="Co-occurrence scorer: validation loss by step and stage")]
 
 
 def _sources(stage: Mapping[str, Any]) -> str:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from metarec_fast.checks import SEED, SHARE, Checked, check_choice, check_fields, check_names, nearest, parse_json
 from metarec_fast.config import Config
 from metarec_fast.data.synthetic import check_sizes, synthetic
-from metarec_fast.evaluation.floors import FLOORS
+from metarec_fast.evaluation.baselines import BASELINES
 
 FORMAT = 1  # of what a cell's hash covers, and of its file
-Group = Literal["floor", "plain", "recipe", "structure", "transfer", "ours", "ablation", "control", "mixed"]
+Group = Literal["baseline", "plain", "recipe", "structure", "transfer", "ours", "ablation", "control", "mixed"]
 Sources = Literal["related", "shuffled", "random", "copy"]
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -29,11 +29,11 @@ class Arm(Checked):
 
     name: str
     group: Group
-    """What it is to the study: floor, plain or structure (target only, without and with the target's own structure),
+    """What it is to the study: baseline, plain or structure (target only, without and with the target's own structure),
     recipe (an encoder alone, transferred as is usual), transfer (baseline of our architecture), ours, ablation,
     control, or mixed (sources of several kinds)."""
-    floor: str = ""
-    """An untrained floor by its name in ``evaluation.floors``, or "best" for the one that validation likes best."""
+    baseline: str = ""
+    """An untrained baseline by its name in ``evaluation.baselines``, or "best" for the best by validation."""
     options: Options = field(default_factory=dict)
     """Changes of the configuration by section, after the study's."""
     sources: tuple[Sources, ...] = ("related",)
@@ -47,8 +47,8 @@ class Arm(Checked):
         check_fields(self, prefix=named)
         if not self.name or not set(self.name) <= SAFE:
             raise ValueError(f"the name of an arm must be letters, digits and any of '.+-_', got {self.name!r}")
-        if self.floor:
-            check_choice(self.floor, f"{named}floor", ("best", *FLOORS))
+        if self.baseline:
+            check_choice(self.baseline, f"{named}baseline", ("best", *BASELINES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Study(Checked):
             "train": {"seed": cell.seed, "compare_target_only": False},
             "data": {"target_fraction": cell.fraction},
         }
-        tuned = {} if cell.arm.floor else self.tune
+        tuned = {} if cell.arm.baseline else self.tune
         made = []
         for values in itertools.product(*tuned.values()):
             tried: dict[str, dict[str, Any]] = {}
@@ -164,8 +164,8 @@ class Study(Checked):
         return made
 
     def kinds(self, cell: Cell) -> tuple[Sources, ...]:
-        """The kinds of sources that the cell's arm looks at: none for a floor or a target-only model."""
-        if cell.arm.floor or all(config.train.method == "target_only" for config in self.configs(cell)):
+        """The kinds of sources that the cell's arm looks at: none for a baseline or a target-only model."""
+        if cell.arm.baseline or all(config.train.method == "target_only" for config in self.configs(cell)):
             return ()
         return cell.arm.sources
 
@@ -183,7 +183,7 @@ class Study(Checked):
         sources = self.sources_of(cell.target, cell.arm) if set(kinds) - {"copy"} else []
         facts = {
             "format": FORMAT,
-            "floor": cell.arm.floor,
+            "baseline": cell.arm.baseline,
             "configs": [_hashed(config) for config in self.configs(cell)],
             "target": fingerprints[cell.target],
             "kinds": kinds,

@@ -7,21 +7,21 @@ import dataclasses
 from metarec_fast.config import metaadapt_literal
 from metarec_fast.study.grid import Arm, Comparison, Study
 
-PLAIN = {"start": "random", "evidence": "none"}
+PLAIN = {"init": "random", "cooccurrence": "none"}
 """Without the target's own structure: random item tables, nothing beside the encoder."""
-STRUCTURE = {"evidence": "transitions"}
+STRUCTURE = {"cooccurrence": "transitions"}
 """Spectral item tables, and the target's own transitions as they are beside the encoder."""
 TARGET_ONLY = {"method": "target_only"}
 AS_USUAL = {"method": "pretrain", "finetune_scope": "all"}
-NO_SOURCE_LOSS = {"meta": {"source_loss_weight": 0.0}, "evidence": {"source_loss_weight": 0.0}}
+NO_SOURCE_LOSS = {"meta": {"source_loss_weight": 0.0}, "cooccurrence": {"source_loss_weight": 0.0}}
 
 
-def floors() -> tuple[Arm, ...]:
+def baselines() -> tuple[Arm, ...]:
     return (
-        Arm(name="popularity", group="floor", floor="popularity"),
-        Arm(name="last-item-transitions", group="floor", floor="transitions, window 1, last item"),
-        Arm(name="item-knn", group="floor", floor="item-kNN"),
-        Arm(name="best-floor", group="floor", floor="best"),
+        Arm(name="popularity", group="baseline", baseline="popularity"),
+        Arm(name="last-item-transitions", group="baseline", baseline="transitions, window 1, last item"),
+        Arm(name="item-knn", group="baseline", baseline="item-kNN"),
+        Arm(name="best-baseline", group="baseline", baseline="best"),
     )
 
 
@@ -75,7 +75,7 @@ def transfer_baselines(*, meta_steps: int) -> tuple[Arm, ...]:
             options={"train": {"method": "pretrain", "finetune_scope": "table"}},
         ),
         Arm(name="fomaml", group="transfer", options=NO_SOURCE_LOSS | warm | {"meta": fomaml}),
-        Arm(name="reptile", group="transfer", options={"meta": reptile, "evidence": {"source_loss_weight": 1.0}}),
+        Arm(name="reptile", group="transfer", options={"meta": reptile, "cooccurrence": {"source_loss_weight": 1.0}}),
         Arm(name="metaadapt-literal", group="transfer", options=NO_SOURCE_LOSS | warm | {"meta": literal}),
     )
 
@@ -96,10 +96,10 @@ def ablations(*, meta_steps: int) -> tuple[Arm, ...]:
         "equal-source-loss": {"meta": {"source_loss_weight": 1.0}},
         "warm-up": {"train": warmed_up(meta_steps)},
         "finetune-at-once": {"train": {"finetune_scope": "all"}},
-        "random-start": {"model": {"start": "random"}},
-        "unaligned-start": {"model": {"start": "spectral"}},
-        "transitions-as-evidence": {"model": {"evidence": "transitions"}},
-        "no-evidence": {"model": {"evidence": "none"}},
+        "random-init": {"model": {"init": "random"}},
+        "unaligned-init": {"model": {"init": "spectral"}},
+        "transition-terms": {"model": {"cooccurrence": "transitions"}},
+        "no-cooccurrence": {"model": {"cooccurrence": "none"}},
     }
     return tuple(Arm(name=name, group="ablation", options=options) for name, options in changes.items())
 
@@ -127,7 +127,7 @@ def mixed_sources() -> tuple[Arm, ...]:
 
 
 def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...]:
-    """Ours against everything that is no floor; controls against ``control``, which is target only."""
+    """Ours against everything that is no baseline; controls against ``control``, which is target only."""
 
     def names(group: str) -> tuple[str, ...]:
         return tuple(arm.name for arm in arms if arm.group == group)
@@ -136,7 +136,7 @@ def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...
     for group, title in (
         ("structure", "ours against the best target-only model with structure"),
         ("transfer", "ours against the best transfer baseline"),
-        ("floor", "ours against the best floor"),
+        ("baseline", "ours against the best baseline"),
     ):
         if names(group):
             made.append(Comparison(arm="ours", against=names(group), title=title))
@@ -149,7 +149,7 @@ def comparisons(arms: tuple[Arm, ...], *, control: str) -> tuple[Comparison, ...
 def all_arms(*, meta_steps: int) -> tuple[Arm, ...]:
     """Every arm that there is, for a study of these steps."""
     return (
-        *floors(),
+        *baselines(),
         *target_only(),
         *recipes(),
         *transfer_baselines(meta_steps=meta_steps),
@@ -203,7 +203,7 @@ def smoke() -> Study:
         "patience": 3,
     }
     arms = (
-        *floors(),
+        *baselines(),
         *(arm for arm in target_only() if arm.name in ("lru", "lru-vq-structure", "target-only")),
         *(arm for arm in transfer_baselines(meta_steps=train["meta_steps"]) if arm.name == "pretrain"),
         ours(),
@@ -220,7 +220,7 @@ def smoke() -> Study:
         options={
             "model": {"dim": 32, "codebook_heads": 4, "codebook_size": 32, "dropout": 0.2, "max_length": 20},
             "train": train,
-            "evidence": {"warmup_steps": 100, "meta_steps": 20, "finetune_steps": 60, "evaluate_every": 20},
+            "cooccurrence": {"warmup_steps": 100, "meta_steps": 20, "finetune_steps": 60, "evaluate_every": 20},
         },
         synthetic={"source_users": 500, "source_items": 100, "target_users": 1000, "target_items": 80},
     )

@@ -366,7 +366,7 @@ class Results:
     def source_means(self, arm: str, target: str, fraction: float, key: str) -> dict[str, float]:
         """Mean "weight" or "similarity" of each source over the seeds; empty for an arm that has none.
 
-        Of the evidence scorer, or where there is none of the encoder, over the later half of its meta stage.
+        Of the co-occurrence scorer, or where there is none of the encoder, over the later half of its meta stage.
         """
         found = self.values(arm, target, fraction, lambda f: _of_sources(f, key))
         return {name: mean(values[name] for values in found) for name in (found[0] if found else ())}
@@ -395,8 +395,8 @@ def _ranked(facts: Sequence[dict[str, Any]]) -> str:
 
 
 def _of_sources(facts: dict[str, Any], key: str) -> dict[str, float]:
-    evidence = facts.get("history", {}).get("evidence", {}).get("sources", {})
-    return {name: values[key] for name, values in evidence.items()} or facts.get("transfer", {}).get(key, {})
+    cooccurrence = facts.get("history", {}).get("cooccurrence", {}).get("sources", {})
+    return {name: values[key] for name, values in cooccurrence.items()} or facts.get("transfer", {}).get(key, {})
 
 
 def label(comparison: Comparison) -> str:

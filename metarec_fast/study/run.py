@@ -44,7 +44,7 @@ from metarec_fast.data import (
     shuffled_ties,
     synthetic,
 )
-from metarec_fast.evaluation import Metrics, Scorer, best_floor, choice_catalogue, evaluate, floors
+from metarec_fast.evaluation import Metrics, Scorer, baselines, best_baseline, choice_catalogue, evaluate
 from metarec_fast.files import only_here, write_atomically
 from metarec_fast.study.grid import FORMAT, Cell, Study
 from metarec_fast.train.trainer import Interrupted, Silent
@@ -178,9 +178,9 @@ def run_cell(study: Study, cell: Cell, domains: Domains, *, should_stop: Callabl
     sources = sources_of(study, cell, domains)
     peak, steps = _Peak(), _Steps()
     started, cpu = time.perf_counter(), time.process_time()
-    if cell.arm.floor:
+    if cell.arm.baseline:
         (config,) = study.configs(cell)
-        chosen = _fit_floor(cell.arm.floor, split_domain(target, config, fraction=cell.fraction), config)
+        chosen = _fit_baseline(cell.arm.baseline, split_domain(target, config, fraction=cell.fraction), config)
     else:
         chosen = _fit_model(study.configs(cell), sources, target, steps, should_stop)
     cost = {
@@ -224,14 +224,14 @@ class _Chosen(NamedTuple):
     found: dict[str, Any]
 
 
-def _fit_floor(name: str, split: Split, config: Config) -> _Chosen:
+def _fit_baseline(name: str, split: Split, config: Config) -> _Chosen:
     mask, catalogue = config.data.mask_history, config.data.catalogue
     if name == "best":
-        name, scorer, table = best_floor(split, mask_history=mask, catalogue=catalogue)
-        return _Chosen(scorer, split, config, table[name]["ndcg@10"], {"floor": name})
-    scorer, among = floors(split.train)[name], choice_catalogue(split, catalogue)
+        name, scorer, table = best_baseline(split, mask_history=mask, catalogue=catalogue)
+        return _Chosen(scorer, split, config, table[name]["ndcg@10"], {"baseline": name})
+    scorer, among = baselines(split.train)[name], choice_catalogue(split, catalogue)
     valid = _quietly(scorer, split.valid, mask_history=mask, protocol="", catalogue=among)["ndcg@10"]
-    return _Chosen(scorer, split, config, valid, {"floor": name})
+    return _Chosen(scorer, split, config, valid, {"baseline": name})
 
 
 def _fit_model(
@@ -264,7 +264,7 @@ def late_means(trace: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _quietly(scorer: Scorer, *args: Any, **options: Any) -> Metrics:
-    """Evaluate without the warning of ties, which the floors have by design; their share stands in the cell's file."""
+    """Evaluate without the warning of ties, which baselines have by design; the cell's file has their share."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* items tie with the target", category=RuntimeWarning)
         return evaluate(scorer, *args, **options)

@@ -28,7 +28,7 @@ from metarec_fast.files import (
     sealed,
     write_atomically,
 )
-from metarec_fast.models.saved import MODEL
+from metarec_fast.persistence import MODEL
 from metarec_fast.train import checkpoint
 
 FORMAT = 1

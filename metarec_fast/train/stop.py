@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 
 
-class StopAsked:
+class StopRequested:
     """Whether a signal asked to stop, for ``should_stop``; a second one ends at once, by KeyboardInterrupt.
 
     Use as a context manager. Signals come to the main thread alone: elsewhere, and for those that somebody else
@@ -24,7 +24,7 @@ class StopAsked:
     def __call__(self) -> bool:
         return self.asked
 
-    def __enter__(self) -> StopAsked:
+    def __enter__(self) -> StopRequested:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 if not self._yielding or signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):

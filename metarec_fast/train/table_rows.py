@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metarec_fast.data.batch import PackedBatch
+from metarec_fast.sampling.batch import PackedBatch
 
 Parameters = dict[str, Tensor]
 ROWS = ("weight", "bias")  # the private parameters that have a row for each item

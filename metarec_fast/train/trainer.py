@@ -20,10 +20,7 @@ import torch
 from torch import Tensor
 
 from metarec_fast.config import Config
-from metarec_fast.data.batch import BatchShape, PackedBatch
 from metarec_fast.data.domain import Split
-from metarec_fast.data.prefetch import Prefetch
-from metarec_fast.data.sampler import Sampler, draw
 from metarec_fast.evaluation import choice_catalogue, evaluate
 from metarec_fast.files import COUNT, FINITE, LIST, OBJECT, TEXT, Damaged, Field, check_fields
 from metarec_fast.meta.captured import CapturedStep
@@ -31,10 +28,13 @@ from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
 from metarec_fast.meta.step import GradientAverages, OuterStep, Source, outer_step
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
+from metarec_fast.profiling.steps import StepProfiler
+from metarec_fast.sampling.batch import BatchShape, PackedBatch
+from metarec_fast.sampling.prefetch import Prefetch
+from metarec_fast.sampling.sampler import Sampler, draw
 from metarec_fast.train import checkpoint
 from metarec_fast.train.left_out import LeftOut, NonFiniteTrainingError, not_finite, reason
 from metarec_fast.train.optimizer import TableAdamW
-from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.run_folder import check_data, data_of, other_data, other_options
 from metarec_fast.train.table_rows import ROWS, TableRows, all_rows, named_rows
 

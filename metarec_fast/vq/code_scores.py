@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec_fast.ops._codebook import batched_lookup
-from metarec_fast.ops._register import define, traced_transform
+from metarec_fast.ops.codebook_checks import batched_lookup
 from metarec_fast.ops.portable_lookup import leaves_python, stable_order
+from metarec_fast.ops.register import define, traced_transform
 from metarec_fast.reference.nearest_codeword import costs
 
 CHUNK_ELEMENTS = 1 << 20  # scores held at a time

@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from metarec_fast.ops import vq_ema_update_
-from metarec_fast.ops._register import transformed
 from metarec_fast.ops.portable_lookup import leaves_python
+from metarec_fast.ops.register import transformed
 from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.reference.nearest_codeword import Metric
 from metarec_fast.vq.health import Health
-from metarec_fast.vq.kmeans import start_by_kmeans_, statistics, traced_start_by_kmeans_
+from metarec_fast.vq.kmeans import init_by_kmeans_, statistics, traced_init_by_kmeans_
 from metarec_fast.vq.projection import project
 from metarec_fast.vq.recomputation import before_moving
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
@@ -284,8 +284,8 @@ class Codebook(nn.Module):
         rows, valid = rows.detach().float(), self.rows_for_codes(rows, keep)
         sync = self._syncs and self.sync_kmeans
         if torch.compiler.is_compiling() or transformed():  # which let an operator alone write to buffers
-            traced_start_by_kmeans_(*state, rows, valid, self.kmeans_iters, self.eps, self.use_cosine_sim, sync)
-        elif not start_by_kmeans_(
+            traced_init_by_kmeans_(*state, rows, valid, self.kmeans_iters, self.eps, self.use_cosine_sim, sync)
+        elif not init_by_kmeans_(
             *state, rows, valid, iterations=self.kmeans_iters, eps=self.eps, cosine=self.use_cosine_sim, sync=sync
         ):
             return

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarec_fast.ops._register import check_is_tensor, forward_mode
 from metarec_fast.ops.portable_lookup import check_leaves_in_eval
+from metarec_fast.ops.register import check_is_tensor, forward_mode
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.affine_codebook import AffineCodebook
 from metarec_fast.vq.arguments import check_arguments

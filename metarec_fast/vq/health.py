@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarec_fast.ops._register import define
+from metarec_fast.ops.register import define
 from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.vq.recomputation import check_may_move, check_not_compiled_in_checkpoint
 

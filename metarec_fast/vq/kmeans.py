@@ -10,11 +10,11 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from metarec_fast.ops import nearest_codeword, vq_ema_update_, vq_statistics
-from metarec_fast.ops._register import define
+from metarec_fast.ops.register import define
 from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
 
 
-def start_by_kmeans_(
+def init_by_kmeans_(
     embed: Tensor,
     embed_avg: Tensor,
     cluster_size: Tensor,
@@ -124,7 +124,7 @@ def _run(
     cosine: bool,
     sync: bool,
 ) -> None:
-    if not start_by_kmeans_(
+    if not init_by_kmeans_(
         embed, embed_avg, cluster_size, initted, rows, valid, iterations=iterations, eps=eps, cosine=cosine, sync=sync
     ):
         raise RuntimeError(
@@ -134,8 +134,8 @@ def _run(
 
 
 # For a trace, which cannot wait for a first batch that has rows.
-traced_start_by_kmeans_ = define(
-    "vq_start_by_kmeans_(Tensor(a!) embed, Tensor(b!) embed_avg, Tensor(c!) cluster_size, Tensor(d!) initted, "
+traced_init_by_kmeans_ = define(
+    "vq_init_by_kmeans_(Tensor(a!) embed, Tensor(b!) embed_avg, Tensor(c!) cluster_size, Tensor(d!) initted, "
     "Tensor rows, Tensor valid, int iterations, float eps, bool cosine, bool sync) -> ()",
     cpu=_run,
     cuda=_run,

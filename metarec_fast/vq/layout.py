@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec_fast.ops._register import check_is_tensor, transformed
+from metarec_fast.ops.register import check_is_tensor, transformed
 
 
 def as_indices(indices: Any, name: str = "indices") -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metarec_fast.ops._register import define
 from metarec_fast.ops.portable_lookup import leaves_python
+from metarec_fast.ops.register import define
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
 from metarec_fast.vq.codebook import COSINE_EPS, Codebook

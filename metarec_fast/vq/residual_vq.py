@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarec_fast.ops._register import check_is_tensor, traced_transform
 from metarec_fast.ops.gradient_estimators import step_towards
 from metarec_fast.ops.portable_lookup import check_leaves_in_eval
+from metarec_fast.ops.register import check_is_tensor, traced_transform
 from metarec_fast.vq.beam_search import Beams
 from metarec_fast.vq.fast_vq import FastVQ
 from metarec_fast.vq.implicit_codebook import ImplicitCodebook

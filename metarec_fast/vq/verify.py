@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarec_fast.ops._codebook import add_head, check_metric, check_pair
-from metarec_fast.ops._register import check_is_tensor, check_tensor
+from metarec_fast.ops.codebook_checks import add_head, check_metric, check_pair
+from metarec_fast.ops.register import check_is_tensor, check_tensor
 from metarec_fast.reference.nearest_codeword import Metric, costs
 
 _INTEGERS = (

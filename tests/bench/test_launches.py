@@ -7,8 +7,8 @@ import torch
 
 from bench import launches
 from metarec_fast.config import MetaConfig, ModelConfig
-from metarec_fast.data import BatchShape
 from metarec_fast.models.recommender import Recommender
+from metarec_fast.sampling import BatchShape
 
 SHAPE = BatchShape(windows=4, positions=40, length=12)
 SMALL = ModelConfig(dim=16, codebook_heads=2, codebook_size=16, max_length=12, layers=1)

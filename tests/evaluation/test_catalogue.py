@@ -8,25 +8,25 @@ import pytest
 import torch
 
 from metarec_fast import data, reference
-from metarec_fast.data.evidence import EvidenceStatistics
+from metarec_fast.cooccurrence.features import CooccurrenceStatistics
+from metarec_fast.cooccurrence.mixture import fit_mixture
+from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer
 from metarec_fast.evaluation import (
     LinearScorer,
     NonFiniteScoresError,
-    best_floor,
-    best_items,
+    baselines,
+    best_baseline,
     choice_catalogue,
     evaluate,
     expected_metric,
-    fit_mixture,
-    floors,
     inside,
+    top_k_items,
 )
+from metarec_fast.evaluation.linear_scores import LinearScores
 from metarec_fast.evaluation.metrics import NAMES, OUTSIDE
-from metarec_fast.models.evidence import EvidencePath, EvidenceScorer
-from metarec_fast.models.linear_scores import LinearScores
-from metarec_fast.train.evidence import mean_loss, views_of
+from metarec_fast.train.cooccurrence import mean_loss, views_of
+from tests.cooccurrence.test_mixture import Told
 from tests.evaluation.problems import TableScorer, leave_one_out, random_rows, sequences
-from tests.evaluation.test_mixture import Told
 
 V = 60
 
@@ -129,27 +129,27 @@ def test_scores_that_are_not_finite_are_laid_to_the_item_itself():
 def test_the_weights_of_a_mixture_are_fitted_among_the_catalogue():
     torch.manual_seed(0)
     rng, catalogue = np.random.default_rng(1), np.arange(12) % 3 > 0
-    encoder, evidence = torch.randn(2, 40, 12)
+    encoder, cooccurrence = torch.randn(2, 40, 12)
     cases = data.Cases(np.arange(40), sequences([[0]] * 40, 12), rng.integers(12, size=40))
-    found = fit_mixture([(Told(encoder, evidence), cases)], catalogue=catalogue)
+    found = fit_mixture([(Told(encoder, cooccurrence), cases)], catalogue=catalogue)
     known = inside(cases, catalogue)
     assert 0 < len(known) < 40
     answers = np.searchsorted(np.flatnonzero(catalogue), known.targets)
     few = data.Cases(known.users, sequences([[0]] * len(known), 8), answers)
-    again = fit_mixture([(Told(encoder[: len(known)][:, catalogue], evidence[: len(known)][:, catalogue]), few)])
+    again = fit_mixture([(Told(encoder[: len(known)][:, catalogue], cooccurrence[: len(known)][:, catalogue]), few)])
     assert found == again
 
 
-def test_evidence_is_judged_among_the_catalogue():
+def test_cooccurrence_is_judged_among_the_catalogue():
     """The loss over the catalogue is the cross-entropy of the logits of its items alone."""
     split = leave_one_out([[0, 1, 2, 0, 1], [2, 1, 0, 2, 3], [1, 2, 0, 4, 2]], 9)  # 4 to 8 in no training event but 0-2
-    catalogue, statistics = split.trained_items, EvidenceStatistics(split.train)
+    catalogue, statistics = split.trained_items, CooccurrenceStatistics(split.train)
     torch.manual_seed(0)
-    scorer = EvidenceScorer(hidden=8)
+    scorer = CooccurrenceNetwork(hidden=8)
     torch.nn.init.normal_(scorer.base[2].weight)
     cases = inside(split.valid, catalogue)
     assert 0 < len(cases) < len(split.valid) and catalogue.sum() < 9
-    logits = EvidencePath(scorer, statistics).prepare(cases.histories)(0, 9)[:, catalogue]
+    logits = CooccurrenceScorer(scorer, statistics).prepare(cases.histories)(0, 9)[:, catalogue]
     answers = torch.from_numpy(np.searchsorted(np.flatnonzero(catalogue), cases.targets))
     expected = float(torch.nn.functional.cross_entropy(logits, answers))
     asked = scorer, views_of(scorer), statistics, cases
@@ -188,11 +188,11 @@ def test_validation_ranks_all_items_where_the_catalogue_has_no_answer():
 def test_a_floor_is_chosen_among_the_catalogue():
     split = tied_domain(4)
     for catalogue, outside in (("training", 4), ("all", 0)):
-        name, _, table = best_floor(split, mask_history=False, catalogue=catalogue)
+        name, _, table = best_baseline(split, mask_history=False, catalogue=catalogue)
         assert table[name].catalogue == catalogue and table[name].outside == outside
-    name, scorer = next(iter(floors(split.train).items()))
+    name, scorer = next(iter(baselines(split.train).items()))
     few = evaluate(scorer, split.valid, mask_history=False, protocol="", catalogue=split.trained_items)
-    assert best_floor(split, mask_history=False)[2][name]["mrr"] == few["mrr"]
+    assert best_baseline(split, mask_history=False)[2][name]["mrr"] == few["mrr"]
 
 
 # the best items
@@ -218,7 +218,7 @@ def test_the_best_items_are_the_same_whatever_is_held_at_a_time(exclude_seen, ca
     histories, k = sequences([[u] for u in range(len(scores))], V), 11
     scorer = ByHistory(scores)
     options = {"exclude_seen": exclude_seen, "catalogue": catalogue, "batch_size": batch_size, "tile": tile}
-    found = listed(best_items(scorer, histories, k=k, **options))
+    found = listed(top_k_items(scorer, histories, k=k, **options))
     for u, answer in enumerate(found):
         candidates = [i for i in range(V) if (catalogue is None or catalogue[i]) and not (exclude_seen and i == u)]
         assert answer == sorted(((i, float(scores[u, i])) for i in candidates), key=lambda x: (-x[1], x[0]))[:k]
@@ -227,7 +227,7 @@ def test_the_best_items_are_the_same_whatever_is_held_at_a_time(exclude_seen, ca
 
 def test_fewer_items_than_asked_for():
     _, scores, _ = problem()
-    (answer,) = best_items(
+    (answer,) = top_k_items(
         ByHistory(scores), sequences([[3]], V), k=10, exclude_seen=True, catalogue=np.arange(V) < 5, tile=7
     )
     assert sorted(answer[0]) == [0, 1, 2, 4]
@@ -239,10 +239,10 @@ def test_the_best_of_scores_that_are_not_finite_are_an_error():
         scores[12, 40] = value
         with pytest.raises(NonFiniteScoresError, match="item 40") as error:
             histories = sequences([[u] for u in range(20)], V)
-            list(best_items(ByHistory(scores), histories, k=3, exclude_seen=False, batch_size=5))
+            list(top_k_items(ByHistory(scores), histories, k=3, exclude_seen=False, batch_size=5))
         assert (error.value.case, error.value.item) == (12, 40)
     fine = torch.full((1, 4), 3e38)  # whose sum is not finite
-    (answer,) = best_items(ByHistory(fine), sequences([[0]], 4), k=2, exclude_seen=False)
+    (answer,) = top_k_items(ByHistory(fine), sequences([[0]], 4), k=2, exclude_seen=False)
     assert answer[0].tolist() == [0, 1]
 
 

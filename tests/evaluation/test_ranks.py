@@ -7,7 +7,7 @@ import torch
 
 from metarec_fast import reference
 from metarec_fast.evaluation import NonFiniteScoresError, target_ranks
-from metarec_fast.models.linear_scores import LinearScores
+from metarec_fast.evaluation.linear_scores import LinearScores
 
 
 def problem(B, V, *, tied, seed=0, dtype=torch.float32):

@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from metarec_fast.data import BatchShape, Sampler
 from metarec_fast.meta import CapturedStep, FixedStep, GradientAverages, Source, outer_step
+from metarec_fast.sampling import BatchShape, Sampler
 from tests.models.problems import CATALOGUES, META, SMALL, World, as_expected, assert_same, sequences
 
 SHAPE = BatchShape(windows=5, positions=30, length=6)

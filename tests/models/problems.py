@@ -5,9 +5,10 @@ import torch
 
 from metarec_fast import reference
 from metarec_fast.config import MetaConfig, ModelConfig
-from metarec_fast.data import Sampler, Sequences
+from metarec_fast.data import Sequences
 from metarec_fast.meta import Source, outer_step
 from metarec_fast.models.recommender import Recommender
+from metarec_fast.sampling import Sampler
 
 SMALL = ModelConfig(dim=8, codebook_heads=2, codebook_size=16, dropout=0.0, max_length=6, layers=1)
 CATALOGUES = {"a": 30, "b": 40, "c": 50, "d": 35, "e": 45, "t": 37}
@@ -26,7 +27,7 @@ class World:
     def __init__(self, config=SMALL, dtype=torch.float64):
         torch.manual_seed(0)
         self.model = Recommender(config, CATALOGUES)
-        self.model.start_codebook(list(CATALOGUES), seed=0)
+        self.model.init_codebook(list(CATALOGUES), seed=0)
         with torch.no_grad():
             # at the small numbers that training starts from, gradients of the recurrence are rounding of larger ones
             for p in self.model.shared.encoder.parameters():

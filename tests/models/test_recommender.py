@@ -9,12 +9,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast import reference
 from metarec_fast.config import MetaConfig, ModelConfig
-from metarec_fast.data import PackedBatch, Sampler, Sequences, leave_one_out, synthetic
-from metarec_fast.data.descriptors import item_descriptors
+from metarec_fast.data import Sequences, leave_one_out, synthetic
 from metarec_fast.meta import Source, outer_step
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer, pack_recent
-from metarec_fast.models.spectral import moments
+from metarec_fast.sampling import PackedBatch, Sampler
+from metarec_fast.statistics.descriptors import item_descriptors
+from metarec_fast.statistics.spectral import moments
 
 SMALL = ModelConfig(dim=8, codebook_heads=2, codebook_size=16, dropout=0.0, max_length=6)
 CATALOGUES = {"a": 30, "b": 40, "t": 20}
@@ -28,7 +29,7 @@ def sequences(items, users=12, seed=0):
 
 def world(config=SMALL, dtype=torch.float64):
     model = Recommender(config, CATALOGUES)
-    model.start_codebook(list(CATALOGUES), seed=0)
+    model.init_codebook(list(CATALOGUES), seed=0)
     batches = {n: Sampler(sequences(v), batch_size=5, max_length=6).batch(0) for n, v in CATALOGUES.items()}
     return model.to(dtype), batches
 
@@ -155,12 +156,12 @@ def test_relabelling_items_changes_nothing():
 
 @pytest.mark.parametrize("start", ["random", "spectral", "aligned"])
 def test_a_new_domain_starts_with_distinct_inputs(start):
-    config = ModelConfig(start=start)
+    config = ModelConfig(init=start)
     model = Recommender(config, {"old": 400, "new": 600})
     for name, seed in (("old", 0), ("new", 1)):
         if start != "random":
-            model.start_table(name, sequences(model.table(name).weight.shape[0], users=800, seed=seed), seed=0)
-    model.start_codebook(["old"], seed=0)
+            model.init_table(name, sequences(model.table(name).weight.shape[0], users=800, seed=seed), seed=0)
+    model.init_codebook(["old"], seed=0)
     z = F.layer_norm(model.table("new").weight, (config.dim,))
     _, indices, _ = model.shared.quantize(z)
     assert len(indices.T.unique(dim=0)) >= 0.9 * 600
@@ -169,11 +170,11 @@ def test_a_new_domain_starts_with_distinct_inputs(start):
 def test_the_first_domain_stands_as_it_is_and_the_next_is_turned_to_it():
     trains = {name: sequences(size, users=300, seed=i) for i, (name, size) in enumerate((("old", 60), ("new", 80)))}
     spectral, aligned = (
-        Recommender(ModelConfig(start=start, dim=16), {"old": 60, "new": 80}) for start in ("spectral", "aligned")
+        Recommender(ModelConfig(init=start, dim=16), {"old": 60, "new": 80}) for start in ("spectral", "aligned")
     )
     for model in (spectral, aligned):
         for name, train in trains.items():
-            model.start_table(name, train, seed=0)
+            model.init_table(name, train, seed=0)
     assert torch.equal(aligned.table("old").weight, spectral.table("old").weight)
     before, after = (model.table("new").weight.detach() for model in (spectral, aligned))
     torch.testing.assert_close(after @ after.T, before @ before.T, rtol=0, atol=1e-5)
@@ -191,10 +192,10 @@ def test_aligned_rows_of_a_hidden_class_stand_together_in_all_domains(seed):
 
     def found(start: str) -> float:
         every = [*domains.sources, domains.target]
-        model = Recommender(ModelConfig(start=start, dim=32), {d.name: d.num_items for d in every})
+        model = Recommender(ModelConfig(init=start, dim=32), {d.name: d.num_items for d in every})
         means = []
         for domain in every:
-            model.start_table(domain.name, leave_one_out(domain).train, seed=0)
+            model.init_table(domain.name, leave_one_out(domain).train, seed=0)
             rows, classes = model.table(domain.name).weight.detach(), domains.catalogues[domain.name].classes
             means.append(F.normalize(torch.stack([rows[classes == c].mean(0) for c in range(12)]), dim=1))
         same = [(mean @ means[0].T).argmax(1) == torch.arange(12) for mean in means[1:]]
@@ -240,7 +241,7 @@ def test_codes_of_a_catalogue_are_the_nearest_in_each_head():
 def test_more_domains_than_codes_have_a_share_of_some_head_each(domains, codes):
     names = {f"d{i}": 6 for i in range(domains)}
     model = Recommender(dataclasses.replace(SMALL, codebook_size=codes), names)
-    model.start_codebook(list(names), seed=0)
+    model.init_codebook(list(names), seed=0)
     H, K, d = model.shared.codebook.shape
     taken = []
     for head in range(H):

@@ -1,4 +1,4 @@
-"""Scores of a trained model: states after the last event, bias, and evidence of transitions."""
+"""Scores of a trained model: states after the last event, bias, and co-occurrence of transitions."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from metarec_fast.data import Sequences, leave_one_out
 from metarec_fast.evaluation import evaluate
 from metarec_fast.models.recommender import Recommender
-from metarec_fast.models.scorer import ModelScorer, TransitionEvidence, pack_recent
+from metarec_fast.models.scorer import ModelScorer, TransitionTerms, pack_recent
 from tests.tiny import DOMAINS, config
 
 TARGET = leave_one_out(DOMAINS.target)
@@ -62,7 +62,7 @@ def test_without_history_the_bias_decides(model, rows):
 
 def test_ranks_are_those_of_the_scores_as_they_are_given_in_tiles(model):
     cases = TARGET.test
-    scorer = ModelScorer(model, "target", evidence=TransitionEvidence(TARGET.train), evidence_weight=2.0)
+    scorer = ModelScorer(model, "target", cooccurrence=TransitionTerms(TARGET.train), cooccurrence_weight=2.0)
 
     class InTiles:
         num_items = scorer.num_items
@@ -78,15 +78,15 @@ def test_ranks_are_those_of_the_scores_as_they_are_given_in_tiles(model):
         assert ours.equal.tolist() == tiles.equal.tolist()
 
 
-def test_evidence_is_added_by_its_weight(model):
-    asked, evidence = histories([1, 2, 3], [4, 5]), TransitionEvidence(TARGET.train)
+def test_cooccurrence_is_added_by_its_weight(model):
+    asked, cooccurrence = histories([1, 2, 3], [4, 5]), TransitionTerms(TARGET.train)
     plain = ModelScorer(model, "target").prepare(asked)(0, 30)
-    scorer = ModelScorer(model, "target", evidence=evidence, evidence_weight=2.0)
-    offsets, items, values = evidence(asked)
+    scorer = ModelScorer(model, "target", cooccurrence=cooccurrence, cooccurrence_weight=2.0)
+    offsets, items, values = cooccurrence(asked)
     found = torch.zeros(2, 30)
     found[torch.arange(2).repeat_interleave(offsets.diff()), items] = values
     assert (found > 0).any() and (found >= 0).all()
     torch.testing.assert_close(scorer.prepare(asked)(0, 30), plain + 2 * found)
     torch.testing.assert_close(scorer.prepare(asked)(10, 20), (plain + 2 * found)[:, 10:20])
-    silent = ModelScorer(model, "target", evidence=evidence, evidence_weight=0.0)
+    silent = ModelScorer(model, "target", cooccurrence=cooccurrence, cooccurrence_weight=0.0)
     assert torch.equal(silent.prepare(asked)(0, 30), plain)

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarec_fast.data.domain import Sequences
-from metarec_fast.data.sampler import Sampler
 from metarec_fast.ops.epoch_batches import BatchBuffers, EpochBatches, draw_batches
 from metarec_fast.ops.sample_negatives import popularity_table, seen_items
 from metarec_fast.reference.batches import epoch_batch
+from metarec_fast.sampling.sampler import Sampler
 
 
 @st.composite

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metarec_fast import _C, ops
-from metarec_fast.ops import _arrays
+from metarec_fast.ops import arrays
 from metarec_fast.ops.epoch_batches import EpochBatches, draw_batches
 from metarec_fast.ops.gradient_estimators import rotate_to
 from metarec_fast.ops.missed_steps import Past, missed_steps_
@@ -55,8 +55,10 @@ def sequence_operators():
         grads = torch.autograd.grad(loss, (h, table, bias), create_graph=True)
         sum(g.square().sum() for g in grads).backward()
     ops.linear(torch.randn(4, 3), torch.randn(2, 3), torch.randn(2))
-    graph = ops.EvidenceGraph(np.array([0, 2, 3, 3, 4]), np.array([1, 3, 0, 2], np.int32), np.ones((4, 2), np.float32))
-    ops.gather_evidence(graph, np.array([0, 2, 2, 3]), np.array([0, 3, 1], np.int32), ages=(0, 1, 4))
+    graph = ops.CooccurrenceGraph(
+        np.array([0, 2, 3, 3, 4]), np.array([1, 3, 0, 2], np.int32), np.ones((4, 2), np.float32)
+    )
+    ops.gather_cooccurrence(graph, np.array([0, 2, 2, 3]), np.array([0, 3, 1], np.int32), ages=(0, 1, 4))
 
 
 def ranks():
@@ -123,7 +125,7 @@ class KeptSpan(tuple):
 
 def record_bindings(monkeypatch, caller):
     """The calls of ``_C`` that ``caller`` makes: functions or classes, arguments, keywords."""
-    calls, kept, spans = [], [], _arrays.span
+    calls, kept, spans = [], [], arrays.span
 
     def keeping(array):
         made = spans(array)
@@ -271,11 +273,11 @@ def test_bindings_check_what_they_are_given(monkeypatch, caller):
             if isinstance(value, KeptSpan):
                 others += list(other_spans(value))
                 arrays = list(other_arrays(value.array))
-                others += [_arrays.span(array) for array in arrays]
+                others += [arrays.span(array) for array in arrays]
             elif isinstance(value, dict):  # bounds of a lookup
                 others += [value | {name: other} for name, given in value.items() for other in other_spans(given)]
                 arrays = [(n, a) for n, given in value.items() for a in other_arrays(given.array)]
-                others += [value | {name: _arrays.span(array)} for name, array in arrays]
+                others += [value | {name: arrays.span(array)} for name, array in arrays]
             elif isinstance(value, int) and not isinstance(value, bool):
                 others += [n for n in (-1, 0, value + 1, max(value - 1, 0), 2**62) if n != value]
             for other in others:
@@ -287,7 +289,7 @@ def test_bindings_check_what_they_are_given(monkeypatch, caller):
 def test_an_epoch_has_entries():
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         _C.epoch_order(
-            _arrays.span(torch.empty(1, dtype=torch.int64)), size=0, first=0, count=1, seed=0, stream=0, epoch=0
+            arrays.span(torch.empty(1, dtype=torch.int64)), size=0, first=0, count=1, seed=0, stream=0, epoch=0
         )
 
 

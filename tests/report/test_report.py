@@ -8,10 +8,10 @@ import numpy as np
 from rich.console import Console
 
 from metarec_fast.evaluation import Metrics
+from metarec_fast.profiling.steps import PARTS, Part, StageProfile
 from metarec_fast.report import profile
 from metarec_fast.report.console import ConsoleReporter, describe
 from metarec_fast.report.table import COLUMNS, Row, markdown, values
-from metarec_fast.train.profile import PARTS, Part, StageProfile
 
 FACTS = {"losses": {"source": 3.5, "target": 2.25}, "weights": {"source": 1.0}}
 
@@ -108,9 +108,9 @@ def test_a_profile_for_people_and_for_programs(tmp_path):
         "flops": 2e9,
         "bytes": 1e6,
         "ms": 6.0,
-        "floor_ms": 2.0,
+        "roofline_ms": 2.0,
     }
-    assert written["floor_share"] == 0.2
+    assert written["roofline_share"] == 0.2
     svg = ElementTree.fromstring((tmp_path / "profile.svg").read_text())
     bars = [e for e in svg.iter("{http://www.w3.org/2000/svg}rect") if e.get("height") == "14"]
     assert len(bars) == 2 * len(PARTS)

@@ -48,7 +48,7 @@ LOSSES = [
     ["finetune", 25, float("nan")],
     ["finetune", 50, 6.45],
 ]
-# of the evidence scorer: other values than the encoder's
+# of the co-occurrence scorer: other values than the encoder's
 FOUND = {
     "validation_loss": LOSSES,
     "best": 6.4,
@@ -61,15 +61,15 @@ FOUND = {
     "transfer": [{**one, "noise": 0.1} for one in (entry(10, 0.3, 0.1), entry(20, -0.5, 0.25))],
 }
 MIXTURES = {
-    "transferred": {"beside": "learned", "encoder": 0.0, "evidence": 1.0},
-    "target_only": {"beside": "learned", "encoder": 0.5, "evidence": 1.0},
+    "transferred": {"beside": "learned", "encoder": 0.0, "cooccurrence": 1.0},
+    "target_only": {"beside": "learned", "encoder": 0.5, "cooccurrence": 1.0},
 }
 CODES = {"a": np.array([[0, 0, 1, 1]]), "b <c>": np.array([[2, 3]]), "target": np.array([[0, 1, 2, 2]])}
 
 
 def report(transferred=GOOD, alone=POOR, **changes):
     of_encoder = {"trace": TRACE, "codes": CODES, "codebook_size": 4}
-    given = {"method": "metarec", "sources": ["a", "b <c>"], "mixtures": MIXTURES, "evidence": FOUND, **of_encoder}
+    given = {"method": "metarec", "sources": ["a", "b <c>"], "mixtures": MIXTURES, "cooccurrence": FOUND, **of_encoder}
     return transfer_report(transferred, alone, **{**given, **changes})
 
 
@@ -88,38 +88,41 @@ def test_the_report_is_whole_and_plain_json():
     assert (b["similarity"], b["above_noise_floor"]) == (pytest.approx(-0.02), 0)
     assert a["leaving_out_costs"] == pytest.approx(0.2) and b["leaving_out_costs"] == pytest.approx(-0.1)
     assert found["over_time"] == TRACE and found["method"] == "metarec"
-    evidence = found["evidence"]
-    assert evidence["noise_floor"] == {"similarity": pytest.approx(0.2), "draws": 40}
-    assert {name: source["similarity"] for name, source in evidence["sources"].items()} == {"a": -0.5, "b <c>": 0.25}
-    assert [source["above_noise_floor"] for source in evidence["sources"].values()] == [0, 1]
-    assert evidence["over_time"] == FOUND["transfer"] and evidence["skipped_steps"] == 1
-    assert (evidence["best"], evidence["best_at"]) == (6.4, "meta 25")
-    losses = evidence["validation_loss"]
+    cooccurrence = found["cooccurrence"]
+    assert cooccurrence["noise_floor"] == {"similarity": pytest.approx(0.2), "draws": 40}
+    assert {name: source["similarity"] for name, source in cooccurrence["sources"].items()} == {
+        "a": -0.5,
+        "b <c>": 0.25,
+    }
+    assert [source["above_noise_floor"] for source in cooccurrence["sources"].values()] == [0, 1]
+    assert cooccurrence["over_time"] == FOUND["transfer"] and cooccurrence["skipped_steps"] == 1
+    assert (cooccurrence["best"], cooccurrence["best_at"]) == (6.4, "meta 25")
+    losses = cooccurrence["validation_loss"]
     assert losses[5] == ["finetune", 25, None] and [*losses[:5], losses[6]] == [*LOSSES[:5], LOSSES[6]]
     assert found["mixture"] == MIXTURES
-    assert evidence["first"] == FOUND["sources"]
+    assert cooccurrence["first"] == FOUND["sources"]
 
 
 def test_first_similarities_are_told_where_sources_were_weighed():
     found = report()
-    (line,) = [line for line in lines(found) if line.startswith("  evidence, b <c>")]
-    assert line == "  evidence, b <c>: weight 0.30, similarity of first descent directions -0.125 ± 0.250"
+    (line,) = [line for line in lines(found) if line.startswith("  co-occurrence, b <c>")]
+    assert line == "  co-occurrence, b <c>: weight 0.30, similarity of first descent -0.125 ± 0.250"
     assert "<td>b &lt;c&gt;</td><td>0.300</td><td>-0.125 ± 0.250</td>" in html(found, title="t")
-    unweighed = report(evidence={**FOUND, "sources": {}})
+    unweighed = report(cooccurrence={**FOUND, "sources": {}})
     assert "first similarity" not in html(unweighed, title="t") and len(lines(unweighed)) == len(lines(found)) - 2
 
 
 @pytest.mark.parametrize(
-    ("beside", "encoder", "evidence", "words"),
+    ("beside", "encoder", "cooccurrence", "words"),
     [
-        ("learned", 0.0, 1.0, "The encoder got weight 0: what is returned is the evidence scorer alone."),
-        ("learned", 1.0, 0.0, "The evidence scorer got weight 0: what is returned is the encoder alone."),
+        ("learned", 0.0, 1.0, "The encoder got weight 0: what is returned is the co-occurrence scorer alone."),
+        ("learned", 1.0, 0.0, "The co-occurrence scorer got weight 0: what is returned is the encoder alone."),
         (
             "learned",
             0.25,
             1.0,
-            "What is returned is encoder and evidence scorer together: "
-            "weight 0.25 for the encoder, 1 for the evidence scorer.",
+            "What is returned is encoder and co-occurrence scorer together: "
+            "weight 0.25 for the encoder, 1 for the co-occurrence scorer.",
         ),
         ("transitions", 1.0, 0.0, "The transition counts got weight 0: what is returned is the encoder alone."),
         (
@@ -129,12 +132,12 @@ def test_first_similarities_are_told_where_sources_were_weighed():
             "What is returned is encoder and transition counts together: "
             "weight 1 for the encoder, 1.5 for the transition counts.",
         ),
-        ("none", 1.0, 0.0, "What is returned is the encoder alone: it has no evidence beside it."),
+        ("none", 1.0, 0.0, "What is returned is the encoder alone: it has no co-occurrence beside it."),
     ],
 )
-def test_words_name_the_parts_of_the_returned_model(beside, encoder, evidence, words):
-    made = {"beside": beside, "encoder": encoder, "evidence": evidence}
-    other = {"beside": "learned", "encoder": 6.0, "evidence": 1.0}
+def test_words_name_the_parts_of_the_returned_model(beside, encoder, cooccurrence, words):
+    made = {"beside": beside, "encoder": encoder, "cooccurrence": cooccurrence}
+    other = {"beside": "learned", "encoder": 6.0, "cooccurrence": 1.0}
     assert report(GOOD, POOR, mixtures={"transferred": made, "target_only": other})["returned_parts"] == words
     assert report(POOR, GOOD, mixtures={"transferred": other, "target_only": made})["returned_parts"] == words
     kept = report(POOR, GOOD, mixtures={"transferred": made, "target_only": other}, replaces=False)
@@ -151,9 +154,14 @@ def test_words_name_the_parts_of_the_returned_model(beside, encoder, evidence, w
             "transferred",
             r"^Transfer helped on validation: \+200\.0% NDCG@10 \(\+\d.* to \+\d.*%, p 0.0002",
         ),
-        (ONE, OTHER, "transferred", r"^No clear evidence .* It is not worse"),
-        (GOOD, GOOD, "target_only", r"^No evidence that transfer helped: \+0\.0% .*target-only model is returned\.$"),
-        (OTHER, ONE, "target_only", r"^No evidence .* -\d.*target-only model is ret"),
+        (ONE, OTHER, "transferred", r"^No clear co-occurrence .* It is not worse"),
+        (
+            GOOD,
+            GOOD,
+            "target_only",
+            r"^No co-occurrence that transfer helped: \+0\.0% .*target-only model is returned\.$",
+        ),
+        (OTHER, ONE, "target_only", r"^No co-occurrence .* -\d.*target-only model is ret"),
         (POOR, GOOD, "target_only", r"^Transfer harmed on validation: -66\.7% .*target-only model is returned\.$"),
         (
             GOOD,
@@ -235,19 +243,21 @@ def test_the_report_has_the_figures_among_all_items_beside():
 
 
 def test_without_a_meta_stage_or_codes_nothing_is_made_up():
-    found = report(trace=[], codes=None, evidence=None)
-    assert found["noise_floor"] is None and found["code_overlap"] is None and found["evidence"] is None
+    found = report(trace=[], codes=None, cooccurrence=None)
+    assert found["noise_floor"] is None and found["code_overlap"] is None and found["cooccurrence"] is None
     assert found["sources"] == {"a": None, "b <c>": None}
     assert lines(found) == [f"  {found['returned_parts']}"] and "<table>" in html(found, title="t")
     assert noise_floor([]) is None
     # pretraining: the scorer was learned, without a meta stage
-    found = report(trace=[], codes=None, evidence={**FOUND, "transfer": [], "sources": {}})
-    assert found["evidence"]["sources"] == {"a": None, "b <c>": None} and found["evidence"]["noise_floor"] is None
-    assert titles_of(html(found, title="t"))[1:] == ["Evidence scorer: validation loss by step and stage"]
+    found = report(trace=[], codes=None, cooccurrence={**FOUND, "transfer": [], "sources": {}})
+    assert (
+        found["cooccurrence"]["sources"] == {"a": None, "b <c>": None} and found["cooccurrence"]["noise_floor"] is None
+    )
+    assert titles_of(html(found, title="t"))[1:] == ["Co-occurrence scorer: validation loss by step and stage"]
     # and nothing that could be drawn
     bad = {"validation_loss": [["start", 0, float("nan")]], "best": float("inf"), "best_at": "start"}
-    found = report(trace=[], codes=None, evidence={**FOUND, **bad, "transfer": [], "sources": {}})
-    assert found["evidence"]["best"] is None and len(lines(found)) == 1
+    found = report(trace=[], codes=None, cooccurrence={**FOUND, **bad, "transfer": [], "sources": {}})
+    assert found["cooccurrence"]["best"] is None and len(lines(found)) == 1
     assert len(titles_of(html(found, title="t"))) == 1
 
 
@@ -264,8 +274,11 @@ def test_overlap_of_identical_domains_is_one_and_of_disjoint_ones_zero():
 def test_lines_hold_the_key_figures():
     told = "\n".join(lines(report()))
     assert "encoder, a: weight 0.75, similarity +0.040 (1 of 2 late values above the noise floor of 0.040)" in told
-    assert "evidence, b <c>: weight 0.30, similarity of first descent directions -0.125 ± 0.250" in told
-    assert "evidence: least validation loss by stage warmup 6.600, meta 6.400, finetune 6.450 (best at meta 25)" in told
+    assert "co-occurrence, b <c>: weight 0.30, similarity of first descent -0.125 ± 0.250" in told
+    assert (
+        "co-occurrence: least validation loss by stage warmup 6.600, meta 6.400, finetune 6.450 (best at meta 25)"
+        in told
+    )
     assert "leaving it out would cost +20.0% of the descent (estimate)" in told
     assert "overlap of codes with target: a 0.50, b <c> 0.50" in told
 
@@ -312,9 +325,9 @@ def test_the_file_is_whole_and_says_what_the_report_says():
         "Gain in NDCG@10 on validation, 95 % interval",
         "Encoder: similarity of sources by meta step",
         "Encoder: weight of sources by meta step",
-        "Evidence scorer: similarity of sources by meta step",
-        "Evidence scorer: weight of sources by meta step",
-        "Evidence scorer: validation loss by step and stage",
+        "Co-occurrence scorer: similarity of sources by meta step",
+        "Co-occurrence scorer: weight of sources by meta step",
+        "Co-occurrence scorer: validation loss by step and stage",
         "Overlap of the use of codes",
     ]
 

@@ -14,7 +14,7 @@ from metarec_fast import _C
 DRAW = """
 import numpy as np
 from metarec_fast import _C
-from metarec_fast.ops._arrays import span
+from metarec_fast.ops.arrays import span
 seen, negatives, logq = np.arange({seen}, dtype=np.int32), np.empty({negatives}, np.int64), np.empty(700, np.float32)
 zero, ends = np.zeros(1, np.int64), np.array([0, 700])
 _C.sample_negatives(

@@ -19,7 +19,7 @@ ROOT = HERE.parents[1]
 KERNELS = (
     "tests/ops/test_bounded_lookup.py",
     "tests/ops/test_epoch_order.py",
-    "tests/ops/test_gather_evidence.py",
+    "tests/ops/test_gather_cooccurrence.py",
     "tests/ops/test_linear_cross_entropy.py::test_loss_and_gradients_match_float64",
     "tests/ops/test_linear_scan.py::test_matches_reference",
     "tests/ops/test_memory_safety.py",
@@ -32,7 +32,7 @@ KERNELS = (
     "tests/ops/test_vq_statistics.py::test_equals_reference",
 )
 COMPILED_ONCE = (
-    "tests/data/test_sampler.py",
+    "tests/sampling/test_sampler.py",
     "tests/ops/test_epoch_batches.py",
     "tests/ops/test_pack_windows.py",
     "tests/ops/test_pad_packed.py",

@@ -8,8 +8,8 @@ from tests.tiny import config
 SYNTHETIC = {"source_users": 60, "source_items": 40, "target_users": 40, "target_items": 30}
 TRAIN = {**dataclasses.asdict(config().train), "meta_steps": 10, "threads": 1}  # long enough for a trace
 ARMS = (
-    Arm(name="popularity", group="floor", floor="popularity"),
-    Arm(name="best-floor", group="floor", floor="best"),
+    Arm(name="popularity", group="baseline", baseline="popularity"),
+    Arm(name="best-baseline", group="baseline", baseline="best"),
     Arm(name="alone", group="structure", options={"train": {"method": "target_only"}}),
     Arm(name="ours", group="ours"),
     Arm(name="shuffled", group="control", sources=("shuffled",)),
@@ -26,7 +26,7 @@ def study(**changes) -> Study:
         "seeds": (0, 1),
         "comparisons": (
             Comparison(arm="ours", against=("alone",)),
-            Comparison(arm="ours", against=("popularity", "best-floor"), title="ours against floors"),
+            Comparison(arm="ours", against=("popularity", "best-baseline"), title="ours against baselines"),
         ),
         "options": {**dataclasses.asdict(config()), "train": TRAIN},
         "synthetic": SYNTHETIC,

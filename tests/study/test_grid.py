@@ -77,9 +77,9 @@ def test_cells_train_no_target_only_model_beside():
 
 
 def test_only_keeps_a_part_and_the_comparisons_that_it_has():
-    part = study().only(arms=["ours", "best-floor"], seeds=[1], fractions=(), targets=())
-    assert [c.arm.name for c in part.cells()] == ["best-floor", "ours"] * 2
-    assert [(c.arm, c.against) for c in part.comparisons] == [("ours", ("best-floor",))]
+    part = study().only(arms=["ours", "best-baseline"], seeds=[1], fractions=(), targets=())
+    assert [c.arm.name for c in part.cells()] == ["best-baseline", "ours"] * 2
+    assert [(c.arm, c.against) for c in part.comparisons] == [("ours", ("best-baseline",))]
     with pytest.raises(ValueError, match="study 'tiny' has no seed 7; seeds are 0, 1"):
         study().only(seeds=[7])
 
@@ -132,11 +132,11 @@ def test_what_is_refused(change, message):
     ("change", "message"),
     [
         ({"name": "a/b"}, "the name of an arm must be letters"),
-        ({"group": "our"}, "arm 'a': group must be 'floor', .*, got 'our'; did you mean 'ours'"),
+        ({"group": "our"}, "arm 'a': group must be 'baseline', .*, got 'our'; did you mean 'ours'"),
         ({"sources": ("related", "shufled")}, r"arm 'a': sources\[1\] must be .*; did you mean 'shuffled'"),
         ({"sources": "related"}, "arm 'a': sources must be a list, got 'related'"),
         ({"options": {"train": 3}}, "arm 'a': options.train must be an object"),
-        ({"floor": "item-knn"}, "arm 'a': floor must be 'best', .*; did you mean 'item-kNN'"),
+        ({"baseline": "item-knn"}, "arm 'a': baseline must be 'best', .*; did you mean 'item-kNN'"),
     ],
     ids=str,
 )
@@ -188,12 +188,14 @@ def test_the_published_grid_has_every_arm_of_the_issue_once():
     first = {arm.name: published.configs(Cell(arm, published.targets[0], 0.1, 0))[0] for arm in published.arms}
     assert len(list(published.cells())) == len(published.arms) * 3 * 4 * 3
     trained = [
-        name for name, arm in zip(first, published.arms, strict=True) if not arm.floor and arm.sources == ("related",)
+        name
+        for name, arm in zip(first, published.arms, strict=True)
+        if not arm.baseline and arm.sources == ("related",)
     ]
     assert len({json.dumps(dataclasses.asdict(first[name])) for name in trained}) == len(trained)
     assert first["metaadapt-literal"].meta == metaadapt_literal().meta
     plain = first["sasrec"]
-    assert (plain.model.encoder, plain.model.vq, plain.model.start, plain.model.evidence) == (
+    assert (plain.model.encoder, plain.model.vq, plain.model.init, plain.model.cooccurrence) == (
         *("sasrec", "none", "random"),
         "none",
     )

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import tarfile
-from pathlib import Path
 from statistics import mean
 from xml.etree import ElementTree
 
@@ -18,14 +17,13 @@ from metarec_fast.study import (
     Comparison,
     Contrast,
     Results,
-    Study,
     audit_study,
     audit_verdict,
     consistent,
     run,
     smoke,
 )
-from metarec_fast.study.results import COLUMNS, FIGURES, contrast_table, summary
+from metarec_fast.study.results import COLUMNS, contrast_table, summary
 from tests.study.problems import study
 from tests.tiny import config
 
@@ -65,25 +63,11 @@ def test_values_of_users_give_the_figures_of_the_row(out):
             assert len(values) == 40 and values.mean() == pytest.approx(row[column])
 
 
-def test_published_cells_are_read_as_what_they_ranked(tmp_path):
-    published = Path(__file__).parents[2] / "bench" / "study" / "headline"
-    (tmp_path / "cells").mkdir()
-    with tarfile.open(published / "cells.tar.xz") as tar:
-        for member in (tar.next(), tar.next()):  # ranks and facts of a cell from before catalogues
-            tar.extract(member, tmp_path, filter="data")
-    (row,) = Results(Study.load(published / "study.json"), tmp_path).rows()
-    with open(published / "results.csv", newline="") as file:
-        (known,) = [r for r in csv.DictReader(file) if r["file"] == row["file"]]
-    assert row["catalogue"] == "all" and row["targets_outside"] == 0
-    for column in FIGURES:
-        assert row[column] == row[column + "_all_items"] == float(known[column])
-
-
 def cold_study(catalogue):
-    """Floors of a target of which training holds few items."""
+    """Baselines of a target of which training holds few items."""
     data = {"catalogue": catalogue}
     changed = {"target_items": 200, "target_users": 100, "source_users": 60, "source_items": 40}
-    arms = tuple(Arm(name=f, group="floor", floor=f, options={"data": data}) for f in ("popularity", "item-kNN"))
+    arms = tuple(Arm(name=f, group="baseline", baseline=f, options={"data": data}) for f in ("popularity", "item-kNN"))
     against = (Comparison(arm="item-kNN", against=("popularity",)),)
     return study(arms=arms, comparisons=against, fractions=(0.1,), seeds=(0,), synthetic=changed)
 
@@ -112,7 +96,7 @@ def test_tables_and_comparisons_say_what_was_ranked(tmp_path):
 
 def test_a_contrast_pools_seeds_by_user(out):
     results = Results(study(), out)
-    against, floors = (results.contrasts(c, samples=500) for c in study().comparisons)
+    against, baselines = (results.contrasts(c, samples=500) for c in study().comparisons)
     assert [(c.fraction, c.arm, c.baseline, c.seeds) for c in against] == [
         (0.5, "ours", "alone", 2),
         (1.0, "ours", "alone", 2),
@@ -125,9 +109,9 @@ def test_a_contrast_pools_seeds_by_user(out):
         assert contrast.difference == paired_bootstrap(a, b, seed=0, samples=500)
         assert contrast.gain == pytest.approx(a.mean() / b.mean() - 1)
     assert [c.p for c in against] == holm([c.difference.p for c in against]).tolist()
-    for contrast in floors:  # the one that validation likes best, whatever the test says
+    for contrast in baselines:  # the one that validation likes best, whatever the test says
         best = max(
-            ("popularity", "best-floor"), key=lambda n: mean(results.values(n, "target", contrast.fraction, valid))
+            ("popularity", "best-baseline"), key=lambda n: mean(results.values(n, "target", contrast.fraction, valid))
         )
         assert contrast.baseline == best
 
@@ -163,7 +147,7 @@ def test_what_is_missing_is_left_open(out, tmp_path):
     assert {p.name for p in Results(two, tmp_path / "two").write() if p.suffix == ".svg"} == {"gains.svg", "target.svg"}
     # cells of another configuration are none of this study's
     other = study(tune={"model.dropout": (0.1,)})
-    assert {facts["arm"]["group"] for facts in Results(other, out).facts.values()} == {"floor"}
+    assert {facts["arm"]["group"] for facts in Results(other, out).facts.values()} == {"baseline"}
 
 
 def test_an_archive_holds_all_that_the_tables_need(out, tmp_path):
@@ -199,21 +183,21 @@ def test_markdown_has_every_arm_metric_cost_and_verdict(out):
         assert f"## {heading}" in text
     for arm in study().arms:
         assert text.count(f"| {arm.name} | ") >= 8
-    assert "### ours against floors" in text and "| target, 50% | alone |" in text
+    assert "### ours against baselines" in text and "| target, 50% | alone |" in text
     weights = results.source_means("ours", "target", 0.5, "weight")
     assert sum(weights.values()) == pytest.approx(1)
     assert f"- ours, target, 50%: source0 {weights['source0']:.3f}, source1 {weights['source1']:.3f}" in text
     assert "different code versions" not in text
 
 
-def test_weights_of_sources_are_those_of_the_evidence_or_else_of_the_encoder(out, monkeypatch):
+def test_weights_of_sources_are_those_of_the_cooccurrence_or_else_of_the_encoder(out, monkeypatch):
     results = Results(study(), out)
     facts = results.facts["ours", "target", 0.5, 0]
     of_encoder = facts["transfer"]["weight"]
-    evidence = {"source0": {"weight": 0.75, "similarity": 0.5}, "source1": {"weight": 0.25, "similarity": -0.5}}
+    cooccurrence = {"source0": {"weight": 0.75, "similarity": 0.5}, "source1": {"weight": 0.25, "similarity": -0.5}}
     for history, expected in (
         ({}, of_encoder),
-        ({"evidence": {"sources": evidence}}, {"source0": 0.75, "source1": 0.25}),
+        ({"cooccurrence": {"sources": cooccurrence}}, {"source0": 0.75, "source1": 0.25}),
     ):
         monkeypatch.setattr(results, "facts", {("ours", "target", 0.5, 0): facts | {"history": history}})
         assert results.source_means("ours", "target", 0.5, "weight") == expected

@@ -17,7 +17,7 @@ from metarec_fast import study as studies
 from metarec_fast.api import MetaRec
 from metarec_fast.config import Config
 from metarec_fast.data import leave_one_out, limit_users
-from metarec_fast.evaluation import best_floor, evaluate
+from metarec_fast.evaluation import best_baseline, evaluate
 from metarec_fast.files import only_here
 from metarec_fast.study import Arm, Cell, Domains, Study, run
 from metarec_fast.study.run import AMONG_ALL, RANKS, _load, cell_path, late_means, run_cell, sources_of
@@ -65,8 +65,8 @@ def test_every_cell_is_told_and_written(finished):
         assert cost["peak_memory_mib"] > 50 if sys.platform == "linux" else cost["peak_memory_mib"] is None
     assert [facts["cost"]["steps"] for _, facts, *_ in told[:5]] == [0, 0, 29, 29, 29]
     encoder = {"warmup": 3, "meta": 10, "finetune table": 3, "finetune": 3}
-    evidence = {"evidence: sources": 4, "evidence: meta": 2, "evidence: target": 4}
-    assert told[3][1]["cost"]["steps_by_stage"] == encoder | evidence
+    cooccurrence = {"co-occurrence: sources": 4, "co-occurrence: meta": 2, "co-occurrence: target": 4}
+    assert told[3][1]["cost"]["steps_by_stage"] == encoder | cooccurrence
 
 
 def test_a_cell_is_what_the_library_gives(finished):
@@ -80,12 +80,12 @@ def test_a_cell_is_what_the_library_gives(finished):
         known = json.loads(json.dumps(model.evaluate(mask_history=mask).to_dict()))
         assert facts["ours"]["test"]["history masked" if mask else "history not masked"] == known
     split = limit_users(leave_one_out(DOMAINS.target), 0.5, seed=1)
-    name, scorer, _ = best_floor(split, mask_history=False)
-    assert facts["best-floor"]["floor"] == name
+    name, scorer, _ = best_baseline(split, mask_history=False)
+    assert facts["best-baseline"]["baseline"] == name
     known = evaluate(scorer, split.test, mask_history=False, protocol="", catalogue=split.trained_items)
     everywhere = evaluate(scorer, split.test, mask_history=False, protocol="")
-    told = facts["best-floor"]["test"]["history not masked"]
-    assert told["metrics"]["ndcg@10"] == known["ndcg@10"] and facts["best-floor"]["catalogue"] == "training"
+    told = facts["best-baseline"]["test"]["history not masked"]
+    assert told["metrics"]["ndcg@10"] == known["ndcg@10"] and facts["best-baseline"]["catalogue"] == "training"
     assert told["among_all"]["metrics"]["ndcg@10"] == everywhere["ndcg@10"]
 
 
@@ -112,7 +112,7 @@ def test_a_cell_that_ranks_all_items_is_what_cells_were_before_there_was_a_choic
     options = [dataclasses.asdict(config) for config in every.configs(cell)]
     for given in options:
         assert given["data"].pop("catalogue") == "all"
-    hashed = {"format": 1, "floor": "popularity", "configs": options, "target": facts["data"]["target"]}
+    hashed = {"format": 1, "baseline": "popularity", "configs": options, "target": facts["data"]["target"]}
     hashed |= {"kinds": (), "sources": []}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     assert facts["config_hash"] == digest[:16] != cell_path(tmp_path, small(), cell, Domains()).stem[-16:]

@@ -12,10 +12,10 @@ from rich.console import Console
 from metarec_fast import MetaRec, api
 from metarec_fast.data import leave_one_out
 from metarec_fast.models.recommender import Recommender
+from metarec_fast.profiling.steps import StepProfiler
 from metarec_fast.report.console import ConsoleReporter
-from metarec_fast.train.evidence import EvidenceTrainer
+from metarec_fast.train.cooccurrence import CooccurrenceTrainer
 from metarec_fast.train.left_out import IN_A_ROW, LeftOut, NonFiniteTrainingError, not_finite, reason
-from metarec_fast.train.profile import StepProfiler
 from metarec_fast.train.trainer import Trainer, clip_and_step
 from tests.tiny import DOMAINS, config
 
@@ -137,29 +137,31 @@ def test_a_run_that_goes_on_has_counted_what_was_before(monkeypatch, tmp_path):
     assert second.run().left_out.not_run == ["warmup", "meta"] and second.progress.skipped == 7
 
 
-def test_the_evidence_scorer_counts_and_ends_in_the_same_way(monkeypatch):
-    draw = EvidenceTrainer._draw
+def test_the_cooccurrence_scorer_counts_and_ends_in_the_same_way(monkeypatch):
+    draw = CooccurrenceTrainer._draw
 
     def poisoned(self, pool, where, step, stream=0):
         cases = draw(self, pool, where, step, stream)
-        return dataclasses.replace(cases, evidence=cases.evidence * math.nan) if where in stages else cases
+        return dataclasses.replace(cases, cooccurrence=cases.cooccurrence * math.nan) if where in stages else cases
 
-    monkeypatch.setattr(EvidenceTrainer, "_draw", poisoned)
+    monkeypatch.setattr(CooccurrenceTrainer, "_draw", poisoned)
     stages = ("similarity", "warmup", "meta")
     options = config(train={"compare_target_only": False})
     history = MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=options).history
-    found = {"evidence: weights": 5, "evidence: sources": 4, "evidence: meta": 2}
-    assert history["skipped_by_stage"] == history["evidence"]["skipped_by_stage"] == found
+    found = {"co-occurrence: weights": 5, "co-occurrence: sources": 4, "co-occurrence: meta": 2}
+    assert history["skipped_by_stage"] == history["cooccurrence"]["skipped_by_stage"] == found
     assert history["stages_not_run"] == list(found) and history["skipped_steps"] == 11
     stages = ("finetune",)
-    long = config(train={"compare_target_only": False}, evidence={"finetune_steps": 40, "patience": 99})
-    with pytest.raises(NonFiniteTrainingError, match=r"step 19 of evidence: target: the loss of evidence is nan"):
+    long = config(train={"compare_target_only": False}, cooccurrence={"finetune_steps": 40, "patience": 99})
+    with pytest.raises(
+        NonFiniteTrainingError, match=r"step 19 of co-occurrence: target: the loss of cooccurrence is nan"
+    ):
         MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=long)
 
 
 def test_a_scorer_without_a_finite_validation_loss_is_not_kept(monkeypatch):
-    monkeypatch.setattr(EvidenceTrainer, "validation_loss", lambda self: math.nan)
-    with pytest.raises(NonFiniteTrainingError, match="no validation loss of the evidence scorer was finite"):
+    monkeypatch.setattr(CooccurrenceTrainer, "validation_loss", lambda self: math.nan)
+    with pytest.raises(NonFiniteTrainingError, match="no validation loss of the co-occurrence scorer was finite"):
         MetaRec.fit([], DOMAINS.target, config=config(train={"method": "target_only"}))
 
 
@@ -168,7 +170,7 @@ def test_codes_do_not_start_from_rows_that_are_not_finite():
     with torch.no_grad():
         model.table("b").weight[4, 1] = math.nan
     with pytest.raises(ValueError, match="codes cannot start from 'b': 1 of 30 rows of its table are not finite"):
-        model.start_codebook(model.domains, seed=0)
+        model.init_codebook(model.domains, seed=0)
 
 
 def test_a_profile_is_of_steps_that_were_taken(monkeypatch):

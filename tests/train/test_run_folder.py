@@ -18,7 +18,7 @@ from tests.tiny import DOMAINS, config
 
 SOURCE, TARGET = DOMAINS.sources[0], DOMAINS.target
 QUICK = config(
-    model={"evidence": "none"}, train={"warmup_steps": 1, "meta_steps": 1, "finetune_steps": 2, "batch_size": 4}
+    model={"cooccurrence": "none"}, train={"warmup_steps": 1, "meta_steps": 1, "finetune_steps": 2, "batch_size": 4}
 )
 
 

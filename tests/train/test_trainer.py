@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from metarec_fast.api import build
-from metarec_fast.data import BatchShape, leave_one_out
+from metarec_fast.data import leave_one_out
 from metarec_fast.meta import FixedStep
+from metarec_fast.sampling import BatchShape
 from metarec_fast.train import trainer as trainer_module
 from metarec_fast.train.trainer import TABLE, Interrupted, Trainer, dropout_seed, stages
 from tests.tiny import DOMAINS, config
@@ -209,7 +210,7 @@ def test_the_best_model_by_validation_is_returned():
         {"meta": {"similarity_decay": 0.0, "same_batch": True, "inner_steps": 2}},
         {"model": {"encoder": "sasrec"}},
         {"model": {"vq": "none"}},
-        {"model": {"vq": "quantized", "vq_gradient": "rotation", "start": "random"}},
+        {"model": {"vq": "quantized", "vq_gradient": "rotation", "init": "random"}},
         {"data": {"mask_history": True}},
     ],
     ids=str,

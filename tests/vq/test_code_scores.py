@@ -202,7 +202,7 @@ def operator_calls():
         "vq_record_health_": (*health, torch.rand(HEADS, CODES), torch.rand(HEADS, CODES) > 0.5, True),
         # their outcome is random
         "vq_sample_codes": (rows, codes, 2, 0.5, False),
-        "vq_start_by_kmeans_": (
+        "vq_init_by_kmeans_": (
             codes,
             codes.clone(),
             torch.ones(HEADS, CODES),
@@ -216,7 +216,7 @@ def operator_calls():
 
 @pytest.mark.parametrize("name", operator_calls())
 def test_opcheck(name):
-    random = name in ("vq_sample_codes", "vq_start_by_kmeans_")
+    random = name in ("vq_sample_codes", "vq_init_by_kmeans_")
     checks = ("test_schema", "test_faketensor", *(() if random else ("test_aot_dispatch_dynamic",)))
     operator = getattr(torch.ops.metarec_fast, name).default
     torch.library.opcheck(operator, operator_calls()[name], test_utils=checks)

@@ -1,0 +1,124 @@
+"""Which part of the package may import which, and the words that its names are made of."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "metarec_fast"
+
+# Imports run down this list only.
+LAYERS = [
+    "cli",
+    "study",
+    "api",
+    "report",
+    "train",
+    "profiling",
+    "persistence",
+    "cooccurrence",
+    "models",
+    "meta",
+    "evaluation",
+    "sampling",
+    "statistics",
+    "data",
+    "vq",
+    "ops",
+]
+LEAVES = {"checks", "files", "text"}  # may be imported by all, and import nothing of ours
+BELOW = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)}
+ALLOWED = {layer: below | {layer, "config", *LEAVES} for layer, below in BELOW.items()}
+ALLOWED["report"].discard("train")  # a run reports; neither knows the other
+ALLOWED["meta"].discard("evaluation")
+ALLOWED["ops"] = {"ops", *LEAVES, "reference", "_C", "kernels"}
+ALLOWED |= {"reference": {"reference"}, "kernels": {"kernels"}, "config": {"checks"}}
+ALLOWED |= {leaf: set() for leaf in LEAVES}
+THIRD_PARTY = {  # beyond torch and numpy
+    "cli": {"tyro", "rich"},
+    "persistence": {"safetensors"},
+    "report": {"rich"},
+    "train": {"safetensors"},
+    "data": {"polars", "safetensors"},
+    "kernels": {"triton"},
+}
+FILES = {
+    **{path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")},
+    **dict.fromkeys((ROOT / "kernels").glob("*.py"), "kernels"),
+}
+del FILES[PACKAGE / "__init__.py"]
+PACKAGES = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """The full name of every module, and of every name of a module, that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_of(name: str) -> str:
+    """``name`` itself, or the module of ours that holds it."""
+    return name if name in MODULES else name.rpartition(".")[0]
+
+
+def test_every_part_has_its_place():
+    assert set(FILES.values()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    layer = FILES[path]
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "metarec_fast":
+            part = rest.split(".")[0]
+            assert part in ALLOWED[layer] or part == "__version__", f"{layer} must not import {name}"
+        elif top not in sys.stdlib_module_names:
+            allowed = {"torch", "numpy"} | THIRD_PARTY.get(layer, set())
+            assert top in (allowed - {"numpy"} if layer == "kernels" else allowed), f"{layer} must not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_private_name_crosses_a_folder(path):
+    own = ("metarec_fast", "kernels") if FILES[path] == "kernels" else path.parent.relative_to(ROOT).parts
+    for name in imports(path):
+        parts = tuple(name.split("."))
+        for i, part in enumerate(parts):
+            if parts[0] == "metarec_fast" and part.startswith("_") and part not in ("_C", "__version__"):
+                home = parts[: i - 1] if ".".join(parts[:i]) in MODULES - PACKAGES else parts[:i]
+                assert own[: len(home)] == home, f"{path} imports the private {name}"
+
+
+def test_no_two_modules_import_each_other():
+    edges = {}
+    for path in FILES:
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        edges[own] = {module_of(name) for name in imports(path)} & MODULES - {own}
+    open_, done = [], set()
+
+    def visit(module: str) -> None:
+        assert module not in open_, " -> ".join([*open_[open_.index(module) :], module])
+        if module not in done:
+            open_.append(module)
+            for other in sorted(edges[module]):
+                visit(other)
+            done.add(open_.pop())
+
+    for module in sorted(edges):
+        visit(module)
+
+
+def test_the_rules_see_what_they_forbid(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("def f():\n    from metarec_fast import _C\n    import metarec_fast.cli, polars.selectors\n")
+    assert imports(path) == {"metarec_fast._C", "metarec_fast.cli", "polars.selectors"}
+    assert "_C" not in ALLOWED["data"] and "kernels" not in ALLOWED["vq"] and "cli" not in ALLOWED["api"]
