@@ -629,8 +629,8 @@ def test_the_target_only_run_beside_has_the_same_budget():
     seen = Recorder()
     MetaRec.fit(SOURCES, TARGET, config=config(train={"patience": 99}), reporter=seen)
     assert seen.begun == ["target only"]
-    taken = [sum(at == part and "cooccurrence" not in stage for at, stage in seen.steps) for part in (0, 1)]
-    beside = [sum(at == part and "cooccurrence" in stage for at, stage in seen.steps) for part in (0, 1)]
+    taken = [sum(at == part and "co-occurrence" not in stage for at, stage in seen.steps) for part in (0, 1)]
+    beside = [sum(at == part and "co-occurrence" in stage for at, stage in seen.steps) for part in (0, 1)]
     assert taken == [13, 13] and beside == [10, 10]
     assert {stage for at, stage in seen.steps if at == 1} == {"finetune", "co-occurrence: target"}
     seen = Recorder()
@@ -703,7 +703,7 @@ def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tm
     seen = Recorder()
     model = MetaRec.fit(SOURCES, TARGET, config=LONG, run_dir=tmp_path, resume=True, reporter=seen)
     torch.set_num_threads(before)
-    assert sum("cooccurrence" not in stage for _, stage in seen.steps) < 58 - kept + 2
+    assert sum("co-occurrence" not in stage for _, stage in seen.steps) < 58 - kept + 2
     for name in ("transfer_report", "cooccurrence", "mixture"):
         assert model.history[name] == want.history[name]
     assert model.config == want.config

@@ -297,10 +297,10 @@ NOTES = {
     "it is a share of next to nothing and says little. Any source evens out the noise of batches, and this counts too; "
     "of warm-up and of what item tables learn it knows nothing. "
     "metarec-fast audit-transfer --leave-out trains without each source.",
-    "Encoder and co-occurrence scorer": "two models, trained apart and mixed by validation: the encoder reads an item "
-    "table of its own domain, the scorer what the domain's statistics say. Each has a meta stage, and figures of a part that "
-    "got weight 0 are of nothing that is returned. Once training has come to rest, gradients of source and target "
-    "pull against each other whatever they have in common: a negative similarity alone is no verdict on a source.",
+    "Encoder and co-occurrence scorer": "two models, mixed by weights chosen on validation. The encoder reads an item "
+    "table of its own domain, the scorer its statistics. Each has a meta stage; figures of a part with weight 0 "
+    "are of nothing that is returned. Near convergence, gradients of source and target oppose each other whatever they "
+    "have in common: a negative similarity alone does not condemn a source.",
     "Validation loss of the co-occurrence scorer": "mean cross-entropy of the target's validation items over the whole "
     "catalogue, users asked by statistics that leave them out; by the steps of all stages so far. The scorer of the "
     "least is kept. Warm-up is asked at its end alone; on the target the parameters are an average over steps.",
