@@ -414,7 +414,7 @@ def interpreted_operators() -> Operators:
     from metarec_fast.reference.vq_commit import mean_row_error
 
     warnings.filterwarnings("ignore", "(invalid value|overflow|divide by zero) encountered", RuntimeWarning)
-    kernel._SETTLE_ALL = 0
+    kernel._REFINE_ALL = 0
     config = kernel.screen_config
     kernel.screen_config = lambda D, *, split: config(D, split=split) | {"BLOCK_N": 512}
 

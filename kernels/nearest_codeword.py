@@ -1,4 +1,4 @@
-"""nearest_codeword on a GPU: screened on the tensor cores, then settled in float64 where the screen cannot decide.
+"""nearest_codeword on a GPU: screened on the tensor cores, then compared in float64 where the screen cannot decide.
 
 The screen compares s_k = |c_k|^2 - 2<x, c_k>, which orders the codes as |x - c_k|^2 does. Float32 vectors are centred
 by the codebook's mean m, scaled by a power of two and split into two float16 numbers, a = a_high + a_low with
@@ -37,9 +37,9 @@ from metarec_fast.kernels import _common
 Metric = Literal["distance", "product"]  # as in the reference, which kernels do not import
 
 # Up to this many terms (x - c)^2 the float64 pass alone is over before the screen's launches would be.
-_SETTLE_ALL = 1 << 26
-_SETTLE_PROGRAMS = 2048
-_SETTLE_BLOCK_K = 256
+_REFINE_ALL = 1 << 26
+_REFINE_PROGRAMS = 2048
+_REFINE_BLOCK_K = 256
 _PREPARE_BLOCK_K = 32
 _SPLIT_BLOCK_N = 32
 
@@ -307,7 +307,7 @@ def _cost(x, c, PRODUCT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "K", "rows"])
-def _settle(
+def _refine(
     x_ptr, codebook_ptr,  # [H, N, D], [H, D, K]
     undecided_ptr, count_ptr, indices_ptr, margin_ptr,  # [H, N], [1], [H, N] twice
     N, K, D, rows,
@@ -370,7 +370,7 @@ def screen_config(D: int, *, split: bool) -> dict[str, int | bool]:
     return {"SPLIT": split, **tile, "num_warps": 8, "num_stages": 2 if tile["RESIDENT"] else 3}
 
 
-def _settle_rows(
+def _refine_rows(
     x: Tensor,
     codebook: Tensor,
     indices: Tensor,
@@ -381,9 +381,9 @@ def _settle_rows(
     product: bool,
 ) -> None:
     (H, N, D), K = x.shape, codebook.shape[1]
-    _settle[(min(H * N, _SETTLE_PROGRAMS),)](
+    _refine[(min(H * N, _REFINE_PROGRAMS),)](
         x, codebook.transpose(1, 2).contiguous(), undecided, count, indices, margin, N, K, D, H * N,
-        ALL=undecided is None, PRODUCT=product, BLOCK_K=_SETTLE_BLOCK_K, UNROLL=2, num_warps=4,
+        ALL=undecided is None, PRODUCT=product, BLOCK_K=_REFINE_BLOCK_K, UNROLL=2, num_warps=4,
         # Not fused here, so that a tie falls as it does in any plain float64 loop.
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -421,8 +421,8 @@ def search(x_HND: Tensor, codebook_HKD: Tensor, *, metric: Metric = "distance") 
     count = _common.empty((1,), dtype=torch.int32, device=x.device)
     if indices.numel() == 0:
         return indices, margin, count.zero_()
-    if K == 1 or torch.float64 in (x.dtype, codebook.dtype) or H * N * K * D <= _SETTLE_ALL:
-        _settle_rows(x, codebook, indices, margin, None, None, product=product)
+    if K == 1 or torch.float64 in (x.dtype, codebook.dtype) or H * N * K * D <= _REFINE_ALL:
+        _refine_rows(x, codebook, indices, margin, None, None, product=product)
         return indices, margin, count.fill_(H * N)
 
     split = x.dtype != codebook.dtype or codebook.dtype == torch.float32
@@ -462,5 +462,5 @@ def search(x_HND: Tensor, codebook_HKD: Tensor, *, metric: Metric = "distance") 
         indices, margin, undecided, count, N, K, D, x_stride, padded_K,
         PRODUCT=product, **config, enable_fp_fusion=True,
     )  # fmt: skip
-    _settle_rows(x, codebook, indices, margin, undecided, count, product=product)
+    _refine_rows(x, codebook, indices, margin, undecided, count, product=product)
     return indices, margin, count

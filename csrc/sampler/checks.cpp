@@ -17,7 +17,7 @@ void check_segments(const NegativeRows& in, int64_t positions) {
         // two slots share a block, and the counter has 32 bits for blocks
         if (in.segments[b + 1] - in.segments[b] > (int64_t(1) << 33) / std::max<int64_t>(in.count, 1)) {
             throw std::invalid_argument("a row can draw 2**33 negatives at most, position " + to_string(b) +
-                                        " of rows asks for more");
+                                        " of rows needs more");
         }
     }
 }

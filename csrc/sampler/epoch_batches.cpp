@@ -65,7 +65,7 @@ void EpochBatches::plan(int64_t step, int64_t* scratch) const {
     fetch(users, begins, n);
 }
 
-// Users lie anywhere in memory: what `fill` reads of them is asked for at once, not row by row. Most have two lines.
+// Users lie anywhere in memory: what `fill` reads of them is prefetched together, not row by row. Most have two lines.
 void EpochBatches::fetch(const int64_t* users, const int64_t* begins, int64_t rows) const {
     const auto* const items = static_cast<const char*>(shown.items);
     const auto* const avoided = static_cast<const char*>(seen);

@@ -50,7 +50,7 @@ LinearLogits logits(const Span& h, const Span& table, const Span& targets, const
             ignored};
 }
 
-// A tensor in the shape of each input of the logits; None for gradients that nobody asked for.
+// A tensor in the shape of each input of the logits; None for gradients that are not needed.
 struct Gradients {
     Span h, table, bias;
     LinearGradients of(const LinearLogits& x) const {
@@ -70,7 +70,8 @@ void check_items(const int32_t* items, int64_t count, int64_t V, const char* nam
 }
 
 // Checked once, as items are addresses: a graph serves many calls.
-CooccurrenceGraph cooccurrence_graph(const Span& offsets, const Span& items, const Span& values, int64_t V, int64_t relations) {
+CooccurrenceGraph cooccurrence_graph(const Span& offsets, const Span& items, const Span& values, int64_t V,
+                                     int64_t relations) {
     const auto* item = items.of<const int32_t>("graph items", {items.size});
     check_at_least("relations", relations, 0);
     const auto* at = checked_offsets(offsets, "graph offsets", V, items.size);
@@ -80,8 +81,8 @@ CooccurrenceGraph cooccurrence_graph(const Span& offsets, const Span& items, con
 
 // The candidates of some histories: where those of each begin is known first, so that the caller can make room.
 struct CooccurrencePlan {
-    CooccurrencePlan(const CooccurrenceGraph& graph, const Span& offsets, const Span& items, std::vector<int64_t> age_bounds,
-                 int64_t B)
+    CooccurrencePlan(const CooccurrenceGraph& graph, const Span& offsets, const Span& items,
+                     std::vector<int64_t> age_bounds, int64_t B)
         : graph(graph), ages(std::move(age_bounds)) {
         histories = {checked_offsets(offsets, "offsets", B, items.size), items.of<const int32_t>("items", {items.size}),
                      B};

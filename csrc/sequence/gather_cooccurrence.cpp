@@ -7,7 +7,7 @@
 namespace metarec::METAREC_ISA {
 
 void gather_cooccurrence(const CooccurrenceGraph& graph, const Histories& histories, const AgeGroups& ages,
-                     const int64_t* packed, const int64_t* candidates, Places places, float* features) {
+                         const int64_t* packed, const int64_t* candidates, Places places, float* features) {
     const int64_t R = graph.relations, width = ages.groups * R + 1;
 #pragma omp parallel num_threads(places.threads)
     {

@@ -29,7 +29,8 @@ struct AgeGroups {
 };
 
 // packed [B+1]: where the candidates of each case begin.
-void plan_cooccurrence(const CooccurrenceGraph& graph, const Histories& histories, const AgeGroups& ages, int64_t* packed);
+void plan_cooccurrence(const CooccurrenceGraph& graph, const Histories& histories, const AgeGroups& ages,
+                       int64_t* packed);
 
 // candidates [N], rising in each case. Not of an instruction set: it sorts with the standard library.
 void list_candidates(const CooccurrenceGraph& graph, const Histories& histories, const AgeGroups& ages,
@@ -44,5 +45,6 @@ struct Places {
 }  // namespace metarec
 
 // features [N, groups * relations + 1].
-METAREC_KERNEL(void gather_cooccurrence(const CooccurrenceGraph& graph, const Histories& histories, const AgeGroups& ages,
-                                    const int64_t* packed, const int64_t* candidates, Places places, float* features))
+METAREC_KERNEL(void gather_cooccurrence(const CooccurrenceGraph& graph, const Histories& histories,
+                                        const AgeGroups& ages, const int64_t* packed, const int64_t* candidates,
+                                        Places places, float* features))

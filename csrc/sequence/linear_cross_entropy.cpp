@@ -181,7 +181,7 @@ inline void for_each_tile(const LinearLogits& x, int64_t rows, Work work) {
     }
 }
 
-// The rows of a tile, `width` floats each: where they lie, or a copy filled up with zeros.
+// The rows of a tile, `width` floats each: where they lie, or a copy padded with zeros.
 inline const float* tile_rows(const float* table, const Tile& tile, int64_t D, int64_t width, float* copy) {
     if (D == width && tile.n == tile.padded) return table + tile.first * D;
     for (int64_t v = 0; v < tile.padded; ++v) {

@@ -22,7 +22,7 @@ struct LinearLogits {
     int64_t T, V, D, ignored;
 };
 
-// One array for each input of the logits, in its shape, or null: a gradient that nobody asked for, a cotangent of zero.
+// One array for each input of the logits, in its shape, or null: a gradient that is not needed, a cotangent of zero.
 struct LinearGradients {
     float *h, *table, *bias;
 };

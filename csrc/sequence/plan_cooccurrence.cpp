@@ -32,7 +32,8 @@ void walk(const CooccurrenceGraph& graph, const Histories& histories, const AgeG
 
 }  // namespace
 
-void plan_cooccurrence(const CooccurrenceGraph& graph, const Histories& histories, const AgeGroups& ages, int64_t* packed) {
+void plan_cooccurrence(const CooccurrenceGraph& graph, const Histories& histories, const AgeGroups& ages,
+                       int64_t* packed) {
     packed[0] = 0;
     walk(
         graph, histories, ages, [](int64_t, int64_t, int64_t) {},

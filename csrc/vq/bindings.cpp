@@ -7,8 +7,8 @@
 
 #include "vq/backward.h"
 #include "vq/exact.h"
-#include "vq/nearest_codeword.h"
-#include "vq/prepared_codebook.h"
+#include "vq/nearest_codeword/nearest_codeword.h"
+#include "vq/nearest_codeword/prepared_codebook.h"
 #include "vq/statistics.h"
 
 #ifdef _OPENMP
@@ -41,22 +41,22 @@ void search(const float* x, const float* codebook, const SearchOutput& out, int6
     }
     if (heads * rows == 0) return;
     const int threads = heads * rows * codes * dim < 1 << 15 ? 1 : max_threads();
-    auto run = [&](int bits, const SearchRows& of, const Unsettled* unsettled) {
+    auto run = [&](int bits, const SearchRows& of, const Unresolved* unresolved) {
         const PreparedCodebook prepared(codebook, heads, codes, dim, bits, metric);
         const AlignedMemory scratch = allocate_aligned(threads * METAREC_DISPATCH(search_scratch)(prepared.view()));
-        METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), of, threads, scratch.get(), out, unsettled);
+        METAREC_DISPATCH(nearest_codeword_f32)(prepared.view(), of, threads, scratch.get(), out, unresolved);
     };
     const int screen = METAREC_DISPATCH(screen_bits)(dim);
     if (screen == 32) {
         run(32, {x, rows, nullptr, nullptr}, nullptr);
         return;
     }
-    const std::unique_ptr<int64_t[]> unsettled_rows(new int64_t[heads * rows]);
-    std::vector<int64_t> unsettled_count(heads, 0);
-    const Unsettled unsettled = {unsettled_rows.get(), unsettled_count.data()};
-    run(screen, {x, rows, nullptr, nullptr}, &unsettled);
-    if (std::any_of(unsettled_count.begin(), unsettled_count.end(), [](int64_t count) { return count > 0; })) {
-        run(32, {x, rows, unsettled.rows, unsettled.count}, nullptr);
+    const std::unique_ptr<int64_t[]> unresolved_rows(new int64_t[heads * rows]);
+    std::vector<int64_t> unresolved_count(heads, 0);
+    const Unresolved unresolved = {unresolved_rows.get(), unresolved_count.data()};
+    run(screen, {x, rows, nullptr, nullptr}, &unresolved);
+    if (std::any_of(unresolved_count.begin(), unresolved_count.end(), [](int64_t count) { return count > 0; })) {
+        run(32, {x, rows, unresolved.rows, unresolved.count}, nullptr);
     }
 }
 

@@ -17,10 +17,10 @@
 //
 // Rounding. Rows and codes are float32 and distances are computed in float64, so that no square under- or overflows and
 // a squared distance errs by at most dim + 2 units of 2^-53 of itself, whatever the order of the sum. What is stored is
-// rounded outwards, and a difference of stored numbers errs by 2^-53 of itself. So a code is out of question if its
+// rounded outwards, and a difference of stored numbers errs by 2^-53 of itself. So a code is excluded if its
 // lower bound exceeds `reach`, the bound on the least distance with a relative slack of (dim + 16) 2^-51: more than all
 // these errors and the definition's own float64 rounding together. Codes closer than the slack are one and the same
-// code twice, then the lower index is right, or the row is left to the referee.
+// code twice, then the lower index is right, or the row is left to the comparison by the definition.
 #include "vq/bounded_lookup.h"
 
 #ifdef _OPENMP

@@ -9,7 +9,7 @@ namespace metarec {
 // Head of a row's record; dim floats of `anchor`, `list` floats of `key` and `list` int32 of `code` follow.
 struct RowRecord {
     int32_t version;      // of the codebook when the row was last searched in full; -1: never
-    int32_t listed;       // codes remembered by name, code[0] the nearest then
+    int32_t listed;       // codes with bounds of their own, code[0] the nearest then
     float rest;           // at most the distance of every other code then + sweep
     float upper;          // at least the distance of code[0] then - its path
     float visits, spent;  // lookups since then, that one included, and the distances that they cost
@@ -18,7 +18,7 @@ struct RowRecord {
     // int32_t code[list];
 };
 
-// What is remembered of the rows of a table and of the codes between two lookups; see bounded_lookup.cpp.
+// The state of the rows of a table and of the codes between two lookups; see bounded_lookup.cpp.
 struct RowBounds {
     int64_t heads, rows, codes, dim, list;
     int32_t* records;       // [rows, H, 6 + dim + 2 * list]
@@ -41,7 +41,7 @@ struct Work {
 // drift[h, k]: at least how far a code is from its place in bounds.previous. False if a code is not finite.
 METAREC_KERNEL(bool code_drift(const RowBounds& bounds, const float* codebook, double* drift))
 // The nearest code of rows x [H, count, dim], which are the rows `ids` of the table, where the bounds can tell; -1
-// where only another referee can, -2 where a search has to. version: of the codebook. Returns how many are -2.
+// where only the definition can, -2 where a full search is needed. version: of the codebook. Returns how many are -2.
 METAREC_KERNEL(int64_t lookup_by_bounds(const RowBounds& bounds, const int64_t* ids, const float* x,
                                         const float* codebook, int64_t count, int64_t version, int threads,
                                         double* scratch, int64_t* indices, Work* work))

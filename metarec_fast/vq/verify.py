@@ -193,7 +193,7 @@ class _Candidates:
             # The only possible code has the least score; but if its distance is infinite, the index is 0.
             several = (possible.sum(1) > 1) | ~(reach_n[undecided] < _LARGEST_NORM)
             undecided = undecided[several]
-            index_n[undecided] = self._settle(x_nD, undecided, possible[several])
+            index_n[undecided] = self._refine(x_nD, undecided, possible[several])
         return index_n
 
     def _error(self, radius: Tensor, norm: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class _Candidates:
         # so that NaN is possible too
         return ~(score_nk - error_nk > bound_n[:, None]) | ~(radius_n + self.most < _LARGEST_NORM)[:, None]
 
-    def _settle(self, x_nD: Tensor, rows: Tensor, possible_rk: Tensor) -> Tensor:
+    def _refine(self, x_nD: Tensor, rows: Tensor, possible_rk: Tensor) -> Tensor:
         """The first of the least sums among the possible codes of each row."""
         least = x_nD.new_full((len(rows),), float("inf"))
         index = torch.full((len(rows),), len(self.codebook), device=rows.device)

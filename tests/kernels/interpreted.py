@@ -39,30 +39,30 @@ def poison(monkeypatch):
     monkeypatch.setattr(_common, "empty", poisoned)
 
 
-@pytest.fixture(params=["screened", "settled"])
+@pytest.fixture(params=["screened", "refined"])
 def path(request, monkeypatch):
     """Both ways to an index: small problems would otherwise never reach the screen."""
-    monkeypatch.setattr(nearest_codeword, "_SETTLE_ALL", 0 if request.param == "screened" else 1 << 62)
+    monkeypatch.setattr(nearest_codeword, "_REFINE_ALL", 0 if request.param == "screened" else 1 << 62)
     return request.param
 
 
 @pytest.fixture
 def screened(monkeypatch):
     """Small problems take the screen too."""
-    monkeypatch.setattr(nearest_codeword, "_SETTLE_ALL", 0)
+    monkeypatch.setattr(nearest_codeword, "_REFINE_ALL", 0)
 
 
 @pytest.fixture
 def undecided(monkeypatch, screened):
     """How many rows each screen left to float64."""
     counts = []
-    settle = nearest_codeword._settle_rows
+    refine = nearest_codeword._refine_rows
 
     def counting(x, codebook, indices, margin, rows, count, **options):
         counts.append(indices.numel() if count is None else int(count))
-        settle(x, codebook, indices, margin, rows, count, **options)
+        refine(x, codebook, indices, margin, rows, count, **options)
 
-    monkeypatch.setattr(nearest_codeword, "_settle_rows", counting)
+    monkeypatch.setattr(nearest_codeword, "_refine_rows", counting)
     return counts
 
 
@@ -88,7 +88,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("metric", ["distance", "product"])
 def test_nearest_codeword(path, H, N, K, D, dtype, metric):
-    rows = min(N, 7) if path == "settled" else N  # one at a time there, which is slow to interpret
+    rows = min(N, 7) if path == "refined" else N  # one at a time there, which is slow to interpret
     x, codebook = torch.randn(H, rows, D).to(dtype), torch.randn(H, K, D).to(dtype)
     margin, expected = check(x, codebook, metric)
     torch.testing.assert_close(margin, expected, rtol=1e-5, atol=1e-5 * D)
@@ -99,7 +99,7 @@ def test_nearest_codeword(path, H, N, K, D, dtype, metric):
     ("K", "D", "dtype"), [(70, 8, torch.float32), (40, 70, torch.float32), (70, 16, torch.float16)]
 )
 def test_largest_product_whatever_the_lengths(path, data, K, D, dtype):
-    x, codebook = (t[None].to(dtype) for t in DATA[data](6 if path == "settled" else 40, K, D))
+    x, codebook = (t[None].to(dtype) for t in DATA[data](6 if path == "refined" else 40, K, D))
     margin, expected = check(x, codebook, "product")
     torch.testing.assert_close(margin, expected, rtol=1e-5, atol=1e-6)
 
@@ -182,7 +182,7 @@ def test_screen_decides_all_but_close_rows(undecided, D, dtype):
 
 def test_scores_stay_within_the_stated_error(monkeypatch, screened):
     # the margin of the screen alone, against float64
-    monkeypatch.setattr(nearest_codeword, "_settle_rows", lambda *_, **__: None)
+    monkeypatch.setattr(nearest_codeword, "_refine_rows", lambda *_, **__: None)
     x, codebook = torch.randn(1, 128, 64) * torch.logspace(-3, 3, 64), torch.randn(1, 64, 64) * 30
     _, margin = nearest_codeword.nearest_codeword(x, codebook)
     _, expected = reference.nearest_codeword(x, codebook)

@@ -127,23 +127,23 @@ def test_no_spills_and_room_for_two(launches, capability, dtype, D, metric):
             vq_backward(x, torch.zeros(x.shape[:2]), x, x, rotation=True)
 
     names = {launch.kernel.__name__ for launch in launches}
-    expected = {"_prepare", "_screen", "_settle", "_gather", "_keys", "_sum_pieces", "_add_pieces"}
+    expected = {"_prepare", "_screen", "_refine", "_gather", "_keys", "_sum_pieces", "_add_pieces"}
     assert (expected | {"_backward"} if dtype == torch.float32 else expected) <= names
     if metric == "product":  # what the metric is nothing to is compiled once
-        launches[:] = [launch for launch in launches if launch.kernel.__name__ in ("_prepare", "_screen", "_settle")]
+        launches[:] = [launch for launch in launches if launch.kernel.__name__ in ("_prepare", "_screen", "_refine")]
     print()
     for launch in launches:
         name = launch.kernel.__name__
-        assert launch.options["enable_fp_fusion"] is (name != "_settle")
+        assert launch.options["enable_fp_fusion"] is (name != "_refine")
         usage = compile_for(launch, capability)
         print(f"sm_{capability} {str(dtype)[6:]:>8} D={D:<4}{name:<12}", end="")
         print(f"{usage.registers:4} registers {usage.stack:4} B stack {usage.shared:7} B shared memory")
-        # the ptxas that comes with Triton 3.4 parks one float64 of _settle, whatever the block size
-        assert usage.stack <= (8 if name == "_settle" else 0), f"{name} spills {usage.stack} bytes"
+        # the ptxas that comes with Triton 3.4 parks one float64 of _refine, whatever the block size
+        assert usage.stack <= (8 if name == "_refine" else 0), f"{name} spills {usage.stack} bytes"
         assert usage.local == 0
         assert usage.registers <= 255
         assert usage.shared <= 99 * 1024
-        if name == "_settle":
+        if name == "_refine":
             assert "fma.rn.f64" not in usage.ptx, "ties would fall another way than on the CPU"
         if name == "_screen":
             assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in usage.ptx
@@ -210,7 +210,7 @@ def test_no_kernel_is_compiled_again_for_another_number_of_rows_or_codes(launche
         x = torch.zeros(1, N, 64)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("metarec_fast.kernels._common.empty", torch.zeros)
-            patch.setattr("metarec_fast.kernels.nearest_codeword._SETTLE_ALL", 0)
+            patch.setattr("metarec_fast.kernels.nearest_codeword._REFINE_ALL", 0)
             vq_commit(x, torch.zeros(1, K, 64))
             vq_statistics(x, torch.zeros(1, N, dtype=torch.int64), K)
         made.append([str(launch) for launch in launches])

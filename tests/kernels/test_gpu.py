@@ -24,7 +24,7 @@ SHAPES = [
 @pytest.fixture(params=["screened", "by size"])
 def path(request, monkeypatch):
     if request.param == "screened":
-        monkeypatch.setattr(kernel, "_SETTLE_ALL", 0)
+        monkeypatch.setattr(kernel, "_REFINE_ALL", 0)
 
 
 def data(H, N, K, D, dtype, kind):

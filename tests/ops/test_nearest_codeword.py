@@ -162,7 +162,7 @@ def test_products_of_many_rows_by_random_lengths(data):
         check(torch.randn(91, D) * 10.0 ** torch.randint(-30, 30, (91, 1)), DATA[data](1, 300, D)[1], "product")
 
 
-def clumped(N, K, D, spread):
+def near_duplicates(N, K, D, spread):
     centres = torch.randn(max(1, K // 30), D)
     return torch.randn(N, D), centres[torch.randint(len(centres), (K,))] + spread * torch.randn(K, D)
 
@@ -170,21 +170,21 @@ def clumped(N, K, D, spread):
 @pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("D", [3, 8, 24, 64])
 @pytest.mark.parametrize("metric", ["distance", "product"])
-def test_clumps_of_nearly_equal_codes(spread, D, metric):
+def test_clusters_of_near_duplicate_codes(spread, D, metric):
     for rows in (1000, 30):
-        check(*clumped(rows, 600, D, spread), metric)
-    x, codebook = clumped(500, 600, D, spread)
+        check(*near_duplicates(rows, 600, D, spread), metric)
+    x, codebook = near_duplicates(500, 600, D, spread)
     check(codebook[torch.randint(600, (500,))] + spread * torch.randn(500, D), codebook, metric)
     codebook[:200] = spread * torch.randn(200, D)  # collapsed, as dead codes are
     check(x, codebook, metric)
 
 
-def test_clump_whose_first_member_is_beyond_float32():
+def test_cluster_whose_first_member_is_beyond_float32():
     # the distance of the first overflows, that of a member 4e14 nearer is the least
     reach = 1.8446743e19
     x = torch.tensor([[reach - 1e14]])
-    clump = torch.cat((torch.tensor([-4e14]), 4e14 + 2e12 * torch.arange(1, 20)))
-    codebook = torch.cat((clump, -torch.linspace(6e18, 9e18, 43), torch.tensor([2 * reach - 2e14])))[:, None]
+    cluster = torch.cat((torch.tensor([-4e14]), 4e14 + 2e12 * torch.arange(1, 20)))
+    codebook = torch.cat((cluster, -torch.linspace(6e18, 9e18, 43), torch.tensor([2 * reach - 2e14])))[:, None]
     indices = reference.nearest_codeword(x, codebook)[0]
     assert torch.equal(nearest_codeword(x, codebook, with_margin=False).indices, indices)
     assert torch.equal(nearest_codeword(x, codebook).indices, indices)

@@ -17,7 +17,7 @@ def distances(x, codebook):
 
 
 @pytest.fixture
-def settled(monkeypatch):
+def refined(monkeypatch):
     """How many distances were summed as the definition does."""
     pairs = []
 
@@ -150,17 +150,17 @@ def test_chunks_do_not_matter(monkeypatch, elements):
 
 
 @pytest.mark.parametrize("data", ["gaussian", "offset", "duplicated", "signed_zeros", "nearly_equal", "outlier"])
-def test_few_distances_need_the_definition(data, settled):
+def test_few_distances_need_the_definition(data, refined):
     x, codebook = DATA[data](2000, 256, 32)
     given, _ = reference.nearest_codeword(x, codebook)
     assert verify(x, codebook, given)
     # 512,000 pairs; codes that differ by 1e-6 still differ by far more than float64 rounds
-    assert settled() <= 40
+    assert refined() <= 40
 
 
-def test_ties_do_need_it(settled):
+def test_ties_do_need_it(refined):
     x, codebook = torch.zeros(3, 4), torch.eye(4)
-    assert verify(x, codebook, torch.zeros(3, dtype=torch.int64)) and settled() == 12
+    assert verify(x, codebook, torch.zeros(3, dtype=torch.int64)) and refined() == 12
 
 
 @pytest.mark.parametrize(

@@ -19,22 +19,22 @@ struct Panels {
     float* scale;     // [panels] of the integers
 };
 
-// Near-equal codes, at least kLeastClump together, enter the scan as one: the first of them. A row that chooses it
-// is compared with all members by their differences from the first, which float32 resolves.
-constexpr int64_t kLeastClump = 16;
-constexpr int64_t kClumpGroup = 2;
-struct Clumps {
-    int32_t* of_code;  // [H, codes] the clump that a code stands for, -1 for none
-    int64_t* first;    // [H, clumps + 1] where the members of a clump begin
-    int64_t* panel;    // [H, clumps] its first panel
-    float* radius;     // [H, clumps] at least the distance of any member from the first
-    int32_t* members;  // [H, codes] codes, ascending in each clump
-    Panels panels;     // of differences, group kClumpGroup
-    int64_t most;      // most clumps of a head, the stride of the arrays over clumps
-    int64_t groups;    // groups of all clumps of a head
+// Near-duplicate codes, at least kLeastCluster together, enter the scan as one slot: the first of them. A row for which
+// that slot is a candidate is compared with the members by their differences from the first, which float32 resolves.
+constexpr int64_t kLeastCluster = 16;
+constexpr int64_t kClusterGroup = 2;
+struct Clusters {
+    int32_t* of_code;  // [H, codes] the cluster that a code represents, -1 for none
+    int64_t* first;    // [H, clusters + 1] where the members of a cluster begin
+    int64_t* panel;    // [H, clusters] its first panel
+    float* radius;     // [H, clusters] at least the distance of any member from the first
+    int32_t* members;  // [H, codes] codes, ascending in each cluster
+    Panels panels;     // of differences, group kClusterGroup
+    int64_t most;      // most clusters of a head, the stride of the arrays over clusters
+    int64_t groups;    // groups of all clusters of a head
 };
 
-// Slots are the distinct finite codes that enter the scan: ordinary ones, clumps, and last those of large norm,
+// Slots are the distinct finite codes that enter the scan: single ones, clusters, and last those of large norm,
 // each in the order of their indices.
 struct Codebook {
     Metric metric;
@@ -54,7 +54,7 @@ struct Codebook {
     float* length;                            // [H, codes] for products: at least ||code|| of the slots
     float* one_length;                        // [H] for products: the most of these if they are much alike, else 0
     float* mean_length;                       // [H] for products: at least ||mean||
-    Clumps clumps;
+    Clusters clusters;
 };
 
 }  // namespace metarec

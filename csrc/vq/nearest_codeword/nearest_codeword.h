@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "core/isa.h"
-#include "vq/codebook.h"
+#include "vq/nearest_codeword/codebook.h"
 
 namespace metarec {
 
@@ -28,7 +28,7 @@ struct SearchRows {
 };
 
 // Rows that a screen in low precision left to a search in float32.
-struct Unsettled {
+struct Unresolved {
     int64_t* rows;   // [H, rows]
     int64_t* count;  // [H]
 };
@@ -39,9 +39,9 @@ METAREC_KERNEL(int64_t codebook_lanes())
 // Bits of the integers in which vectors of dim elements are screened first; 32: float32 decides at once.
 METAREC_KERNEL(int screen_bits(int64_t dim))
 METAREC_KERNEL(void measure_codes(const Codebook& codebook, float* squares))  // ||code - mean||^2 of every slot's code
-METAREC_KERNEL(void pack_codebook(const Codebook& codebook))                  // fills scan, its bounds, and clumps
+METAREC_KERNEL(void pack_codebook(const Codebook& codebook))                  // fills scan, its bounds, and clusters
 METAREC_KERNEL(int64_t search_scratch(const Codebook& codebook))              // bytes that each thread needs
 // For each row the nearest code of its head; scratch holds threads * search_scratch() bytes. A codebook of integers
-// screens: rows with too many codes left are listed in unsettled instead of being decided.
+// screens: rows with too many codes left are listed in unresolved instead of being decided.
 METAREC_KERNEL(void nearest_codeword_f32(const Codebook& codebook, const SearchRows& rows, int threads, void* scratch,
-                                         const SearchOutput& out, const Unsettled* unsettled))
+                                         const SearchOutput& out, const Unresolved* unresolved))
