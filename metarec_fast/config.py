@@ -133,8 +133,8 @@ class MetaConfig(Checked):
     """descent: theta - phi, so that a helpful source scores high. ascent: phi - theta, as MetaAdapt's code has it."""
     source_loss_weight: float = 100.0
     """How much of each source's own descent direction joins its rescaled meta gradient. Few target users overfit an
-    encoder: they tell well which sources to follow and badly where to (docs/alignment.md). The co-occurrence scorer has
-    a weight of its own."""
+    encoder: their gradient selects sources well and directs the encoder badly (docs/log/alignment.md). The
+    co-occurrence scorer has a weight of its own."""
     target_pass: Literal["loop", "vmap"] = "loop"
     """The target's losses after adaptation to each source: one after the other, or vmapped into one pass of few and
     large operations, which suits a GPU and keeps a gradient of the target's table for each source."""

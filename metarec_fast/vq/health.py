@@ -20,7 +20,7 @@ class CodebookHealth(NamedTuple):
     alike. dead_codes: number of codes that have fallen out of use, by their ``cluster_size``.
     margin: how much farther the second nearest code is, in squared distance, the mean over every 64th row.
     recheck_rate: share of rows that took more than the first pass over the codes to decide; near ties cost time.
-    These two are of the fused step alone (docs/fast_vq.md), NaN before one.
+    These two are of the fused step alone (docs/reference/options.md), NaN before one.
     """
 
     usage: float

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "sampler.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "sampler.md"
 
 
 def test_the_ten_lines_run_without_the_rest_of_the_package():

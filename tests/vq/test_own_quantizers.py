@@ -1,4 +1,4 @@
-"""The usual quantizers that projects write themselves, with their lookup patched as docs/replace.md has it."""
+"""The usual quantizers that projects write themselves, with their lookup patched as docs/guides/replace.md has it."""
 
 import copy
 
@@ -85,7 +85,7 @@ class AveragedCodebook(nn.Module):
         return (rows + (codes - rows).detach()).view_as(x), indices.view(x.shape[:-1]), loss
 
 
-# -- the patches of docs/replace.md
+# -- the patches of docs/guides/replace.md
 
 
 def lookup(self, rows):
@@ -174,5 +174,5 @@ def test_fast_vq_in_the_place_of_an_embedding_with_beta(frozen):
 )
 def test_own_quantizers_are_named_where_there_is_nothing_to_replace(name, what):
     model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "vq": CASES[name][0]()})
-    with pytest.raises(ValueError, match=rf"model holds no .*: 'vq' looks like .*{what}.*; see docs/replace.md"):
+    with pytest.raises(ValueError, match=rf"model holds no .*: 'vq' looks like .*{what}.*; see docs/guides/replace.md"):
         replace_vector_quantize(model)

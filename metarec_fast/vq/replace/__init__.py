@@ -58,7 +58,7 @@ def replace_vector_quantize(model: nn.Module, **overrides: Any) -> nn.Module:
     told = [f"{names[module]} ({type(module).__name__}) {what}" for module, what in found.items()]
     if not replaced:
         seen = told or [f"{name!r} looks like {what}, which takes a patch" for name, what in own_quantizers(model)]
-        hint = f" to replace: {'; '.join(seen)}; see docs/replace.md" if seen else ""
+        hint = f" to replace: {'; '.join(seen)}; see docs/guides/replace.md" if seen else ""
         kind = type(model).__name__
         raise ValueError(f"model holds no vector_quantize_pytorch.VectorQuantize, got {kind}{hint}")
     told += _bound_methods(replaced, names)
