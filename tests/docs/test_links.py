@@ -13,8 +13,8 @@ import metarec_fast as mf
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CURRENT = [page for page in PAGES if page.parent.name != "log"]  # the log names what was removed
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CURRENT = [page for page in PAGES if page.parent.name != "log" and page.name != "CHANGELOG.md"]  # of what is now
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 PATH = re.compile(r"\b(?:metarec_fast|csrc|kernels|bench|tests|docs|experiments)/[\w./<>-]*[\w>/]")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z.-]*[a-z]")
