@@ -9,9 +9,9 @@ import torch
 from bench.peers import padded_meta_step
 from metarec_fast.config import MetaConfig, ModelConfig
 from metarec_fast.data.domain import Sequences
-from metarec_fast.data.sampler import Sampler
 from metarec_fast.meta import Source, outer_step
 from metarec_fast.models.recommender import Recommender
+from metarec_fast.sampling.sampler import Sampler
 
 LRUREC_BEAUTY = (52204, 57289, 398_000)  # users, items and events, as in the beauty domain of LRURec's paper
 
@@ -39,7 +39,7 @@ def world(sources: int, *, batch_size: int = 128) -> tuple:
     torch.manual_seed(0)
     config = ModelConfig(dropout=0.0)
     model = Recommender(config, {n: SHAPES[n][1] for n in names})
-    model.start_codebook(names, seed=0)
+    model.init_codebook(names, seed=0)
     batches = {n: Sampler(sequences(*SHAPES[n], seed=i), batch_size=batch_size).batch(0) for i, n in enumerate(names)}
     shared = leaves(model.shared_parameters())
     private = {n: leaves(model.private_parameters(n)) for n in names}
@@ -101,7 +101,7 @@ def bench_training_step(compare):
     users, items, events = LRUREC_BEAUTY
     torch.manual_seed(0)
     model = Recommender(ModelConfig(dropout=0.0), {"beauty": items})
-    model.start_codebook(["beauty"], seed=0)
+    model.init_codebook(["beauty"], seed=0)
     batch = Sampler(sequences(users, items, events, seed=0), batch_size=128).batch(0)
     shared, private = leaves(model.shared_parameters()), leaves(model.private_parameters("beauty"))
     padded = padded_meta_step.pad_left(batch.items, batch.targets, batch.offsets, 64)

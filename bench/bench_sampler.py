@@ -13,8 +13,9 @@ import torch
 from bench.bench_meta import SHAPES, sequences
 from bench.peers.numpy_sampler import NumpySampler
 from bench.peers.python_sampler import UserWindows, python_loop_sampler
-from metarec_fast.data import Mixture, Sampler, Sequences
+from metarec_fast.data import Sequences
 from metarec_fast.ops.sample_negatives import popularity_table, sample_unseen, seen_items
+from metarec_fast.sampling import Mixture, Sampler
 
 BATCH, LENGTH = 128, 50
 

@@ -34,8 +34,8 @@ def measure(encoder: str, *, rounds: int) -> dict[str, object]:
     from bench import bench_meta
     from bench.ratio import interleaved
     from metarec_fast.config import ModelConfig
-    from metarec_fast.data.sampler import Sampler
     from metarec_fast.models.recommender import Recommender
+    from metarec_fast.sampling.sampler import Sampler
 
     domain = bench_meta.sequences(*bench_meta.SHAPES["beauty"], seed=0)
     batches = [Sampler(domain, batch_size=n).batch(0) for n in WINDOWS]
@@ -43,7 +43,7 @@ def measure(encoder: str, *, rounds: int) -> dict[str, object]:
     for _ in range(2):
         torch.manual_seed(0)
         model = Recommender(ModelConfig(dropout=0.0, encoder=encoder), {"beauty": domain.num_items})
-        model.start_codebook(["beauty"], seed=0)
+        model.init_codebook(["beauty"], seed=0)
         models.append(model)
     eager, compiled = models
     compiled.compile_encoder()

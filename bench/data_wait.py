@@ -19,9 +19,9 @@ import torch  # noqa: E402
 from bench.bench_meta import SHAPES, sequences  # noqa: E402
 from bench.machine import RESULTS, commit, device_name, slug, versions  # noqa: E402
 from metarec_fast.config import MetaConfig, ModelConfig  # noqa: E402
-from metarec_fast.data import Mixture, Prefetch, Sampler  # noqa: E402
 from metarec_fast.meta import Source, outer_step  # noqa: E402
 from metarec_fast.models.recommender import Recommender  # noqa: E402
+from metarec_fast.sampling import Mixture, Prefetch, Sampler  # noqa: E402
 
 BATCH, LENGTH = 128, 50
 
@@ -49,7 +49,7 @@ def main() -> None:
     data = {name: sequences(*shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
     torch.manual_seed(0)
     model = Recommender(ModelConfig(dropout=0.0), {name: SHAPES[name][1] for name in names})
-    model.start_codebook(names, seed=0)
+    model.init_codebook(names, seed=0)
     shared = model.shared_parameters()
 
     def samplers(chosen: list[str], **options: int) -> dict[str, Sampler]:

@@ -186,7 +186,7 @@ def check(kernel: str, result: Any, x: Tensor, codebook: Tensor, indices: Tensor
             assert torch.equal(result[0][:, rows], codes), "quantized rows are not the codes of their indices"
 
 
-def floor_ms(kernel: str, shape: Shape, dtype: torch.dtype, rates: Rates) -> float:
+def roofline_ms(kernel: str, shape: Shape, dtype: torch.dtype, rates: Rates) -> float:
     H, N, D, K = shape
     rows, codes = H * N * D * dtype.itemsize, H * K * D * dtype.itemsize
     if kernel == "vq_statistics":
@@ -246,7 +246,7 @@ def cases(device: str, only: str, rates: Rates) -> Iterator[Case]:
                     indices = our_kernel("nearest_codeword", device)(x, codebook)[0]
                     arguments = kernel, x, codebook, indices
                     verify = lambda result, given=arguments: check(given[0], result, *given[1:])  # noqa: E731
-                    yield Case(names, providers(*arguments), verify, floor_ms(kernel, shape, dtype, rates))
+                    yield Case(names, providers(*arguments), verify, roofline_ms(kernel, shape, dtype, rates))
     yield from gpu_sequence.cases(device, only, rates)
 
 

@@ -22,8 +22,8 @@ from bench.gpu_case import Case, Rates
 from bench.peers import padded_meta_step
 from metarec_fast import ops, reference
 from metarec_fast.config import MetaConfig
-from metarec_fast.data.batch import BatchShape
 from metarec_fast.meta import CapturedStep, FixedStep, Source, outer_step
+from metarec_fast.sampling.batch import BatchShape
 
 Wanted = Callable[[dict[str, str]], bool]
 Providers = Iterator[tuple[str, Callable[[], Any]]]

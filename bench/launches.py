@@ -30,9 +30,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metarec_fast.config import MetaConfig, ModelConfig
-from metarec_fast.data.batch import BatchShape, PackedBatch
 from metarec_fast.meta import FixedStep, OuterStep
 from metarec_fast.models.recommender import Recommender
+from metarec_fast.sampling.batch import BatchShape, PackedBatch
 
 CATALOGUES = {"toys": 11924, "video_games": 10672, "health": 18534, "clothing": 23033, "beauty": 12101}
 META = torch.device("meta")

@@ -69,14 +69,14 @@ class Step:
 
         from bench.bench_meta import sequences
         from metarec_fast.config import MetaConfig, ModelConfig
-        from metarec_fast.data.sampler import Sampler
         from metarec_fast.meta import Source, outer_step
         from metarec_fast.models.recommender import Recommender
+        from metarec_fast.sampling.sampler import Sampler
 
         torch.manual_seed(0)
         names = [f"source{i}" for i in range(sources)] + ["target"]
         model = Recommender(ModelConfig(dropout=0.0, max_length=length), dict.fromkeys(names, items))
-        model.start_codebook(names, seed=0)
+        model.init_codebook(names, seed=0)
         users = 2 * batch
         # never below five events, as 5-core data has it
         events = round(users * max(mean_length(length), 5.5))

@@ -9,15 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from metarec_fast.ops.peak import measured_peak
-
-if TYPE_CHECKING:
-    from metarec_fast.train.trainer import Trainer
 
 PARTS = ("data", "gather + VQ", "encoder", "scan", "loss", "optimizer", "other")
 EXP_FLOPS = 16  # of an exponential by a polynomial of degree six and the scaling around it
@@ -25,6 +22,15 @@ ADAMW_BYTES = 28  # a parameter: reads itself, gradient and both averages, write
 
 _RANGE = "metarec_fast.profile/"
 _BACKWARD = "autograd::engine::evaluate_function"
+
+
+class Steps(Protocol):
+    """What is profiled: see ``train.trainer.Trainer``."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def train_step(self, stage: str, step: int) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -167,7 +173,7 @@ class StepProfiler:
         self._clock.clear()
         self._traced.clear()
 
-    def step(self, trainer: Trainer, stage: str, step: int) -> dict[str, Any]:
+    def step(self, trainer: Steps, stage: str, step: int) -> dict[str, Any]:
         """``trainer.train_step``, watched if it is its turn."""
         clock, traced = self._clock[stage], self._traced[stage]
         if len(clock) < self.skip + self.steps:
@@ -194,7 +200,7 @@ class StepProfiler:
         return facts
 
     @contextmanager
-    def _ranges(self, trainer: Trainer) -> Iterator[None]:
+    def _ranges(self, trainer: Steps) -> Iterator[None]:
         """Named ranges around the parts of a step, by methods of these very objects."""
         encoder = trainer.model.shared.encoder
         ranges = [

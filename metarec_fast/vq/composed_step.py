@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.ops.gradient_estimators import rotate_to, step_towards, straight_through
 from metarec_fast.reference.vq_commit import mean_row_error, row_difference
 from metarec_fast.vq.code_scores import CodeScores
 from metarec_fast.vq.token_codes import TokenCodes, transformed_codes
-
-if TYPE_CHECKING:
-    from metarec_fast.vq.fast_vq import FastVQ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,7 @@ class Step(NamedTuple):
     to_codes: Tensor | None = None
 
 
-def composed_step(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> Step:
+def composed_step(vq: nn.Module, rows: Tensor, keep: Tensor | None, call: Call) -> Step:
     """One step over rows [H, N, D]. keep: bool [N], rows that count, None for all."""
     in_place = None
     if vq.in_place_codebook_optimizer is not None and call.update is not None:
@@ -83,7 +80,7 @@ def composed_step(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> 
     return Step(codes, indices, commitment, diversity, in_place, target, to_codes)
 
 
-def _scores(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> CodeScores | TokenCodes:
+def _scores(vq: nn.Module, rows: Tensor, keep: Tensor | None, call: Call) -> CodeScores | TokenCodes:
     codes = vq._codebook.codes_for(rows, keep)
     if call.transform is None:
         # a copy: the scores are needed again for the gradient, after the codes have moved in place
@@ -98,7 +95,7 @@ def _scores(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> CodeSc
     return TokenCodes(rows, made, cosine=vq.use_cosine_sim)
 
 
-def _choose(vq: FastVQ, rows: Tensor, scores: CodeScores | TokenCodes, call: Call) -> tuple[Tensor, Tensor]:
+def _choose(vq: nn.Module, rows: Tensor, scores: CodeScores | TokenCodes, call: Call) -> tuple[Tensor, Tensor]:
     """Indices and codes."""
     warm = vq.training and call.temperature > 0
     drawn = warm and vq.stochastic_sample_codes
@@ -115,7 +112,7 @@ def _choose(vq: FastVQ, rows: Tensor, scores: CodeScores | TokenCodes, call: Cal
     return indices, scores.gather(indices)
 
 
-def _optimize_in_place(vq: FastVQ, rows: Tensor, keep: Tensor | None, call: Call) -> Tensor:
+def _optimize_in_place(vq: nn.Module, rows: Tensor, keep: Tensor | None, call: Call) -> Tensor:
     """One step of the codebook's own optimizer towards the rows; returns its loss."""
     call = replace(call, routed=False)
     with torch.enable_grad():
@@ -147,7 +144,7 @@ def _mean_cross_entropy(scores: CodeScores | TokenCodes, targets: Tensor, keep: 
     return scores.cross_entropy(targets).sum() / (targets >= 0).sum().clamp_min(1)
 
 
-def _diversity(vq: FastVQ, scores: CodeScores | TokenCodes, keep: Tensor | None, call: Call) -> Tensor:
+def _diversity(vq: nn.Module, scores: CodeScores | TokenCodes, keep: Tensor | None, call: Call) -> Tensor:
     """Minus the mean entropy, over positions, of how soft assignments spread over the codes."""
     weight = None if keep is None else call.by_position(keep.unsqueeze(0)).squeeze(0)
     entropy = scores.entropy(vq.codebook_diversity_temperature, call.by_position, weight)

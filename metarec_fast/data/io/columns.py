@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from metarec_fast.data.io.tables import SAMPLE
+SAMPLE = 100  # rows that are looked at for what a file is like
 
 # By preference; as `_plain` gives them, so that "Order Date", "order_date" and "orderDate" are one name. The names of
 # a second list count where there is none of the first.

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from metarec_fast.data.io.columns import Columns
+from metarec_fast.data.io.columns import SAMPLE, Columns
 from metarec_fast.data.io.pieces import LONGEST, Piece
-from metarec_fast.data.io.tables import SAMPLE, QuotesMislead, Rejects, Table
+from metarec_fast.data.io.tables import QuotesMislead, Rejects, Table
 
 NEWLINE, QUOTE, CARRIAGE_RETURN = b'\n"\r'
 DIGIT = np.isin(np.arange(256), list(b"0123456789"))  # of a byte

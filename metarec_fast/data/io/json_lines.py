@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from metarec_fast.data.io.columns import Columns
+from metarec_fast.data.io.columns import SAMPLE, Columns
 from metarec_fast.data.io.pieces import LONGEST, Piece, pieces
-from metarec_fast.data.io.tables import SAMPLE, SHOWN, Rejects, Table
+from metarec_fast.data.io.tables import SHOWN, Rejects, Table
 from metarec_fast.files import is_unicode
 
 NEWLINE = ord("\n")

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from metarec_fast.data.io.columns import Columns
+from metarec_fast.data.io.columns import SAMPLE, Columns
 from metarec_fast.data.io.pieces import unpacked
 from metarec_fast.data.io.polars_errors import FAILURES, reason
-from metarec_fast.data.io.tables import SAMPLE, Table
+from metarec_fast.data.io.tables import Table
 
 ROW = 64  # bytes that a row is reckoned at
 WHOLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # Int64 holds them

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from metarec_fast.data.io.columns import Columns
+
 if TYPE_CHECKING:
     import polars as pl
 
-    from metarec_fast.data.io.columns import Columns
 
 LISTED = 100  # rejected rows that are kept with their reason
-SAMPLE = 100  # rows that are looked at for what a file is like
 SHOWN = 5  # rejected rows that a message shows
 
 

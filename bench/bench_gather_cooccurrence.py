@@ -1,4 +1,4 @@
-"""gather_evidence against the same sums as products of sparse matrices, one for each relation and group of ages."""
+"""gather_cooccurrence against the same sums as products of sparse matrices, one for each relation and group of ages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from metarec_fast.cooccurrence.features import AGES, cooccurrence_graph
 from metarec_fast.data import Sequences, synthetic
-from metarec_fast.data.evidence import AGES, evidence_graph
-from metarec_fast.ops import gather_evidence
+from metarec_fast.ops import gather_cooccurrence
 
 
 def products(graph, offsets, items):
@@ -47,10 +47,10 @@ def products(graph, offsets, items):
 
 
 @pytest.mark.parametrize("B", [16, 128])
-def bench_gather_evidence(compare, B):
+def bench_gather_cooccurrence(compare, B):
     domain = synthetic(source_users=3_000, source_items=10_000, target_users=1_000, target_items=500).sources[0]
     train = domain.sequences
-    graph = evidence_graph(train)
+    graph = cooccurrence_graph(train)
     users = np.random.default_rng(0).choice(len(train), B, replace=False)
     taken = np.minimum(train.lengths[users], AGES[-1])
     offsets = np.concatenate(([0], np.cumsum(taken)))
@@ -58,7 +58,7 @@ def bench_gather_evidence(compare, B):
     histories = Sequences(offsets, train.items[at].astype(np.int32), train.num_items)
 
     def fast():
-        packed, candidates, features = gather_evidence(graph, histories.offsets, histories.items, ages=AGES)
+        packed, candidates, features = gather_cooccurrence(graph, histories.offsets, histories.items, ages=AGES)
         case = torch.arange(B).repeat_interleave(packed.diff())
         return case * graph.num_items + candidates, features[:, :-1]
 
@@ -69,7 +69,7 @@ def bench_gather_evidence(compare, B):
     compare(
         fast,
         products(graph, histories.offsets, histories.items),
-        subject="evidence of candidates",
+        subject="co-occurrence of candidates",
         shape=f"{B} histories, {len(graph.items)} pairs x {graph.relations} relations",
         against="torch.sparse products",
         check=same,
