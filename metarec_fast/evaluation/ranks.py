@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metarec_fast import ops, reference
+from metarec_fast import ops
 from metarec_fast.evaluation.linear_scores import LinearScores
 from metarec_fast.evaluation.scorer import ScoreTile
 
@@ -105,8 +105,7 @@ def _linear_target_ranks(
     greater, equal, nonfinite = ops.target_ranks(states, table, targets, bias=bias, seen=seen, added=scores.added)
     if nonfinite.any():
         case = int(nonfinite.nonzero()[0])
-        one = scores.rows(case, case + 1)
-        row = reference.linear_scores(one.states, one.table, bias=one.bias, added=one.added)[0]
+        row = scores.rows(case, case + 1)(0, num_items)[0]
         # at the edge of overflow the last rounding decides: if all are finite here, the largest is at fault
         item = int(row.abs().nan_to_num(nan=torch.inf).argmax())
         raise NonFiniteScoresError(int(nonfinite.sum()), int((nonfinite > 0).sum()), case, item, float(row[item]))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from metarec_fast.ops.register import check_tensor
-from metarec_fast.reference.nearest_codeword import METRICS, Metric
 
+Metric = Literal["distance", "product"]
+METRICS = ("distance", "product")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

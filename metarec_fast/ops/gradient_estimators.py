@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from metarec_fast.ops.register import traced_transform
 from metarec_fast.ops.vq_backward import vq_backward
-from metarec_fast.reference import gradient_estimators as reference
+from metarec_fast.reference.gradient_estimators import rotate_to as reference_rotate_to
+
+_EPS = 1e-6  # least length by which a vector is divided
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
@@ -19,7 +21,7 @@ def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
     x, quantized: the same shape. Source: Bengio et al., arXiv 1308.3432. Raises ValueError for unequal shapes.
     """
     _check_shapes(x, quantized)
-    return reference.straight_through(x, quantized)
+    return quantized.detach() + (x - x.detach())  # the bracket is exactly zero, so codes come out exact
 
 
 def rotate_to(x: Tensor, quantized: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def rotate_to(x: Tensor, quantized: Tensor) -> Tensor:
     Raises ValueError for unequal shapes.
     """
     _check_shapes(x, quantized)
-    return reference.rotate_to(x, quantized) if traced_transform() else _RotateTo.apply(x, quantized)
+    return reference_rotate_to(x, quantized) if traced_transform() else _RotateTo.apply(x, quantized)
 
 
 def step_towards(x: Tensor, quantized: Tensor, *, variance: float) -> Tensor:
@@ -44,7 +46,7 @@ def step_towards(x: Tensor, quantized: Tensor, *, variance: float) -> Tensor:
     _check_shapes(x, quantized)
     error = quantized - x
     noisy = (error + variance**0.5 * torch.randn_like(error)).detach()
-    return x + F.normalize(noisy, dim=-1, eps=reference.EPS) * torch.linalg.vector_norm(error, dim=-1, keepdim=True)
+    return x + F.normalize(noisy, dim=-1, eps=_EPS) * torch.linalg.vector_norm(error, dim=-1, keepdim=True)
 
 
 def _check_shapes(x: Tensor, quantized: Tensor) -> None:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from metarec_fast import _C
 from metarec_fast.ops.arrays import span
-from metarec_fast.ops.codebook_checks import add_head, batched_lookup, check_metric, check_pair
+from metarec_fast.ops.codebook_checks import Metric, add_head, batched_lookup, check_metric, check_pair
 from metarec_fast.ops.portable_lookup import leaves_python, portable_nearest
 from metarec_fast.ops.register import Backend, choose_backend, define, empty
-from metarec_fast.reference.nearest_codeword import Metric
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
 
 
@@ -56,17 +55,17 @@ def _fake(x: Tensor, codebook: Tensor, metric: Metric = "distance") -> tuple[Ten
 
 
 def _vmap(info: Any, in_dims: tuple, x: Tensor, codebook: Tensor, metric: Metric = "distance") -> tuple[tuple, tuple]:
-    return batched_lookup(info, in_dims, x, codebook, lambda *rows: _op(*rows, metric))
+    return batched_lookup(info, in_dims, x, codebook, lambda *rows: op(*rows, metric))
 
 
 def _index_vmap(
     info: Any, in_dims: tuple, x: Tensor, codebook: Tensor, metric: Metric = "distance"
 ) -> tuple[Tensor, int]:
-    (output,), (dim,) = batched_lookup(info, in_dims, x, codebook, lambda *rows: (_index_op(*rows, metric),))
+    (output,), (dim,) = batched_lookup(info, in_dims, x, codebook, lambda *rows: (index_op(*rows, metric),))
     return output, dim
 
 
-_op = define(
+op = define(
     'nearest_codeword(Tensor x, Tensor codebook, str metric="distance") -> (Tensor, Tensor)',
     cpu=_cpu,
     cuda=_cuda,
@@ -76,7 +75,7 @@ _op = define(
 
 
 # the margin costs a second search for the runner-up: an operator without it serves those who want codes alone
-_index_op = define(
+index_op = define(
     'nearest_codeword_index(Tensor x, Tensor codebook, str metric="distance") -> Tensor',
     cpu=lambda x, codebook, metric="distance": _search(x, codebook, metric, with_margin=False)[0],
     cuda=lambda x, codebook, metric="distance": _cuda(x, codebook, metric)[0],
@@ -118,9 +117,9 @@ def nearest_codeword(
     elif leaves_python() and not with_margin:
         indices, margin = portable_nearest(rows, codes, metric), None
     elif with_margin:
-        indices, margin = _op(rows, codes, metric)
+        indices, margin = op(rows, codes, metric)
     else:
-        indices, margin = _index_op(rows, codes, metric), None
+        indices, margin = index_op(rows, codes, metric), None
     if x.dim() == 2:
         indices, margin = indices[0], None if margin is None else margin[0]
     return NearestCodeword(indices, margin if with_margin else None)

@@ -25,10 +25,11 @@ from metarec_fast.ops.arrays import (
     span,
 )
 from metarec_fast.ops.register import empty
-from metarec_fast.reference.negatives import CAPACITY, CELL, integer_weights
 
 Distribution = Literal["uniform", "popularity", "mixed"]
 DISTRIBUTIONS = ("uniform", "popularity", "mixed")
+CAPACITY = 2**32  # weight of one cell of an alias table; a catalogue of V items weighs V * CAPACITY
+CELL = np.dtype([("threshold", "<u4"), ("alias", "<u4"), ("log_p", "<f4"), ("log_p_alias", "<f4")])
 NARROW = 2**31  # catalogues up to here use 32-bit random words and 32-bit ids inside
 
 
@@ -79,13 +80,37 @@ def popularity_table(counts: Array, *, alpha: float = 0.75, uniform_share: float
         raise ValueError(f"uniform_share must be in [0, 1), got {uniform_share}")
     if V == 0 or counts.min() < 0 or counts.max() == 0:
         raise ValueError("counts must be non-negative and not all 0")
-    weights = integer_weights(counts, alpha=alpha, uniform_share=uniform_share)
+    weights = _integer_weights(counts, alpha=alpha, uniform_share=uniform_share)
     cells = np.zeros(V, CELL)
     _C.build_alias(span(weights), span(cells), size=V)
     log_p = np.full(V, -np.inf)
     np.log(weights / (V * float(CAPACITY)), out=log_p, where=weights > 0)
     cells["log_p"], cells["log_p_alias"] = log_p, log_p[cells["alias"]]
     return PopularityTable(cells, np.concatenate(([0], np.cumsum(weights))))
+
+
+def _integer_weights(counts: np.ndarray, *, alpha: float, uniform_share: float) -> np.ndarray:
+    """A distribution as integers that sum to len(counts) * CAPACITY: int64 [V], positive where it is.
+
+    Integers, so that the alias table, the cumulative weights and the stated probabilities agree exactly.
+    """
+    V = len(counts)
+    powers = np.power(counts, alpha, out=np.zeros(V), where=counts > 0, dtype=np.float64)
+    p = powers / powers.sum()
+    if uniform_share:
+        p = (1 - uniform_share) * p + uniform_share / V
+    drawn, total = p > 0, V * CAPACITY
+    weights = (p * total).astype(np.int64)
+    weights[drawn] = np.maximum(weights[drawn], 1)
+    missing = total - int(weights.sum())
+    if missing < 0:  # the heaviest item weighs at least CAPACITY, far more than rounding up took
+        weights[np.argmax(weights)] += missing
+    else:
+        each, rest = divmod(missing, int(drawn.sum()))
+        positive = np.flatnonzero(drawn)
+        weights[positive] += each
+        weights[positive[:rest]] += 1
+    return weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,17 +11,22 @@ from torch import Tensor
 
 from metarec_fast import _C
 from metarec_fast.ops.arrays import span
-from metarec_fast.ops.codebook_checks import add_head, batched_lookup, check_metric, check_pair, check_row_weight
+from metarec_fast.ops.codebook_checks import (
+    Metric,
+    add_head,
+    batched_lookup,
+    check_metric,
+    check_pair,
+    check_row_weight,
+)
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
-from metarec_fast.ops.nearest_codeword import _index_op as nearest_index
-from metarec_fast.ops.nearest_codeword import _op as nearest_codeword_op
+from metarec_fast.ops.nearest_codeword import index_op as nearest_index
+from metarec_fast.ops.nearest_codeword import op as nearest_op
 from metarec_fast.ops.portable_lookup import leaves_python, portable_nearest
 from metarec_fast.ops.register import Backend, choose_backend, define, empty, traced_transform, transformed
+from metarec_fast.ops.row_errors import mean_row_error, row_difference
 from metarec_fast.ops.vq_backward import vq_backward
-from metarec_fast.reference.nearest_codeword import Metric
 from metarec_fast.reference.nearest_codeword import nearest_codeword as reference_nearest_codeword
-from metarec_fast.reference.vq_backward import row_difference
-from metarec_fast.reference.vq_commit import mean_row_error
 from metarec_fast.reference.vq_commit import vq_commit as reference_vq_commit
 
 Gradient = Literal["rotation", "straight_through"]
@@ -72,7 +77,7 @@ def _mean(margin: Tensor) -> Tensor:
 
 def _cpu(x: Tensor, codebook: Tensor, metric: Metric = "distance") -> _Outputs:
     if x.dtype == torch.float64:
-        return _in_float64(x, codebook, partial(nearest_codeword_op, metric=metric))
+        return _in_float64(x, codebook, partial(nearest_op, metric=metric))
     x, codebook = x.contiguous(), codebook.contiguous()
     H, N, D = x.shape
     quantized = empty((H, N, D), dtype=x.dtype, device=x.device)

@@ -38,7 +38,7 @@ def epoch_batch(
     """
     windows = {"max_length": max_length, "window": window, "stride": stride or max_length}
     begins, ends = stretches(offsets, part=part, query_share=query_share)
-    starts = np.concatenate(([0], np.cumsum(count_windows(ends - begins, **windows))))
+    starts = np.concatenate(([0], np.cumsum([count_windows(int(n), **windows) for n in ends - begins])))
     size = int(starts[-1])
     epoch, place = divmod(step, -(-size // batch_size))
     rows = min(batch_size, size - place * batch_size)

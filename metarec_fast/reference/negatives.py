@@ -20,22 +20,18 @@ def integer_weights(counts: np.ndarray, *, alpha: float, uniform_share: float = 
     the alias table, the cumulative weights and the stated probabilities agree exactly.
     """
     V = len(counts)
-    powers = np.power(counts, alpha, out=np.zeros(V), where=counts > 0, dtype=np.float64)
-    p = powers / powers.sum()
-    if uniform_share:
-        p = (1 - uniform_share) * p + uniform_share / V
-    drawn, total = p > 0, V * CAPACITY
-    weights = (p * total).astype(np.int64)
-    weights[drawn] = np.maximum(weights[drawn], 1)
-    missing = total - int(weights.sum())
-    if missing < 0:  # the heaviest item weighs at least CAPACITY, far more than rounding up took
-        weights[np.argmax(weights)] += missing
-    else:
-        each, rest = divmod(missing, int(drawn.sum()))
-        positive = np.flatnonzero(drawn)
-        weights[positive] += each
-        weights[positive[:rest]] += 1
-    return weights
+    p = np.zeros(V)
+    p[counts > 0] = np.power(counts[counts > 0].astype(np.float64), alpha)
+    p = (1 - uniform_share) * (p / p.sum()) + uniform_share / V
+    weights = [max(1, int(mass * (V * CAPACITY))) if mass > 0 else 0 for mass in p.tolist()]
+    missing = V * CAPACITY - sum(weights)
+    if missing < 0:  # rounding up gave too much, which the heaviest item pays
+        weights[weights.index(max(weights))] += missing
+        return np.array(weights, np.int64)
+    drawn = [i for i, weight in enumerate(weights) if weight > 0]
+    for place, i in enumerate(drawn):  # rounding down left some: as much for every item, the rest to the first of them
+        weights[i] += missing // len(drawn) + (place < missing % len(drawn))
+    return np.array(weights, np.int64)
 
 
 def alias_table(weights: np.ndarray) -> np.ndarray:

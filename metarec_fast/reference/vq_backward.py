@@ -9,12 +9,12 @@ from metarec_fast.reference.gradient_estimators import rotate_back
 
 
 def row_difference(x: Tensor, target: Tensor, unweighted: Tensor | None) -> Tensor:
-    """x - target, [..., N, D]; 0 in rows that ``unweighted``, bool [..., N], marks and that hold NaN or infinity."""
+    """x - target, [..., N, D]; in rows that ``unweighted``, bool [..., N], marks, 0 for a row that is not finite."""
     difference = x - target
-    if unweighted is None:
-        return difference
-    left_out = unweighted & ~difference.detach().isfinite().all(-1)
-    return torch.where(left_out.unsqueeze(-1), 0, difference)
+    if unweighted is not None:
+        finite = difference.detach().isfinite().all(-1)
+        difference = difference.masked_fill((unweighted & ~finite)[..., None], 0)
+    return difference
 
 
 def vq_backward(

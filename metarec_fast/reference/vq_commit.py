@@ -13,16 +13,14 @@ GRADIENT_ESTIMATORS = {"rotation": rotate_to, "straight_through": straight_throu
 
 
 def mean_row_error(row_error: Tensor, row_weight: Tensor | None, dim: int) -> Tensor:
-    """Mean over elements of the squared errors that rows of ``dim`` elements sum to; 0 if no row counts.
+    """The mean of row_error [..., N] / dim, weighted by row_weight [N]; 0 if the weights sum to 0.
 
-    row_error: [..., N], which may be NaN or infinite where the weight is 0. row_weight: [N], or None for equal weights.
+    A row of weight 0 adds nothing, whatever its error.
     """
-    if row_weight is None:
-        return row_error.sum() / max(1, row_error.numel() * dim)
-    weight = row_weight.to(row_error.dtype).expand_as(row_error)
+    weight = torch.ones_like(row_error) if row_weight is None else row_weight.to(row_error.dtype).expand_as(row_error)
+    nothing = (weight == 0) & ~row_error.isfinite()
     total = weight.sum() * dim
-    row_error = torch.where((weight == 0) & ~row_error.isfinite(), 0, row_error)
-    return (row_error * weight).sum() / torch.where(total == 0, 1, total)
+    return (weight * row_error.masked_fill(nothing, 0)).sum() / total.masked_fill(total == 0, 1)
 
 
 def vq_commit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from metarec_fast.reference.philox import CROP, Randomness, bounded, derive_key
@@ -13,24 +15,25 @@ def stretches(offsets: np.ndarray, *, part: str = "whole", query_share: float = 
     "query" is the newest ceil(query_share * n) of a user's n events, "support" the ones before; both have two events at
     least, and users of fewer than four events have neither.
     """
-    begins, ends = offsets[:-1], offsets[1:]
-    if part == "whole":
-        return begins, ends
-    n = ends - begins
-    cut = ends - np.clip(np.ceil(query_share * n).astype(np.int64), 2, np.maximum(n - 2, 2))
-    begins, ends = (begins, cut) if part == "support" else (cut, ends)
-    return np.where(n >= 4, begins, offsets[:-1]), np.where(n >= 4, ends, offsets[:-1])
+    begins, ends = [], []
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        n = end - begin
+        cut = end - min(max(math.ceil(query_share * n), 2), n - 2)
+        if part == "whole":
+            begins.append(begin), ends.append(end)
+        elif n < 4:
+            begins.append(begin), ends.append(begin)
+        else:
+            begins.append(begin if part == "support" else cut), ends.append(cut if part == "support" else end)
+    return np.array(begins, np.int64), np.array(ends, np.int64)
 
 
-def count_windows(lengths: np.ndarray, *, max_length: int, window: str, stride: int) -> np.ndarray:
-    """Windows of users who have ``lengths`` events: none below two; one, or for "sliding" as many as reach the oldest.
-
-    lengths: int64 [U]. Returns int64 [U].
-    """
-    inputs = lengths - 1
-    if window != "sliding":
-        return (inputs > 0).astype(np.int64)
-    return np.where(inputs > 0, 1 + np.maximum(inputs - max_length + stride - 1, 0) // stride, 0)
+def count_windows(length: int, *, max_length: int, window: str, stride: int) -> int:
+    """Windows of a user of ``length`` events: none below two; one, or for "sliding" as many as reach the oldest."""
+    inputs = length - 1
+    if inputs < 1:
+        return 0
+    return 1 if window != "sliding" else 1 + math.ceil(max(inputs - max_length, 0) / stride)
 
 
 def target_weights(length: int, *, max_length: int, window: str, stride: int, last_target: bool) -> np.ndarray:
@@ -42,7 +45,7 @@ def target_weights(length: int, *, max_length: int, window: str, stride: int, la
     if window == "crop" and m > max_length:
         ends = np.arange(max_length, m + 1)
     elif window == "sliding":
-        count = int(count_windows(np.array([length]), max_length=max_length, window=window, stride=stride)[0])
+        count = count_windows(length, max_length=max_length, window=window, stride=stride)
         ends = m - stride * np.arange(count)
     else:
         ends = np.array([m])

@@ -14,9 +14,9 @@ from metarec_fast.ops.arrays import INTEGERS, as_array, check_integer, check_off
 from metarec_fast.ops.epoch_batches import BatchBuffers, EpochBatches, draw_batches
 from metarec_fast.ops.pack_windows import Window, check_window
 from metarec_fast.ops.sample_negatives import Distribution, check_distribution, distribution_table, seen_items
-from metarec_fast.reference.windows import count_windows, stretches
 from metarec_fast.sampling.batch import PackedBatch
 from metarec_fast.sampling.target_shares import target_shares
+from metarec_fast.sampling.windows import count_windows, stretches
 
 if TYPE_CHECKING:
     from metarec_fast.data.domain import Sequences

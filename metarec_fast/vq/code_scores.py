@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from metarec_fast.ops.codebook_checks import batched_lookup
+from metarec_fast.ops.exact_costs import exact_costs
 from metarec_fast.ops.portable_lookup import leaves_python, stable_order
 from metarec_fast.ops.register import define, traced_transform
-from metarec_fast.reference.nearest_codeword import costs
 
 CHUNK_ELEMENTS = 1 << 20  # scores held at a time
 _LEAST_SQUARED_DISTANCE = 1e-8
@@ -167,14 +167,14 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
         of_row = codes.gather(1, at.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(
             H * n, candidates, codes.shape[-1]
         )
-        cost = costs(chunk.reshape(H * n, 1, codes.shape[-1]), of_row, metric).view(H, n, candidates)
+        cost = exact_costs(chunk.reshape(H * n, 1, codes.shape[-1]), of_row, metric).view(H, n, candidates)
         best = at.gather(-1, cost.sort(dim=-1, stable=True).indices[..., :k])
         if candidates < codes.shape[1]:
             gap = near.values[..., k - 1] - near.values[..., -1]
             for h, open_n in enumerate(~(gap > 2 * _score_error(chunk, codes, cosine=cosine))):
                 which = open_n.nonzero()[:, 0]
                 for row in which.split(max(1, CHUNK_ELEMENTS // codes.shape[1])):
-                    cost = costs(chunk[h : h + 1, row], codes[h : h + 1], metric)
+                    cost = exact_costs(chunk[h : h + 1, row], codes[h : h + 1], metric)
                     best[h, row] = cost[0].sort(dim=-1, stable=True).indices[:, :k]
         found.append(best)
     return torch.cat(found, 1)

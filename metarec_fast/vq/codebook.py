@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from metarec_fast.ops import vq_ema_update_
+from metarec_fast.ops.codebook_checks import Metric
 from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.register import transformed
 from metarec_fast.ops.vq_commit import Health as LookupHealth
-from metarec_fast.reference.nearest_codeword import Metric
 from metarec_fast.vq.health import Health
 from metarec_fast.vq.kmeans import init_by_kmeans_, statistics, traced_init_by_kmeans_
 from metarec_fast.vq.projection import project

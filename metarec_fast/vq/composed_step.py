@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.ops.gradient_estimators import rotate_to, step_towards, straight_through
-from metarec_fast.reference.vq_commit import mean_row_error, row_difference
+from metarec_fast.ops.row_errors import mean_row_error, row_difference
 from metarec_fast.vq.code_scores import CodeScores
 from metarec_fast.vq.token_codes import TokenCodes, transformed_codes
 

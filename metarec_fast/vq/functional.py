@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from metarec_fast.ops import vq_commit
+from metarec_fast.ops.codebook_checks import Metric
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
 from metarec_fast.ops.vq_commit import Gradient
-from metarec_fast.reference.nearest_codeword import Metric
 
 
 def quantize(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metarec_fast.ops.exact_costs import exact_costs
 from metarec_fast.ops.portable_lookup import stable_order
-from metarec_fast.reference.nearest_codeword import costs
 from metarec_fast.vq.code_scores import entropy, gumbel_noise, score_cross_entropy
 
 _PAIRWISE_EPS = 1e-6  # added to each difference, as torch.nn.functional.pairwise_distance does
@@ -31,7 +31,7 @@ class TokenCodes:
         if not self.cosine:
             return self.scores.detach()
         rows, codes = self.rows.detach().flatten(0, 1).unsqueeze(1), self.codes.detach().flatten(0, 1)
-        return -costs(rows, codes, "product").view(self.scores.shape)
+        return -exact_costs(rows, codes, "product").view(self.scores.shape)
 
     def gather(self, indices: Tensor, *, detach: bool = False) -> Tensor:
         codes, at = self.codes.detach() if detach else self.codes, indices

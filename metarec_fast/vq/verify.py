@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarec_fast.ops.codebook_checks import add_head, check_metric, check_pair
+from metarec_fast.ops.codebook_checks import Metric, add_head, check_metric, check_pair
+from metarec_fast.ops.exact_costs import exact_costs
 from metarec_fast.ops.register import check_is_tensor, check_tensor
-from metarec_fast.reference.nearest_codeword import Metric, costs
 
 _INTEGERS = (
     torch.int64,
@@ -136,7 +136,7 @@ def _pair_costs(x_PD: Tensor, code_PD: Tensor, metric: Metric) -> Tensor:
     """The definition's cost for each pair, [P]."""
     # transposed, as the definition reads an element of every pair at a time
     x_PD, code_PD = x_PD.T.contiguous().T, code_PD.T.contiguous().T
-    return costs(x_PD[:, None], code_PD[:, None], metric).view(-1)
+    return exact_costs(x_PD[:, None], code_PD[:, None], metric).view(-1)
 
 
 def _first_of_equal(codebook_KD: Tensor, code: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from scipy import stats
 
 from metarec_fast.ops import pack_windows
 from metarec_fast.reference import windows as reference
+from metarec_fast.sampling.windows import count_windows
 
 
 def sequences(lengths, dtype=np.int32):
@@ -79,7 +80,9 @@ def test_sliding_windows_cover_every_event_and_no_window_is_empty(stride):
     lengths = list(range(25))
     offsets, items = sequences(lengths)
     options = {"max_length": 4, "window": "sliding", "stride": stride}
-    counts = reference.count_windows(np.diff(offsets), max_length=4, window="sliding", stride=stride or 4)
+    windows = {"max_length": 4, "window": "sliding", "stride": stride or 4}
+    counts = [reference.count_windows(length, **windows) for length in lengths]
+    np.testing.assert_array_equal(count_windows(np.array(lengths), **windows), counts)
     for user, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         rows = np.full(count + 1, user)
         got = unpack(pack_windows(offsets, items, rows, window_index=np.arange(count + 1), **options))
