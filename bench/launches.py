@@ -39,11 +39,11 @@ META = torch.device("meta")
 SHAPE = BatchShape(windows=128, positions=1280, length=50)
 LAUNCHERS = {  # of our operators, by module
     "linear_scan": {"linear_scan": "_cuda", "linear_scan_backward": "_backward_cuda"},
-    "linear_cross_entropy": {
-        "linear_cross_entropy": "_forward_cuda",
-        "linear_cross_entropy_backward": "_backward_cuda",
-        "linear_cross_entropy_double_backward": "_double_backward_cuda",
-        "linear_cross_entropy_sum": "_sum_cuda",
+    "linear_cross_entropy.cuda": {
+        "linear_cross_entropy": "forward",
+        "linear_cross_entropy_backward": "backward",
+        "linear_cross_entropy_double_backward": "double_backward",
+        "linear_cross_entropy_sum": "weighted_sum",
     },
     "vq_commit": {"vq_commit": "_cuda"},
     "vq_backward": {"vq_backward": "_cuda"},
@@ -105,7 +105,7 @@ def traced() -> Iterator[Trace]:
     with mock.patch.object(JITFunction, "run", launch), trace:
         patches = [
             mock.patch.object(import_module(f"metarec_fast.ops.{module}"), "choose_backend", lambda *_, **__: "triton")
-            for module in ("linear_scan", "linear_cross_entropy", "vq_commit", "nearest_codeword")
+            for module in ("linear_scan", "linear_cross_entropy.api", "vq_commit", "nearest_codeword")
         ]
         for patch in patches:
             patch.start()

@@ -804,7 +804,7 @@ def test_a_stopped_adaptation_goes_on(fitted, tmp_path):
     for calls, stage in (
         (1, "finetune table at step 1"),
         (4, "finetune at step 1"),
-        (7, "cooccurrence"),
+        (7, "co-occurrence"),
         (12, "finetune"),
     ):
         folder = tmp_path / str(calls)

@@ -1,5 +1,8 @@
 """The operators: one file each, with schema, checks, dispatch to CPU, Triton or reference, and gradient."""
 
+from metarec_fast.ops.register import backend_info  # first: it says why an extension cannot be loaded
+
+# isort: split
 from metarec_fast.ops.bounded_lookup import LookupWork, RowBounds, bounded_lookup_
 from metarec_fast.ops.epoch_order import epoch_order
 from metarec_fast.ops.gather_cooccurrence import CooccurrenceGraph, gather_cooccurrence
@@ -9,7 +12,6 @@ from metarec_fast.ops.linear_scan import linear_scan
 from metarec_fast.ops.nearest_codeword import NearestCodeword, nearest_codeword
 from metarec_fast.ops.pack_windows import pack_windows
 from metarec_fast.ops.pad_packed import pad_packed
-from metarec_fast.ops.register import backend_info
 from metarec_fast.ops.sample_negatives import (
     PopularityTable,
     popularity_table,

@@ -272,12 +272,11 @@ def test_bindings_check_what_they_are_given(monkeypatch, caller):
             others = []
             if isinstance(value, KeptSpan):
                 others += list(other_spans(value))
-                arrays = list(other_arrays(value.array))
-                others += [arrays.span(array) for array in arrays]
+                others += [arrays.span(array) for array in other_arrays(value.array)]
             elif isinstance(value, dict):  # bounds of a lookup
                 others += [value | {name: other} for name, given in value.items() for other in other_spans(given)]
-                arrays = [(n, a) for n, given in value.items() for a in other_arrays(given.array)]
-                others += [value | {name: arrays.span(array)} for name, array in arrays]
+                changed = [(n, a) for n, given in value.items() for a in other_arrays(given.array)]
+                others += [value | {name: arrays.span(array)} for name, array in changed]
             elif isinstance(value, int) and not isinstance(value, bool):
                 others += [n for n in (-1, 0, value + 1, max(value - 1, 0), 2**62) if n != value]
             for other in others:
