@@ -404,7 +404,7 @@ def nearest_codeword(x_HND: Tensor, codebook_HKD: Tensor, *, metric: Metric = "d
 
     Returns indices_HN (int64): the lowest k of least sum_d (x_d - c_kd)^2, evaluated in float64 wherever rounding could
     matter, or by metric "product" of largest sum_d x_d c_kd; margin_HN (float32): second least minus least squared
-    distance, or largest minus second largest product, infinite for K = 1. What holds a NaN or an
+    distance, or largest minus second largest product, infinite for K = 1. What has a NaN or an
     infinity is infinitely far; where every code is, the index is 0 and the margin too. Nothing waits for the device.
     """
     return search(x_HND, codebook_HKD, metric=metric)[:2]

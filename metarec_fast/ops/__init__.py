@@ -1,4 +1,4 @@
-"""The operators: one file each, with schema, checks, dispatch to CPU, Triton or reference, and gradient."""
+"""The operators: one file or folder each, with schema, checks, dispatch to CPU, Triton or reference, and gradient."""
 
 from metarec_fast.ops.register import backend_info  # first: it says why an extension cannot be loaded
 

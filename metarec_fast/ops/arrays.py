@@ -36,7 +36,7 @@ def as_array(value: Array, name: str, *, dtypes: tuple[np.dtype, ...] = INT64, s
 
 
 def span(array: np.ndarray | Tensor | None) -> tuple[int, int, str] | None:
-    """What the extension is told of a contiguous array on the CPU: address, number of elements, type; None for None.
+    """A contiguous array on the CPU as the extension takes it: address, number of elements, type; None for None.
 
     The extension checks number and type against the sizes that it works with (csrc/core/bindings.h).
     Raises ValueError for an array that does not lie as one block of aligned memory on the CPU.

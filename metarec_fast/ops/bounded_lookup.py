@@ -1,4 +1,4 @@
-"""bounded_lookup_: the nearest codes of rows that come back, from what was remembered of them. Exact.
+"""bounded_lookup_: the nearest codes of rows that are looked up again, from bounds kept between lookups. Exact.
 
 A plain function that runs on the CPU and changes its state: not to be traced, nor called under torch.func.
 """
@@ -24,9 +24,9 @@ _LONGEST_PAUSE = 64
 
 @dataclass
 class RowBounds:
-    """What is remembered of the rows of a table and of the codes; csrc/vq/bounded_lookup.cpp says what bounds what.
+    """Bounds of the distances between the rows of a table and the codes; csrc/vq/bounded_lookup.cpp derives them.
 
-    For V rows and H codebooks of K codes of width D, B of them remembered by name for each row, on the CPU.
+    For V rows and H codebooks of K codes of width D, B of which have a bound of their own for each row, on the CPU.
     """
 
     neighbours: int  # B
@@ -81,15 +81,15 @@ class LookupWork(NamedTuple):
 
 
 def _follow_codes(bounds: RowBounds, codebook: Tensor, sizes: dict[str, int]) -> tuple[bool, int]:
-    """Take in how far the codes moved. Returns whether they are finite, and how many distances that took."""
+    """Update the bounds by how far the codes moved. Returns whether they are finite, and the distances computed."""
     if bounds.codebook_version < 0:
         if not codebook.isfinite().all():
             return False, 0
         moved, cost = True, 0
     else:
-        found = _C.follow_codes(bounds.spans(), span(codebook), **sizes, next_version=bounds.codebook_version + 1)
-        moved, cost = found == "moved", sizes["heads"] * sizes["codes"]
-        if found == "not finite":
+        result = _C.follow_codes(bounds.spans(), span(codebook), **sizes, next_version=bounds.codebook_version + 1)
+        moved, cost = result == "moved", sizes["heads"] * sizes["codes"]
+        if result == "not finite":
             return False, cost
     if moved:
         bounds.previous.copy_(codebook)
@@ -105,7 +105,7 @@ def bounded_lookup_(bounds: RowBounds, ids: Tensor, x: Tensor, codebook: Tensor)
     anything to do with what they were before: that only costs time.
 
     Returns indices, int64 [N] or [H, N], and the work. `nearest_codeword` decides for rows that are not finite, for
-    rows whose two nearest codes float64 cannot tell apart, and for all rows if the codebook is not finite, the dtype
+    rows whose two nearest codes float64 cannot separate, and for all rows if the codebook is not finite, the dtype
     is float64, the device no CPU, or for a while after bounds mostly failed; such a row counts as searched.
     Raises TypeError or ValueError for arguments of another dtype, shape or device, and ids out of range.
     """

@@ -118,7 +118,7 @@ class EpochBatches:
         check_integer(world_size, "world_size", least=1, below=2**31)
         self.num_windows = int(starts[-1])
         windows = np.diff(starts)
-        owners = np.flatnonzero(windows) if windows.max() == 1 else None  # found without a search
+        owners = np.flatnonzero(windows) if windows.max() == 1 else None  # needs no search
         self.draws = bool(negatives or shared_negatives or target_shares is not None)
         # C++ holds their addresses
         self._kept = offsets, begins, ends, items, starts, owners, seen, seen_offsets, table, target_shares

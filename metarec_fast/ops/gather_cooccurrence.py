@@ -1,4 +1,4 @@
-"""gather_cooccurrence: the candidates that a history speaks for, and what it says of each.
+"""gather_cooccurrence: the items that co-occur with those of a history, and the summed values of each.
 
 Runs on the CPU, where sequences and statistics lie: a plain function.
 """
@@ -21,9 +21,9 @@ MOST_ITEMS = 2**31  # whose ids int32 holds: one cast from a larger catalogue's 
 
 
 class CooccurrenceGraph:
-    """Which items speak for which, in several relations: a sparse matrix of items x items, checked once.
+    """Which items co-occur with which, in several relations: a sparse matrix of items x items, checked once.
 
-    offsets: int64 [V+1], items: int32 [E], values: float32 [E, R]: row v lists the items that v speaks for, rising.
+    offsets: int64 [V+1], items: int32 [E], values: float32 [E, R]: row v lists the items that go with v, ascending.
     Not copied, so they must not change.
     Raises TypeError or ValueError for other dtypes and shapes, more than 2**31 items, items out of range or falling
     offsets.

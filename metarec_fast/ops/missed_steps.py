@@ -27,7 +27,7 @@ from metarec_fast import _C
 from metarec_fast.ops.arrays import span
 from metarec_fast.ops.register import check_tensor
 
-COLUMNS = 3  # of Past.facts before the moments: learning rate, sum of log(1 - lr weight_decay), center
+COLUMNS = 3  # of Past.history before the moments: learning rate, sum of log(1 - lr weight_decay), center
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def series(betas: tuple[float, float], dtype: torch.dtype) -> Series:
         rest = (weight * x.abs() ** terms / (1 + x.clamp(max=0))).cumsum(0)
         return float((rest / (weight / (1 + x.clamp(min=0))).cumsum(0)).max()) <= tolerance
 
-    # bias corrections settle, so that what holds from one step on holds later
+    # bias corrections converge, so that the bound also holds at every later step
     latest = 4096
     start = bisect_left(range(latest), True, key=holds)
     return Series(window, terms, start if start < latest else None, tolerance)
@@ -85,33 +85,35 @@ def series(betas: tuple[float, float], dtype: torch.dtype) -> Series:
 class Past:
     """The steps of one table since step ``first``, when all its rows were up to date.
 
-    facts: [capacity + 1, 3 + terms] float64; row i is of step first + i.
+    history: [capacity + 1, 3 + terms] float64; row i describes step first + i.
     """
 
-    def __init__(self, betas: tuple[float, float], dtype: torch.dtype, *, first: int, step: int, facts: Tensor) -> None:
-        self.betas, self.series, self.first, self.step, self.facts = betas, series(betas, dtype), first, step, facts
+    def __init__(
+        self, betas: tuple[float, float], dtype: torch.dtype, *, first: int, step: int, history: Tensor
+    ) -> None:
+        self.betas, self.series, self.first, self.step, self.history = betas, series(betas, dtype), first, step, history
         self._k = torch.arange(1, self.series.window + 1, dtype=torch.float64)
 
     @staticmethod
     def empty(betas: tuple[float, float], dtype: torch.dtype, *, step: int, capacity: int) -> Past:
         """Nothing since ``step``; room for ``capacity`` steps."""
-        facts = torch.zeros(capacity + 1, COLUMNS + series(betas, dtype).terms, dtype=torch.float64)
-        past = Past(betas, dtype, first=step, step=step, facts=facts)
-        facts[0, 2] = _center(step, past._k, *betas)
+        history = torch.zeros(capacity + 1, COLUMNS + series(betas, dtype).terms, dtype=torch.float64)
+        past = Past(betas, dtype, first=step, step=step, history=history)
+        history[0, 2] = _center(step, past._k, *betas)
         return past
 
     def record(self, *, lr: float, weight_decay: float) -> None:
         """Add a step to what rows missed that were last touched at one of the steps before."""
         self.step += 1
         now = self.step - self.first
-        rows = self.facts[max(0, now - self.series.window) : now]
+        rows = self.history[max(0, now - self.series.window) : now]
         k = torch.arange(len(rows), 0, -1, dtype=torch.float64)
-        log_keep = float(self.facts[now - 1, 1]) + math.log1p(-lr * weight_decay)
+        log_keep = float(self.history[now - 1, 1]) + math.log1p(-lr * weight_decay)
         e = math.sqrt(1 - self.betas[1] ** self.step) * self.betas[1] ** (-k / 2)
         weight = lr / (1 - self.betas[0] ** self.step) * e * self.betas[0] ** k * (rows[:, 1] - log_keep).exp()
         powers = (e / rows[:, 2] - 1)[:, None] ** torch.arange(self.series.terms)
         rows[:, COLUMNS:].addcmul_(weight[:, None], powers)
-        self.facts[now, :COLUMNS] = torch.tensor(
+        self.history[now, :COLUMNS] = torch.tensor(
             [lr, log_keep, _center(self.step, self._k, *self.betas)], dtype=torch.float64
         )
 
@@ -141,14 +143,14 @@ def missed_steps_(
         ids = ids.contiguous()
     plan, steps = past.series, past.step - past.first
     n = torch.arange(steps, -1, -1, dtype=torch.float64)  # missed by rows last up to date at each step
-    keep = (past.facts[steps, 1] - past.facts[: steps + 1, 1]).exp()
+    keep = (past.history[steps, 1] - past.history[: steps + 1, 1]).exp()
     shrink = torch.stack((keep, past.betas[0] ** n, past.betas[1] ** n), 1)
     _C.missed_steps(
         span(p),
         span(exp_avg),
         span(exp_avg_sq),
         span(last),
-        span(past.facts[: steps + 1]),
+        span(past.history[: steps + 1]),
         span(shrink),
         span(ids),
         V=len(p),

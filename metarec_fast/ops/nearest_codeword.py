@@ -97,7 +97,7 @@ def nearest_codeword(
     x: [N, D] or [H, N, D], float32, float16, bfloat16 or float64; half types are compared as the float32 they equal.
     codebook: [K, D] or [H, K, D], one codebook per head; K >= 1.
     metric: "distance", or "product" for the largest inner product, whatever the lengths of the codes: what cosine
-        similarity asks for once the rows are of length 1. A row of zeros has code 0 then, as all codes tie.
+        similarity needs once the rows are of length 1. A row of zeros has code 0 then, as all codes tie.
     with_margin: False leaves the margin out (None), which makes the search up to twice as fast on the CPU.
     backend: "auto", "reference", "cpu" or "triton".
 

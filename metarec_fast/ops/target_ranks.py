@@ -107,9 +107,9 @@ def target_ranks(
     terms that belong to few items; items rise within a case.
     backend: "auto", "reference", "cpu" or "triton" (float32).
 
-    A score is summed in float32 or float64 in one order, whatever else is asked: an item with the target's own row ties
-    with it, and the counts do not depend on threads, tiles or the other cases. Between instruction sets and devices the
-    last bit of a score may differ. Memory beyond the inputs: of the order of B, and V / 64 words a thread.
+    A score is summed in float32 or float64 in one order, whatever the other arguments: an item with the target's own
+    row ties with it, and the counts do not depend on threads, tiles or the other cases. Between instruction sets and
+    devices the last bit of a score may differ. Memory beyond the inputs: of the order of B, and V / 64 words a thread.
 
     Returns greater, equal (without the target) and nonfinite, int64 [B]. Where nonfinite is not 0, a score is NaN or
     infinite, of a candidate or not, and the other two mean nothing. Not differentiable.

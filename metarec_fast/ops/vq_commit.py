@@ -41,7 +41,7 @@ class VQCommit(NamedTuple):
 
 
 class Health(NamedTuple):
-    """What a lookup tells by the way.
+    """How well the codes separate the rows, a by-product of the lookup.
 
     margin: float32 [] or [H], by how much the nearest code is nearer than the second (see `nearest_codeword`), the
     mean over every 64th row.
@@ -223,9 +223,9 @@ def vq_commit_with_health(
     metric: Metric = "distance",
     backend: Backend = "auto",
 ) -> tuple[VQCommit, Health | None]:
-    """`vq_commit`, and what its pass over the codes tells of their health.
+    """`vq_commit`, and the health of the codes, a by-product of the same pass.
 
-    Health is None where there is none to be had: from the reference, in a torch.func transform that is compiled, and in
+    Health is None where it is not computed: from the reference, in a torch.func transform that is compiled, and in
     a program that is traced or exported.
     """
     dtype = check_pair(x, codebook)

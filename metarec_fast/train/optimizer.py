@@ -83,12 +83,12 @@ class TableAdamW(torch.optim.Optimizer):
         """Start the past anew: every row is up to date."""
         state = self.state[table]
         past = Past.empty(group["betas"], table.dtype, step=int(state["step"]), capacity=CAPACITY)
-        state["first"], state["past"] = state["step"].clone(), past.facts
+        state["first"], state["past"] = state["step"].clone(), past.history
 
     def _past(self, table: Tensor, group: dict[str, Any]) -> Past:
         state = self.state[table]
         first, step = int(state["first"]), int(state["step"])
-        return Past(group["betas"], table.dtype, first=first, step=step, facts=state["past"])
+        return Past(group["betas"], table.dtype, first=first, step=step, history=state["past"])
 
     def _catch_up(self, table: Tensor, group: dict[str, Any], ids: Tensor | None) -> None:
         state, past = self._state(table, group), self._past(table, group)
