@@ -272,11 +272,12 @@ def test_bindings_check_what_they_are_given(monkeypatch, caller):
             others = []
             if isinstance(value, KeptSpan):
                 others += list(other_spans(value))
-                others += [arrays.span(array) for array in other_arrays(value.array)]
+                alive = list(other_arrays(value.array))  # a span does not keep its array
+                others += [arrays.span(array) for array in alive]
             elif isinstance(value, dict):  # bounds of a lookup
                 others += [value | {name: other} for name, given in value.items() for other in other_spans(given)]
-                changed = [(n, a) for n, given in value.items() for a in other_arrays(given.array)]
-                others += [value | {name: arrays.span(array)} for name, array in changed]
+                alive = [(n, a) for n, given in value.items() for a in other_arrays(given.array)]
+                others += [value | {name: arrays.span(array)} for name, array in alive]
             elif isinstance(value, int) and not isinstance(value, bool):
                 others += [n for n in (-1, 0, value + 1, max(value - 1, 0), 2**62) if n != value]
             for other in others:
