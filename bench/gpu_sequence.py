@@ -86,21 +86,21 @@ def scan_cases(device: str, wanted: Wanted, rates: Rates) -> Iterator[Case]:
 
         on = [x.to(device).requires_grad_() for x in (a, u)]
         at, weight = offsets.to(device), weight.to(device)
-        real = (torch.arange(L) >= L - lengths[:, None]).to(device)
+        valid = (torch.arange(L) >= L - lengths[:, None]).to(device)
         padded = [torch.complex(*on[0]), torch.zeros(B, L, D, dtype=torch.complex64, device=device)]
-        padded[1][real] = torch.complex(*on[1].detach().unbind(1))
+        padded[1][valid] = torch.complex(*on[1].detach().unbind(1))
         padded = [x.detach().requires_grad_() for x in padded]
 
-        def forward(on: list = on, at: Tensor = at, padded: list = padded, real: Tensor = real) -> Providers:
+        def forward(on: list = on, at: Tensor = at, padded: list = padded, valid: Tensor = valid) -> Providers:
             yield "metarec_fast", lambda: ops.linear_scan(*(x.detach() for x in on), at)
-            yield "torch padded, by doubling", lambda: padded_meta_step.scan(*(x.detach() for x in padded), real)
+            yield "torch padded, by doubling", lambda: padded_meta_step.scan(*(x.detach() for x in padded), valid)
 
         def backward(
-            on: list = on, at: Tensor = at, padded: list = padded, real: Tensor = real, weight: Tensor = weight
+            on: list = on, at: Tensor = at, padded: list = padded, valid: Tensor = valid, weight: Tensor = weight
         ) -> Providers:
             h = ops.linear_scan(*on, at)
             yield "metarec_fast", lambda: torch.autograd.grad(h, on, weight, retain_graph=True)
-            other = padded_meta_step.scan(*padded, real)
+            other = padded_meta_step.scan(*padded, valid)
             ones = torch.ones_like(other)
             yield "torch padded, by doubling", lambda: torch.autograd.grad(other, padded, ones, retain_graph=True)
 

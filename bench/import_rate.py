@@ -5,7 +5,7 @@
 The file is drawn block by block from the seed: integer ids, users alike, items by a power law, times in no order. Its
 truth is kept as it is drawn: events of each user and item, a checksum over (user, item, time) triples that no order
 changes, and whole rows of some users. The import runs in a process of its own, whose highest resident size the
-kernel tells; what it takes to import the package is in it and told apart. Linux only. Writes
+kernel tells; what it takes to import the package is in it and reported apart. Linux only. Writes
 results/import-<device>.md, and exits with 1 if a domain was not the file's.
 """
 

@@ -101,7 +101,7 @@ class Step:
 
 
 def worker(size: dict[str, int], order: int) -> None:
-    """Take a step when told to by a line, and tell its milliseconds, or its extra memory for the line "memory"."""
+    """Take a step when reported to by a line, and tell its milliseconds, or its extra memory for the line "memory"."""
     from bench.memory import MIB, peak_rise
 
     step = Step(**size, order=order)

@@ -20,8 +20,8 @@ import torch
 from metarec_fast.checks import POSITIVE_COUNT, check_choice, check_count, check_flag
 from metarec_fast.config import Config
 from metarec_fast.cooccurrence.features import CooccurrenceStatistics
-from metarec_fast.cooccurrence.mixture import fit_mixture
-from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer
+from metarec_fast.cooccurrence.mixture import ScoreMixture, fit_mixture
+from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer, TransitionTerms
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, time_cut
 from metarec_fast.data.copies import copied
 from metarec_fast.data.domain import Catalogue
@@ -37,7 +37,7 @@ from metarec_fast.evaluation import (
 )
 from metarec_fast.files import write_atomically
 from metarec_fast.models.recommender import Recommender, SharedEncoder
-from metarec_fast.models.scorer import ModelScorer, ScoreMixture, TransitionTerms
+from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.persistence import load_model, save_model
 from metarec_fast.profiling.steps import StepProfiler
 from metarec_fast.report.table import Row
@@ -85,13 +85,13 @@ def _watched(
         try:
             yield reporter, lambda: should_stop() or stop()
         except Interrupted as reason:
-            if not stop.asked:
+            if not stop.requested:
                 raise
             kept = f"nothing is kept, for {what} was given no run_dir"
             if run_dir is not None:
                 kept = f"saved in {printable(run_dir)}; the same call with resume=True goes on"
             raise KeyboardInterrupt(f"{reason}; {kept}") from None
-        if stop.asked:  # after the last step
+        if stop.requested:  # after the last step
             where = "" if run_dir is None else f"; what it made is in {printable(run_dir)}"
             raise KeyboardInterrupt(f"{what} had come to its end{where}")
         if own is not None:
@@ -152,7 +152,7 @@ class MetaRec:
         run_dir: receives config, checkpoints, the model and report.html; the target-only run in target_only/.
         resume: go on from its checkpoints if it has some, which must be of the same data and options.
         overwrite: replace the run that it holds; the model in it stays until the new one takes its place.
-        progress: show it, where no ``reporter`` is told instead; None: on a terminal and in a notebook.
+        progress: show it, unless a ``reporter`` is given; None: on a terminal and in a notebook.
         should_stop: asked before every step; if true the state is saved and ``Interrupted`` is raised.
         profiler: watches some steps of each stage and tells where their time goes; not of the target-only run beside.
         Ctrl-C saves to ``run_dir`` and raises KeyboardInterrupt, which says how to go on; a second one ends at once.
@@ -360,27 +360,27 @@ class MetaRec:
         return {"beside": self.config.model.cooccurrence, **weights}
 
     def _train_cooccurrence(self, sources: dict[str, Split], run: _Run, *, start: CooccurrenceNetwork | None) -> None:
-        """Train the co-occurrence scorer, and mix it with the encoder so that validation's answers are likeliest.
+        """Train the co-occurrence scorer, and mix it with the encoder by maximum likelihood of the validation targets.
 
-        They are asked by statistics that leave the asked users out, as later users will be.
+        Statistics leave out the users of the cases, as they will leave out later users.
         """
         trainer = CooccurrenceTrainer(
             sources, self.split, self.config, start=start, reporter=run.reporter, should_stop=run.should_stop
         )
         self.cooccurrence = trainer.run()
-        self.history["cooccurrence"] = found = trainer.found.to_dict()
+        self.history["cooccurrence"] = found = trainer.result.to_dict()
         for name in ("skipped_steps", "stages_not_run"):
             self.history[name] += found[name]
         self.history["skipped_by_stage"] |= found["skipped_by_stage"]
         self.model.eval()
         encoder = ModelScorer(self.model, self.domain.name)
-        asked = [
+        scored_cases = [
             (CooccurrenceScorer(self.cooccurrence.scorer, known), cases)
-            for known, cases in trainer.questions
+            for known, cases in trainer.validation_cases
             if len(cases)
         ]
         fitted = fit_mixture(
-            [(ScoreMixture(encoder, path), cases) for path, cases in asked], catalogue=trainer.catalogue
+            [(ScoreMixture(encoder, path), cases) for path, cases in scored_cases], catalogue=trainer.catalogue
         )
         self.encoder_weight, self.cooccurrence_weight = (
             (fitted.encoder / fitted.cooccurrence, 1.0) if fitted.cooccurrence else (1.0, 0.0)
@@ -466,7 +466,7 @@ class MetaRec:
             every item of the domain, also those of which nothing was learned. By default ``config.data.catalogue``.
         on_unknown: "raise", or "skip" with a warning: an unknown user has no items, a history goes without its unknown
             ones and has none if it knows no other.
-        Of equal scores the item of the lower number comes first. Memory is that of a batch of users, and the answers'.
+        Of equal scores the item of the lower number comes first. Memory: a batch of users and the results.
         Raises ValueError for unknown ids, by their places, unless exactly one of users and histories is given, and for
         scores that are not finite.
         """
@@ -475,13 +475,15 @@ class MetaRec:
         k = check_count(k, "k", POSITIVE_COUNT)
         check_flag(exclude_seen, "exclude_seen")
         check_choice(on_unknown, "on_unknown", ("raise", "skip"))
-        asked = None if users is None else _ids("users", users)
-        if asked is not None:
-            known = self._known(self.domain.users, [(f"users[{i}]", user) for i, user in enumerate(asked)], on_unknown)
+        queried = None if users is None else _ids("users", users)
+        if queried is not None:
+            known = self._known(
+                self.domain.users, [(f"users[{i}]", user) for i, user in enumerate(queried)], on_unknown
+            )
             places = np.flatnonzero(known >= 0)
             rows = [self.domain.sequences[u] for u in known[places]]
-            answers: list[list[tuple[Any, float]]] = [[] for _ in asked]
-            asked = [asked[place] for place in places]
+            results: list[list[tuple[Any, float]]] = [[] for _ in queried]
+            queried = [queried[place] for place in places]
         else:
             given = [_ids(f"histories[{i}]", history) for i, history in enumerate(_ids("histories", histories))]
             named = [
@@ -493,9 +495,9 @@ class MetaRec:
             ]
             places = [i for i, (row, history) in enumerate(zip(rows, given, strict=True)) if len(row) or not history]
             rows = [rows[place] for place in places]
-            answers = [[] for _ in given]
+            results = [[] for _ in given]
         if not rows:
-            return answers
+            return results
         read = Sequences(
             offsets=np.concatenate(([0], np.cumsum([len(r) for r in rows]))).astype(np.int64),
             items=np.concatenate(rows).astype(np.int64),
@@ -510,10 +512,10 @@ class MetaRec:
         )
         try:
             for place, (items, scores) in zip(places, found, strict=True):
-                answers[place] = list(zip(self.domain.items.decode(items), scores.tolist(), strict=True))
-            return answers
+                results[place] = list(zip(self.domain.items.decode(items), scores.tolist(), strict=True))
+            return results
         except NonFiniteScoresError as error:
-            who = f"history {places[error.case]}" if asked is None else f"user {asked[error.case]!r}"
+            who = f"history {places[error.case]}" if queried is None else f"user {queried[error.case]!r}"
             raise ValueError(f"{who}: {error}") from error
 
     @staticmethod
@@ -543,8 +545,8 @@ class MetaRec:
         if isinstance(self.cooccurrence, CooccurrenceScorer):
             parts["cooccurrence"] = self.cooccurrence.scorer
         weights = {"cooccurrence_weight": self.cooccurrence_weight, "encoder_weight": self.encoder_weight}
-        facts = {"config": dataclasses.asdict(self.config), **weights, "history": self.history}
-        save_model(folder, parts, self.domain, facts, overwrite=overwrite)
+        manifest = {"config": dataclasses.asdict(self.config), **weights, "history": self.history}
+        save_model(folder, parts, self.domain, manifest, overwrite=overwrite)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, verify: bool = True) -> MetaRec:
@@ -562,8 +564,10 @@ class MetaRec:
         cooccurrence = None
         if "cooccurrence" in loaded.parts:
             cooccurrence = CooccurrenceScorer(loaded.parts["cooccurrence"].eval(), CooccurrenceStatistics(split.train))
-        weights = {name: loaded.facts[name] for name in ("cooccurrence_weight", "encoder_weight")}
-        return cls(model.eval(), split, config, cooccurrence=cooccurrence, history=loaded.facts["history"], **weights)
+        weights = {name: loaded.manifest[name] for name in ("cooccurrence_weight", "encoder_weight")}
+        return cls(
+            model.eval(), split, config, cooccurrence=cooccurrence, history=loaded.manifest["history"], **weights
+        )
 
 
 def _ids(name: str, given: Iterable[Any]) -> list[Any]:
@@ -582,7 +586,7 @@ def _folder(run_dir: str | Path | None) -> Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """Where a run is kept, who is told about it and who may stop it."""
+    """Where a run is kept, what it reports to and what may stop it."""
 
     folder: Path | None
     resume: bool

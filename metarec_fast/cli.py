@@ -347,8 +347,8 @@ def flags_of(command: type) -> dict[str, str]:
 def in_flags(message: str, command: type) -> str:
     """An error of the API in the command's words: options of its own, and arguments it has too, by their flags.
 
-    Options are told by their section. Arguments are many an ordinary word: they count as one with a value (k=3), or at
-    the beginning and said to be something (k must be).
+    Options are recognised by their section. Names of arguments are often ordinary words: they count with a value (k=3),
+    or at the beginning with a requirement (k must be).
     """
 
     def in_words(found: re.Match[str]) -> str:
@@ -404,15 +404,15 @@ def show_transfer(console: Console, model: MetaRec, out: Path) -> None:
     report = model.history.get("transfer_report")
     if report is None:
         return
-    told = [
+    text = [
         f"{METHODS[report['method']]}: {report['verdict']}",
         *lines(report),
         f"  report: {printable(out / 'report.html')}",
     ]
-    console.print("\n".join(told), soft_wrap=True)
+    console.print("\n".join(text), soft_wrap=True)
 
 
-def run_folder_facts(config: Config, rows: Sequence, models: dict) -> dict:
+def run_folder_record(config: Config, rows: Sequence, models: dict) -> dict:
     import numpy
     import torch
 
@@ -497,7 +497,7 @@ def train_and_show(
     for method, model in models.items():
         show_transfer(console, model, out / method)
     write_atomically(out / "config.json", config.to_json().encode())
-    write_atomically(out / "metrics.json", json.dumps(run_folder_facts(config, rows, models), indent=2).encode())
+    write_atomically(out / "metrics.json", json.dumps(run_folder_record(config, rows, models), indent=2).encode())
     write_atomically(out / "table.md", markdown(rows, columns=COLUMNS).encode())
     console.print(f"run folder: {printable(out)}   total {time.perf_counter() - started:.0f} s", soft_wrap=True)
     return 0
@@ -722,14 +722,14 @@ def recommend(command: Recommend) -> int:
     if not known:
         raise ValueError(f"{flag}: {'; '.join(unknown)}")
     if command.users:
-        asked, answers = [text for text, _ in known], model.recommend([value for _, value in known], **options)
+        queries, results = [text for text, _ in known], model.recommend([value for _, value in known], **options)
     else:
-        asked, answers = ["history"], model.recommend(histories=[[value for _, value in known]], **options)
+        queries, results = ["history"], model.recommend(histories=[[value for _, value in known]], **options)
     if command.json:
-        print(json.dumps(dict(zip(asked, answers, strict=True)), ensure_ascii=False))
+        print(json.dumps(dict(zip(queries, results, strict=True)), ensure_ascii=False))
     else:
         table = Table("for", "rank", "item", "score")
-        for who, answer in zip(asked, answers, strict=True):
+        for who, answer in zip(queries, results, strict=True):
             for rank, (item, score) in enumerate(answer, 1):
                 table.add_row(printable(who), str(rank), printable(item), f"{score:.3f}")
         plain_console().print(table)
@@ -755,14 +755,14 @@ def run_study(
 
     console, status = plain_console(), 0
 
-    def show(cell: Cell, facts: dict, done: int, total: int) -> None:
-        cost = facts["cost"]
-        left_out = facts.get("history", {}).get("skipped_steps", 0)
+    def show(cell: Cell, record: dict, done: int, total: int) -> None:
+        cost = record["cost"]
+        left_out = record.get("history", {}).get("skipped_steps", 0)
         skipped = f" ({left_out:,} left out, not finite)" if left_out else ""
         memory = "" if cost["peak_memory_mib"] is None else f", {cost['peak_memory_mib']:,.0f} MiB"
         console.print(
-            f"{done}/{total}  {printable(cell)}: NDCG@10 {figure(facts, 'ndcg@10'):.4f} "
-            f"(validation {facts['valid']:.4f})  {cost['seconds']:.0f} s, {cost['steps']:,} steps{skipped}{memory}",
+            f"{done}/{total}  {printable(cell)}: NDCG@10 {figure(record, 'ndcg@10'):.4f} "
+            f"(validation {record['valid']:.4f})  {cost['seconds']:.0f} s, {cost['steps']:,} steps{skipped}{memory}",
             soft_wrap=True,
         )
 
@@ -829,7 +829,7 @@ def study(command: StudyRun) -> int:
         if contrasts:
             print(f"\n{label(comparison)}\n{contrast_table(contrasts)}\n{summary(contrasts)}")
     seconds = time.perf_counter() - started
-    print(f"\n{len(results.facts)} of {results.expected} cells; tables and plots: {printable(out)}   ", end="")
+    print(f"\n{len(results.records)} of {results.expected} cells; tables and plots: {printable(out)}   ", end="")
     print(f"total {seconds:.0f} s")
     return status
 

@@ -197,7 +197,7 @@ class TrainConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class CooccurrenceConfig(Checked):
-    """How the co-occurrence scorer is trained: the stages of ``train.method``, over questions instead of windows."""
+    """Training of the co-occurrence scorer: the stages of ``train.method``, over evaluation cases, not windows."""
 
     hidden: int = 64
     similarity_inits: int = 5
@@ -212,7 +212,7 @@ class CooccurrenceConfig(Checked):
     finetune_steps: int = 150
     """At most, unless ``finetune_passes`` asks for more; the target alone may use the steps of all stages."""
     finetune_passes: float = 5.0
-    """Steps on the target suffice to ask each of its users so often: many users bear more steps than few."""
+    """As many steps on the target as it takes to draw each of its users so often: with more users, more steps."""
     batch_size: int = 64
     lr: float = 3e-3
     """Falls linearly over warm-up and meta stage."""
@@ -221,7 +221,7 @@ class CooccurrenceConfig(Checked):
     sizes: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Users whose events make a source's statistics, in numbers of the target's, which a source should look like."""
     folds: int = 5
-    """Groups of the target's users, each asked by the statistics of the others."""
+    """Groups of the target's users, each scored with the statistics of the others."""
     evaluate_every: int = 25
     patience: int = 6
     """Evaluations without a better validation loss before training on the target stops; fewer in proportion where the

@@ -368,7 +368,7 @@ class Field(NamedTuple):
     """What a field of a description must be, in words and as a test."""
 
     words: str
-    holds: Callable[[Any], bool]
+    fits: Callable[[Any], bool]
 
 
 COUNT = Field("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < 2**63)
@@ -400,7 +400,7 @@ def check_fields(found: Any, known: Mapping[str, Field], where: str, *, exact: b
     if exact and (extra := [name for name in found if name not in known]):
         raise Damaged(f"{where} has the unknown field {shown(extra[0])}")
     for name, field in known.items():
-        if not field.holds(found[name]):
+        if not field.fits(found[name]):
             raise Damaged(f"{where}: {name!r} must be {field.words}, got {shown(found[name])}")
 
 
@@ -441,28 +441,28 @@ def read_json(folder: Path, name: str) -> Any:
         raise Damaged(f"{name} is no JSON: {error}") from error
 
 
-def check_format(facts: Any, current: int, what: str, *, older: str) -> None:
+def check_format(manifest: Any, current: int, what: str, *, older: str) -> None:
     """Raises ValueError, with advice, for the description of another format. older: what to do with an older one."""
-    found = facts.get("format") if isinstance(facts, dict) else None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
     if type(found) is int and found > 0 and found != current:
         advice = older if found < current else "a newer version of metarec_fast wrote it"
         raise ValueError(f"{what} has format {found}, this version reads {current}: {advice}")
 
 
-def sealed(facts: Mapping[str, Any]) -> bytes:
-    """JSON of ``facts`` with a checksum of them all, which ``check_seal`` looks at."""
-    plain = json.loads(json.dumps(facts))
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """JSON of ``manifest`` with a checksum of them all, which ``check_seal`` looks at."""
+    plain = json.loads(json.dumps(manifest))
     return json.dumps({**plain, "checksum": _checksum(plain)}, indent=2).encode()
 
 
-def check_seal(facts: Mapping[str, Any], name: str) -> None:
-    """Raises Damaged if ``facts`` are not what was sealed."""
-    if facts.get("checksum") != _checksum({key: value for key, value in facts.items() if key != "checksum"}):
+def check_seal(manifest: Mapping[str, Any], name: str) -> None:
+    """Raises Damaged if ``manifest`` are not what was sealed."""
+    if manifest.get("checksum") != _checksum({key: value for key, value in manifest.items() if key != "checksum"}):
         raise Damaged(f"{name} was changed after it was written: its checksum is another")
 
 
-def _checksum(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def describe_file(path: Path) -> dict[str, Any]:

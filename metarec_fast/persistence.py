@@ -58,8 +58,10 @@ MODEL_FIELDS = {
 
 def _described(folder: Path) -> str:
     try:
-        facts = read_json(folder, MODEL.last)
-        return f"target {facts['target']!r}, method {facts['config']['train']['method']}, saved {facts['saved']}"
+        manifest = read_json(folder, MODEL.last)
+        return (
+            f"target {manifest['target']!r}, method {manifest['config']['train']['method']}, saved {manifest['saved']}"
+        )
     except (ValueError, KeyError, TypeError):
         return "its description cannot be read"
 
@@ -87,11 +89,11 @@ def _config_of(given: dict[str, Any]) -> Config:
 
 
 def save_model(
-    folder: str | Path, parts: Mapping[str, nn.Module], domain: Domain, facts: Mapping[str, Any], *, overwrite: bool
+    folder: str | Path, parts: Mapping[str, nn.Module], domain: Domain, manifest: Mapping[str, Any], *, overwrite: bool
 ) -> None:
     """Write the tensors of ``parts``, shared, table and perhaps co-occurrence, and the domain; whole, or not at all.
 
-    facts: config, cooccurrence_weight, encoder_weight and history, of MODEL_FIELDS.
+    manifest: config, cooccurrence_weight, encoder_weight and history, of MODEL_FIELDS.
     Raises as ``files.replacing`` does.
     """
     from safetensors.torch import save
@@ -106,14 +108,21 @@ def save_model(
         (partial / "domain").mkdir()
         write_domain(domain, partial / "domain")
         files = {name: describe_file(partial / name) for name in MODEL_FILES}
-        about = {"format": FORMAT, "target": domain.name, "saved": now(), **facts, "versions": versions, "files": files}
+        about = {
+            "format": FORMAT,
+            "target": domain.name,
+            "saved": now(),
+            **manifest,
+            "versions": versions,
+            "files": files,
+        }
         write_atomically(partial / MODEL.last, sealed(about))
 
 
 class Loaded(NamedTuple):
     """What a saved model's folder holds."""
 
-    facts: dict[str, Any]
+    manifest: dict[str, Any]
     config: Config
     parts: dict[str, nn.Module]
     domain: Domain
@@ -132,22 +141,22 @@ def load_model(folder: str | Path, *, verify: bool = True) -> Loaded:
     if not MODEL.is_in(folder):
         raise ValueError(f"{folder} holds no saved model: {MODEL.last} is missing")
     try:
-        facts = read_json(folder, MODEL.last)
-        check_format(facts, FORMAT, str(folder), older="train again, or load it with the version that saved it")
-        check_fields(facts, MODEL_FIELDS, MODEL.last)
-        check_fields(facts["files"], dict.fromkeys(MODEL_FILES, OBJECT), f"{MODEL.last}: 'files'")
-        for name, described in facts["files"].items():
+        manifest = read_json(folder, MODEL.last)
+        check_format(manifest, FORMAT, str(folder), older="train again, or load it with the version that saved it")
+        check_fields(manifest, MODEL_FIELDS, MODEL.last)
+        check_fields(manifest["files"], dict.fromkeys(MODEL_FILES, OBJECT), f"{MODEL.last}: 'files'")
+        for name, described in manifest["files"].items():
             check_fields(described, FILE, f"{MODEL.last}: {name!r} of 'files'")
-        config = _config_of(facts["config"])
-        check_seal(facts, MODEL.last)
-        for name, described in facts["files"].items():
+        config = _config_of(manifest["config"])
+        check_seal(manifest, MODEL.last)
+        for name, described in manifest["files"].items():
             check_file(folder, name, described, verify=verify)
         try:
             domain = load_domain(folder / "domain", verify=True if verify else "auto")
         except ValueError as error:
             raise Damaged(str(error)) from error
-        if domain.name != facts["target"]:
-            raise Damaged(f"{MODEL.last}: 'target' is {facts['target']!r}, the domain is {domain.name!r}")
+        if domain.name != manifest["target"]:
+            raise Damaged(f"{MODEL.last}: 'target' is {manifest['target']!r}, the domain is {domain.name!r}")
         try:
             _check_tensors(folder / TENSORS, config, domain)
             tensors = load_file(folder / TENSORS)
@@ -159,7 +168,7 @@ def load_model(folder: str | Path, *, verify: bool = True) -> Loaded:
             module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
     except Damaged as error:
         raise ValueError(f"saved model in {folder} is damaged: {error}") from error
-    return Loaded(facts, config, parts, domain)
+    return Loaded(manifest, config, parts, domain)
 
 
 def _parts(config: Config, domain: Domain) -> dict[str, nn.Module]:

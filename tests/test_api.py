@@ -140,8 +140,8 @@ def test_another_format_is_refused(copy, other, message):
 
 
 def test_saving_over_a_model_is_asked_for(fitted, with_transitions, copy):
-    told = r"holds a saved model already; .*overwrite=True.*target 'target', method (metarec|target_only), saved 20"
-    with pytest.raises(ValueError, match=told):
+    reported = r"holds a saved model already; .*overwrite=True.*target 'target', method (metarec|target_only), saved 20"
+    with pytest.raises(ValueError, match=reported):
         with_transitions.save_pretrained(copy)
     assert MetaRec.from_pretrained(copy).history == fitted.history
     (copy / "README.md").write_text("about this model")
@@ -175,16 +175,16 @@ def test_a_model_survives_a_save_that_is_killed(fitted, with_transitions, copy, 
     while died:
         at += 9
         died = killed(lambda: with_transitions.save_pretrained(copy, overwrite=True), at)
-        seen.add(histories[json.dumps(load_model(copy).facts["history"])])
+        seen.add(histories[json.dumps(load_model(copy).manifest["history"])])
         fitted.save_pretrained(copy, overwrite=True)
         assert os.listdir(copy.parent) == ["copy"]
     assert seen == {"old", "new"} and at > 40
 
 
 def test_a_model_survives_a_full_disk(fitted, with_transitions, copy):
-    told = fails_with_little_room(lambda: with_transitions.save_pretrained(copy, overwrite=True), 2000)
-    assert str(copy) in told and "partial" not in told
-    assert load_model(copy).facts["history"] == fitted.history and os.listdir(copy.parent) == ["copy"]
+    reported = fails_with_little_room(lambda: with_transitions.save_pretrained(copy, overwrite=True), 2000)
+    assert str(copy) in reported and "partial" not in reported
+    assert load_model(copy).manifest["history"] == fitted.history and os.listdir(copy.parent) == ["copy"]
 
 
 def test_every_malformed_field_is_named_and_nothing_is_allocated_for_it(copy):
@@ -249,7 +249,7 @@ def test_no_changed_byte_goes_unnoticed(copy):
             except ValueError as error:
                 assert str(copy) in str(error)
             else:  # blanks between the fields of JSON say nothing, nor does what pads a NumPy header
-                assert loaded.facts == json.loads((copy / "metarec.json").read_text())
+                assert loaded.manifest == json.loads((copy / "metarec.json").read_text())
                 assert path.suffix == ".json" or whole[at : at + 1] in b" \n" or at < 128, (path, how, at)
                 assert load_domain(copy / "domain", verify=True).num_items == 30
         path.write_bytes(whole)
@@ -642,7 +642,7 @@ def test_the_target_only_run_beside_has_the_same_budget():
     ("ranks", "method", "words"),
     [
         ({"metarec": 0, "target_only": 3}, "metarec", "Transfer helped"),
-        ({"metarec": 3, "target_only": 3}, "target_only", "No co-occurrence that transfer helped"),
+        ({"metarec": 3, "target_only": 3}, "target_only", "No sign that transfer helped"),
         ({"metarec": 3, "target_only": 0}, "target_only", "Transfer harmed"),
     ],
     ids=str,
@@ -949,7 +949,7 @@ def test_a_configuration_is_a_config():
     ],
     ids=["same ids", "other ids"],
 )
-def test_a_source_that_copies_the_target_is_told(copy, how):
+def test_a_source_that_copies_the_target_is_reported(copy, how):
     with pytest.warns(
         RuntimeWarning, match=f"{how}.*: it looks like a copy of the target, and teaches what is held out"
     ):
@@ -959,7 +959,7 @@ def test_a_source_that_copies_the_target_is_told(copy, how):
 # ids that nobody knows
 
 
-def test_unknown_ids_are_told_by_their_places(fitted):
+def test_unknown_ids_are_reported_by_their_places(fitted):
     known = fitted.domain.users.decode([3, 5])
     with pytest.raises(
         ValueError, match=r"unknown id 'x' at users\[1\], unknown id 7 \(ids here are strings, got int\)"
@@ -973,16 +973,22 @@ def test_unknown_ids_are_told_by_their_places(fitted):
 
 
 def test_unknown_ids_can_be_skipped_and_the_others_answered(fitted):
+
+    def same(a, b):  # scores of another batch may be rounded otherwise
+        return [i for i, _ in a] == [i for i, _ in b] and [s for _, s in a] == pytest.approx(
+            [s for _, s in b], rel=1e-4
+        )
+
     known = fitted.domain.users.decode([3, 5])
     with pytest.warns(RuntimeWarning, match=r"unknown id 'x' at users\[1\]: left out"):
         answers = fitted.recommend([known[0], "x", known[1]], k=3, on_unknown="skip")
     assert answers[1] == []
-    assert [answers[0], answers[2]] == fitted.recommend(known, k=3)
+    assert all(map(same, [answers[0], answers[2]], fitted.recommend(known, k=3)))
     a, b = fitted.domain.items.decode([0, 4])
     with pytest.warns(RuntimeWarning, match="left out"):
         answers = fitted.recommend(histories=[[a, "y", b], ["y"], []], k=2, on_unknown="skip")
-    assert answers[0] == fitted.recommend(histories=[[a, b]], k=2)[0]
-    assert answers[1] == [] and answers[2] == fitted.recommend(histories=[[]], k=2)[0]
+    assert same(answers[0], fitted.recommend(histories=[[a, b]], k=2)[0])
+    assert answers[1] == [] and same(answers[2], fitted.recommend(histories=[[]], k=2)[0])
     with pytest.warns(RuntimeWarning, match="left out"):
         assert fitted.recommend(["x"], on_unknown="skip") == [[]]
 
@@ -1073,9 +1079,9 @@ def test_progress_is_shown_where_it_is_asked_for_or_seen(capsys, monkeypatch):
     MetaRec.fit([], TARGET, **options)
     assert capsys.readouterr() == ("", "")  # no terminal
     MetaRec.fit([], TARGET, progress=True, **options)
-    told = capsys.readouterr()
-    assert not told.out and told.err.startswith("fit: target: 40 users") and "fit finetune 1/" in told.err
-    assert re.search(r"^fit: \d+ s$", told.err, re.MULTILINE)
+    reported = capsys.readouterr()
+    assert not reported.out and reported.err.startswith("fit: target: 40 users") and "fit finetune 1/" in reported.err
+    assert re.search(r"^fit: \d+ s$", reported.err, re.MULTILINE)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     MetaRec.fit([], TARGET, **options)
     assert "fit: target: 40 users" in capsys.readouterr().err

@@ -299,7 +299,7 @@ def mangled(folder, to):
 
 
 @pytest.mark.parametrize("command", ["train", "adapt", "audit-transfer", "study"])
-def test_what_is_skipped_and_ignored_is_told(folder, study_file, tmp_path, capsys, monkeypatch, recwarn, command):
+def test_what_is_skipped_and_ignored_is_reported(folder, study_file, tmp_path, capsys, monkeypatch, recwarn, command):
     bad = mangled(folder, tmp_path)
     options = [f"--folder={tmp_path}", "--on-error=skip", f"--out={tmp_path / 'out'}"]
     if command in ("train", "adapt"):
@@ -456,8 +456,8 @@ def test_an_audit_leaves_each_source_out(folder, tmp_path, capsys):
     assert main([*command, *options, *TINY]) == 0
     shown = capsys.readouterr().out
     assert "7/7  shop 1 without-toys seed 0" in shown and "6/7  shop 1 without-books seed 0" in shown
-    told = re.findall(r"^(?:No verdict on|It cannot be told that)? ?(\w+)(?: \w+)? beside the other", shown, re.M)
-    assert told == ["books", "toys"]
+    reported = re.findall(r"^(?:No verdict on|It cannot be shown that)? ?(\w+)(?: \w+)? beside the other", shown, re.M)
+    assert reported == ["books", "toys"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -532,8 +532,8 @@ def test_a_run_is_not_overwritten_unless_asked(folder, tmp_path, capsys):
     capsys.readouterr()
     for target in ("shop", "books"):
         assert main(["train", f"--target={target}", *quick]) == 2
-        told = capsys.readouterr().err
-        assert f"{out} holds a run already: target 'shop', method target_only" in told and "--overwrite" in told
+        reported = capsys.readouterr().err
+        assert f"{out} holds a run already: target 'shop', method target_only" in reported and "--overwrite" in reported
     assert main(["train", "--target=books", "--resume", *quick]) == 2
     assert "target: 'books', was 'shop'" in capsys.readouterr().err.replace("targets", "target")
     assert main(["train", "--target=books", "--resume", "--overwrite", *quick]) == 2
@@ -555,8 +555,8 @@ def test_the_demo_replaces_a_demo_where_nobody_chose_the_folder_and_nothing_else
     assert "runs/demo holds a run already" in capsys.readouterr().err
     (tmp_path / "runs" / "demo" / "run.json").unlink()  # a run of which nobody knows what it is
     assert main(["demo", *tiny]) == 2
-    assert "runs/demo holds a run already: files checkpoint" not in (told := capsys.readouterr().err)
-    assert "runs/demo holds a run already: files" in told
+    assert "runs/demo holds a run already: files checkpoint" not in (reported := capsys.readouterr().err)
+    assert "runs/demo holds a run already: files" in reported
 
 
 # messages in the command's words
@@ -597,7 +597,7 @@ def test_invalid_options_are_said_before_data_is_read(folder, tmp_path, capsys):
         assert_one_line(capsys, message)
 
 
-def test_ctrl_c_before_training_is_told_in_a_line(folder, capsys, monkeypatch):
+def test_ctrl_c_before_training_is_reported_in_a_line(folder, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

@@ -77,10 +77,10 @@ def test_a_file_killed_anywhere_is_the_old_or_the_new(tmp_path):
 def test_a_full_disk_names_the_path_and_leaves_what_was(tmp_path):
     write(tmp_path / "n", "old")
     write_atomically(tmp_path / "f", b"old")
-    told = fails_with_little_room(lambda: write(tmp_path / "n", "new" * 1000), 100)
-    assert str(tmp_path / "n") in told and "partial" not in told
-    told = fails_with_little_room(lambda: write_atomically(tmp_path / "f", b"new" * 1000), 100)
-    assert told.endswith(f"'{tmp_path / 'f'}'")
+    reported = fails_with_little_room(lambda: write(tmp_path / "n", "new" * 1000), 100)
+    assert str(tmp_path / "n") in reported and "partial" not in reported
+    reported = fails_with_little_room(lambda: write_atomically(tmp_path / "f", b"new" * 1000), 100)
+    assert reported.endswith(f"'{tmp_path / 'f'}'")
     assert read(tmp_path / "n") == "old" and (tmp_path / "f").read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["f", "n"]
 

@@ -17,32 +17,32 @@ Parameters = dict[str, Tensor]
 def pad_left(items: Tensor, targets: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Packed windows as [B, length] items and targets (0 and -100 where there is nothing) and a mask."""
     B = len(offsets) - 1
-    x, y, real = torch.zeros(B, length).long(), torch.full((B, length), -100), torch.zeros(B, length).bool()
+    x, y, valid = torch.zeros(B, length).long(), torch.full((B, length), -100), torch.zeros(B, length).bool()
     for b in range(B):
         n = int(offsets[b + 1] - offsets[b])
         x[b, length - n :], y[b, length - n :] = (
             items[offsets[b] : offsets[b + 1]],
             targets[offsets[b] : offsets[b + 1]],
         )
-        real[b, length - n :] = True
-    return x, y, real
+        valid[b, length - n :] = True
+    return x, y, valid
 
 
-def scan(eigenvalues: Tensor, u: Tensor, real: Tensor) -> Tensor:
-    """h_t = lambda * h_(t-1) + u_t for real t-1, by doubling blocks; u [B, L, h] complex, L a power of two."""
+def scan(eigenvalues: Tensor, u: Tensor, valid: Tensor) -> Tensor:
+    """h_t = lambda * h_(t-1) + u_t for valid t-1, by doubling blocks; u [B, L, h] complex, L a power of two."""
     B, L, width = u.shape
     powers = eigenvalues.expand(L, width).cumprod(0)
     h, block = u, 2
     while block <= L:
         halves = h.view(B * L // block, 2, block // 2, width)
-        last_real = real.view(B * L // block, 2, block // 2)[:, 0, -1].to(u.dtype)
-        carry = halves[:, 0, -1:] * powers[: block // 2] * last_real[:, None, None]
+        last_valid = valid.view(B * L // block, 2, block // 2)[:, 0, -1].to(u.dtype)
+        carry = halves[:, 0, -1:] * powers[: block // 2] * last_valid[:, None, None]
         h = torch.stack((halves[:, 0], halves[:, 1] + carry), 1).view(B, L, width)
         block *= 2
     return h
 
 
-def encode(p: Parameters, x: Tensor, real: Tensor, layers: int) -> Tensor:
+def encode(p: Parameters, x: Tensor, valid: Tensor, layers: int) -> Tensor:
     D = x.shape[-1]
     for i in range(layers):
         name = f"encoder.layers.{i}."
@@ -50,7 +50,7 @@ def encode(p: Parameters, x: Tensor, real: Tensor, layers: int) -> Tensor:
         u = F.linear(x, p[name + "0.into.weight"], p[name + "0.into.bias"])
         width = u.shape[-1] // 2
         u = torch.complex(u[..., :width], u[..., width:]) * torch.exp(p[name + "0.log_gamma"])
-        h = scan(torch.polar(modulus, phase), u, real)
+        h = scan(torch.polar(modulus, phase), u, valid)
         y = F.linear(torch.cat((h.real, h.imag), -1), p[name + "0.out.weight"], p[name + "0.out.bias"])
         x = F.layer_norm(y + x, (D,), p[name + "0.norm.weight"], p[name + "0.norm.bias"])
         y = F.gelu(F.linear(x, p[name + "1.into.weight"], p[name + "1.into.bias"]))
@@ -69,7 +69,7 @@ def loss(
     valid_only: bool = False,
 ) -> Tensor:
     """Cross-entropy over dense logits, at every position with padding ignored or at valid ones, plus the VQ loss."""
-    items, targets, real = batch
+    items, targets, valid = batch
     D = private["weight"].shape[1]
     z = F.layer_norm(private["weight"][items], (D,), private["norm.weight"], private["norm.bias"])
     codebook = shared["codebook"]
@@ -82,12 +82,12 @@ def loss(
     ]
     indices = torch.stack([distance.argmin(1) for distance in distances], 1)
     q = torch.stack([codebook[h][indices[:, h]] for h in range(H)], 1).view(*items.shape, D)
-    weight = real[..., None].to(z.dtype) / (real.sum() * D)
+    weight = valid[..., None].to(z.dtype) / (valid.sum() * D)
     vq = ((q - z.detach()).square() * weight).sum() + beta * ((z - q.detach()).square() * weight).sum()
     x = F.layer_norm(z + q + (z - z.detach()), (D,), shared["norm.weight"], shared["norm.bias"])
-    states = encode(shared, x, real, layers)
+    states = encode(shared, x, valid, layers)
     if valid_only:
-        states, targets = states[real], targets[real]
+        states, targets = states[valid], targets[valid]
     logits = states @ private["weight"].T + private["bias"]
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-100) + vq
 

@@ -74,8 +74,8 @@ def cooccurrence_graph(train: Sequences) -> CooccurrenceGraph:
 class CooccurrenceFeatures:
     """Histories with all that can be said for each item after them.
 
-    offsets: int64 [B+1], candidates: int64 [N] rising in each case, co-occurrence: float32 [N, FEATURES].
-    case: float32 [B, CASE_FEATURES]. targets: int64 [B] if the answers are known.
+    offsets: int64 [B+1], candidates: int64 [N] rising in each case, cooccurrence: float32 [N, FEATURES].
+    case: float32 [B, CASE_FEATURES]. targets: int64 [B], if known.
     levels: float32 [P, ITEM_FEATURES], the items' features: they depend on popularity and on the place in the items'
     order, in steps, so that there are fewer than items.
     level_of: int64 [V], each item's level. multiplicity: float32 [P], items of each level.
@@ -91,7 +91,7 @@ class CooccurrenceFeatures:
     targets: Tensor | None = None
 
     def among(self, catalogue: np.ndarray) -> CooccurrenceFeatures:
-        """The same questions with the items of a catalogue, bool [V], for answers: targets must be in it.
+        """The same cases ranked among the items of a catalogue, bool [V]: targets must be in it.
 
         Candidates all have training events; so they must be in it too.
         """
@@ -179,22 +179,22 @@ class CooccurrenceStatistics:
 
 
 class CooccurrenceEpisode:
-    """Questions about some users of a domain, answered by the statistics of others: nobody is asked what was counted.
+    """Cases of some users of a domain with the statistics of others: no query user is counted.
 
-    statistics: users whose training events are counted. asked: users whose last events are asked for, one a question,
-    chosen at random among their last four.
+    statistics: users whose training events are counted. query_users: users whose cases are made: the
+    target of each is one of the user's last four events, at random.
     """
 
-    def __init__(self, train: Sequences, *, statistics: np.ndarray, asked: np.ndarray) -> None:
+    def __init__(self, train: Sequences, *, statistics: np.ndarray, query_users: np.ndarray) -> None:
         self.statistics = CooccurrenceStatistics(train.take(statistics))
-        self.train, self.asked = train, asked[train.lengths[asked] >= 2]
-        if not len(self.asked):
-            raise ValueError("asked must hold a user of two events at least")
+        self.train, self.query_users = train, query_users[train.lengths[query_users] >= 2]
+        if not len(self.query_users):
+            raise ValueError("query_users must have a user of at least two events")
 
     def batch(self, size: int, *, seed: tuple[int, ...]) -> CooccurrenceFeatures:
-        """``size`` questions: a pure function of the seed."""
+        """``size`` cases: a pure function of the seed."""
         rng = np.random.default_rng(seed)
-        users = self.asked[rng.integers(len(self.asked), size=size)]
+        users = self.query_users[rng.integers(len(self.query_users), size=size)]
         lengths = self.train.lengths[users]
         cut = rng.integers(np.maximum(1, lengths - 4), lengths)
         begins = self.train.offsets[:-1][users]

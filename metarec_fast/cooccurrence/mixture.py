@@ -1,28 +1,90 @@
-"""How much an encoder and the co-occurrence beside it should count: the weights of the greatest likelihood."""
+"""Encoder and co-occurrence scores mixed, and the weights of both by maximum likelihood."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metarec_fast.data.domain import Cases
+from metarec_fast.cooccurrence.scorer import CooccurrenceScorer
+from metarec_fast.data.domain import Cases, Sequences
 from metarec_fast.evaluation.catalogue import inside
 from metarec_fast.evaluation.evaluate import batches
-from metarec_fast.evaluation.linear_scores import MixedScores
-from metarec_fast.evaluation.scorer import MixtureScorer
+from metarec_fast.evaluation.linear_scores import LinearScores
+from metarec_fast.models.scorer import ModelScorer
 
 _LOGITS = 1 << 19  # of a part at a time: few enough for caches, and several cases a pass over a large table
 _BATCH, _HELD = 1024, 4096  # cases prepared at a time, and those kept; of more, each pass prepares the others again
 _STEPS, _HALVINGS, _ENOUGH = 20, 10, 1e-6  # of Newton's method, and the gain of the mean loss that ends it
 
 
+@dataclass(frozen=True, eq=False)
+class MixedScores:
+    """Scores of the same cases by the encoder and by the co-occurrence scorer, computed once for any weights.
+
+    encoder: without added terms. cooccurrence: without bias. table: [V, both widths], the tables of both side by side.
+    """
+
+    encoder: LinearScores
+    cooccurrence: LinearScores
+    table: Tensor
+
+    def weighted(self, weight: float) -> LinearScores:
+        """The co-occurrence scores plus ``weight`` times the encoder's."""
+        bias = None if self.encoder.bias is None else weight * self.encoder.bias
+        states = torch.cat((weight * self.encoder.states, self.cooccurrence.states), 1)
+        return LinearScores(states, self.table, bias, self.cooccurrence.added)
+
+
+class MixtureScorer(Protocol):
+    """Gives the scores of encoder and co-occurrence scorer apart, so that many weights can be tried."""
+
+    @property
+    def num_items(self) -> int: ...
+
+    def parts(self, histories: Sequences) -> MixedScores:
+        """The scores of both for these cases. histories: B item sequences, some perhaps empty."""
+        ...
+
+
+class ScoreMixture:
+    """logit = the co-occurrence scorer's, plus ``encoder_weight`` times the encoder's."""
+
+    def __init__(self, encoder: ModelScorer, cooccurrence: CooccurrenceScorer, *, encoder_weight: float = 1.0) -> None:
+        if encoder.num_items != cooccurrence.num_items:
+            raise ValueError(
+                f"encoder and co-occurrence must rank as many items, got {encoder.num_items} and "
+                f"{cooccurrence.num_items}"
+            )
+        if encoder.cooccurrence is not None:
+            raise ValueError("encoder must have no co-occurrence terms of its own, got one that has")
+        self.encoder, self.cooccurrence, self.encoder_weight = encoder, cooccurrence, encoder_weight
+        self.num_items = encoder.num_items
+        weight = encoder.table.weight.detach()
+        self._table = torch.cat((weight, cooccurrence.items.to(weight)), 1)
+
+    def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
+        if not self.encoder_weight:
+            return self.cooccurrence.prepare(histories)
+        return self.parts(histories).weighted(self.encoder_weight)
+
+    @torch.no_grad()
+    def parts(self, histories: Sequences) -> MixedScores:
+        """The scores of both, before they are weighted."""
+        encoder, cooccurrence = self.encoder.prepare(histories), self.cooccurrence.prepare(histories)
+        states, terms = (x.to(encoder.states) for x in (cooccurrence.states, cooccurrence.added[2]))
+        offsets, items = (x.to(states.device) for x in cooccurrence.added[:2])
+        table = self._table[:, encoder.table.shape[1] :]
+        return MixedScores(encoder, LinearScores(states, table, None, (offsets, items, terms)), self._table)
+
+
 @dataclass(frozen=True)
 class FittedMixture:
-    """Weights of both scores, the mean loss of the answers with them, and of co-occurrence alone at weight 1."""
+    """Weights of both scores, the mean loss of the targets with them, and that of co-occurrence alone at weight 1."""
 
     encoder: float
     cooccurrence: float
@@ -32,21 +94,21 @@ class FittedMixture:
 
 @torch.no_grad()
 def fit_mixture(
-    questions: Sequence[tuple[MixtureScorer, Cases]], *, catalogue: np.ndarray | None = None
+    scored_cases: Sequence[tuple[MixtureScorer, Cases]], *, catalogue: np.ndarray | None = None
 ) -> FittedMixture:
-    """The weights, neither below 0, by which the answers are likeliest, scores taken as logits over the catalogue.
+    """The weights, neither below 0, of the greatest likelihood of the targets; scores are logits over the catalogue.
 
-    The loss is convex in both, so that Newton's method finds the only minimum in a few passes. Two figures are fitted
-    and no weight is favoured: an encoder too sure of itself is scaled down, where it would lose at any fixed scale.
+    The loss is convex in both, so Newton's method finds the only minimum in a few passes. Both weights are fitted
+    without a penalty: the scores of an overconfident encoder are scaled down.
 
-    questions: scorers of one catalogue, each with the cases that it is to answer. What costs is prepared once.
-    catalogue: bool [V], the items that can be answers, by default all; cases with another answer do not count.
+    scored_cases: scorers of one catalogue, each with its evaluation cases, which are prepared once.
+    catalogue: bool [V], the items that are ranked, by default all; cases with another target do not count.
     Raises ValueError for no cases, or scores that are not finite.
     """
-    prepared = _Prepared(questions, catalogue)
+    prepared = _Prepared(scored_cases, catalogue)
     count = len(prepared)
     if not count:
-        raise ValueError("questions must have at least one case, got none")
+        raise ValueError("scored_cases must have at least one case, got none")
     alone = torch.tensor([0.0, 1.0], dtype=torch.float64)
     start, slope, curve = _moments(prepared, alone, count)
     if not start < torch.inf:
@@ -77,11 +139,11 @@ def fit_mixture(
 
 
 class _Prepared:
-    """What both say of all cases, a batch at a time, and the answers: kept between passes for the first _HELD cases."""
+    """The scores of both for all cases, a batch at a time, and the targets; kept for the first _HELD cases."""
 
-    def __init__(self, questions: Sequence[tuple[MixtureScorer, Cases]], catalogue: np.ndarray | None) -> None:
-        asked = [(scorer, inside(cases, catalogue)) for scorer, cases in questions]
-        self._questions = [(scorer, cases) for scorer, cases in asked if len(cases)]
+    def __init__(self, scored_cases: Sequence[tuple[MixtureScorer, Cases]], catalogue: np.ndarray | None) -> None:
+        among = [(scorer, inside(cases, catalogue)) for scorer, cases in scored_cases]
+        self._scored_cases = [(scorer, cases) for scorer, cases in among if len(cases)]
         self._kept: list[tuple[MixedScores, Tensor]] = []
         self._place = self.items = None
         if catalogue is not None and not catalogue.all():
@@ -89,18 +151,18 @@ class _Prepared:
             self._place = torch.from_numpy(np.cumsum(catalogue) - 1)
 
     def __len__(self) -> int:
-        return sum(len(cases) for _, cases in self._questions)
+        return sum(len(cases) for _, cases in self._scored_cases)
 
     def __iter__(self) -> Iterator[tuple[MixedScores, Tensor]]:
         number = held = 0
-        for scorer, cases in self._questions:
+        for scorer, cases in self._scored_cases:
             for batch in batches(scorer.num_items, cases, _BATCH, mask_history=False):
                 held += len(batch.targets)
                 if number < len(self._kept):
                     yield self._kept[number]
                 else:
-                    answers = batch.targets if self._place is None else self._place[batch.targets]
-                    made = scorer.parts(batch.histories), answers
+                    targets = batch.targets if self._place is None else self._place[batch.targets]
+                    made = scorer.parts(batch.histories), targets
                     if held <= _HELD:
                         self._kept.append(made)
                     yield made
@@ -108,17 +170,17 @@ class _Prepared:
 
 
 def _moments(prepared: _Prepared, weights: Tensor, count: int) -> tuple[float, Tensor, Tensor]:
-    """Mean cross-entropy of the answers, with its gradient [2] and second derivatives [2, 2] by the weights."""
+    """Mean cross-entropy of the targets, with its gradient [2] and second derivatives [2, 2] by the weights."""
     loss, slope, curve = 0.0, torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     a, b = weights.tolist()
-    for encoder, cooccurrence, answers in _pieces(prepared):
+    for encoder, cooccurrence, targets in _pieces(prepared):
         logits = a * encoder + b * cooccurrence
         top = logits.logsumexp(1, keepdim=True)
         p = (logits - top).exp_()
-        loss += float((top - logits.gather(1, answers)).double().sum())
+        loss += float((top - logits.gather(1, targets)).double().sum())
         means = [(p * x).sum(1, keepdim=True) for x in (encoder, cooccurrence)]
         for i, (x, mean) in enumerate(zip((encoder, cooccurrence), means, strict=True)):
-            slope[i] += float((mean - x.gather(1, answers)).double().sum())
+            slope[i] += float((mean - x.gather(1, targets)).double().sum())
             spread = p * (x - mean)
             curve[i, i] += float((spread * (x - mean)).double().sum())
             if i == 0:
@@ -128,7 +190,7 @@ def _moments(prepared: _Prepared, weights: Tensor, count: int) -> tuple[float, T
 
 
 def _pieces(prepared: _Prepared) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Both scores [b, V] of a few cases at a time, and their answers [b, 1]."""
+    """Both scores [b, V] of a few cases at a time, and their targets [b, 1]."""
     for parts, targets in prepared:
         V = len(parts.table)
         rows = max(1, _LOGITS // V)

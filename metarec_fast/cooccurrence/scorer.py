@@ -20,16 +20,17 @@ from metarec_fast.cooccurrence.features import (
 )
 from metarec_fast.data.domain import Sequences
 from metarec_fast.evaluation.linear_scores import LinearScores
+from metarec_fast.statistics.transitions import TransitionKernel
 
-CASES = 64  # asked about at a time: what is said of a case's candidates is many times as large as their scores
+CASES = 64  # at a time: the features of a case's candidates are many times as large as their scores
 
 Parameters = dict[str, Tensor]
 
 
 class CooccurrenceNetwork(nn.Module):
-    """logit(case, item) = base(case) . features of the item's popularity and order, plus term(co-occurrence) if any.
+    """logit(case, item) = base(case) . features of the item's popularity and order, plus term(features) of candidates.
 
-    So an item without co-occurrence costs nothing of its own: a question costs its candidates, not the catalogue.
+    An item without co-occurrence costs nothing of its own: a case costs its candidates, not the catalogue.
     """
 
     def __init__(self, *, hidden: int = 64) -> None:
@@ -66,10 +67,10 @@ class CooccurrenceNetwork(nn.Module):
         top = rest.amax(1).scatter_reduce(0, case, logit.detach(), "amax")
         total = (left * (by_level - top[:, None]).masked_fill(left == 0, 0).exp()).sum(1)
         total = total.index_add(0, case, (logit - top[case]).exp())
-        answer = by_level.gather(1, cases.level_of[cases.targets][:, None]).squeeze(1)
+        target = by_level.gather(1, cases.level_of[cases.targets][:, None]).squeeze(1)
         hit = cases.candidates == cases.targets[case]
-        answer = answer.index_add(0, case, torch.where(hit, term, 0))
-        return (total.log() + top - answer).mean()
+        target = target.index_add(0, case, torch.where(hit, term, 0))
+        return (total.log() + top - target).mean()
 
 
 class CooccurrenceScorer:
@@ -95,3 +96,18 @@ class CooccurrenceScorer:
             counts.append(cases.offsets.diff())
         offsets = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
         return LinearScores(torch.cat(bases), self.items, None, (offsets, torch.cat(candidates), torch.cat(terms)))
+
+
+class TransitionTerms:
+    """Terms of the items that followed the last three events of a history in the domain's transitions: log(1 + 20 c).
+
+    c sums cosine-normalised transition counts (window 5, fading .8 a lag), half as much for each event further back.
+    """
+
+    def __init__(self, train: Sequences) -> None:
+        self.kernel = TransitionKernel.fit(train, window=5, decay=0.8).normalised(row=0.5, column=0.5)
+
+    def __call__(self, histories: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """CSR (offsets [B+1], items, values float32): the items that have any, ascending in each case."""
+        offsets, items, c = self.kernel.scores(histories, last=3, fade=0.5)
+        return offsets, items, torch.log1p(20 * c)

@@ -6,7 +6,7 @@ import numpy as np
 
 from metarec_fast.data.domain import Domain
 
-ASKED = 1000  # users, at most
+COMPARED = 1000  # users, at most
 FEWEST = 100  # events below which the same counts may be chance
 
 
@@ -26,7 +26,7 @@ def _shared_events(source: Domain, target: Domain) -> tuple[float, float]:
     Over some of the target's users; ids are read once, and never as a whole held.
     """
     users = np.flatnonzero(target.sequences.lengths)
-    users = users[:: -(-len(users) // ASKED) or 1]
+    users = users[:: -(-len(users) // COMPARED) or 1]
     if source.users.is_integer != target.users.is_integer or source.items.is_integer != target.items.is_integer:
         return 0.0, 0.0
     wanted = dict(zip(target.users.decode(users), users.tolist(), strict=True))

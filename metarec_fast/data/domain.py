@@ -156,7 +156,7 @@ class Cases:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Training sequences (index = the domain's user; empty for users left out) and two sets of questions."""
+    """Training sequences (index = the domain's user; empty for users left out) and two sets of evaluation cases."""
 
     domain: Domain
     train: Sequences

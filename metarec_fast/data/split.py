@@ -1,4 +1,4 @@
-"""Ways to divide a domain into training sequences and questions."""
+"""Ways to divide a domain into training sequences and evaluation cases."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from metarec_fast.data.domain import Cases, Domain, Sequences, Split
 def leave_one_out(domain: Domain, *, max_history: int | None = None) -> Split:
     """Ask for each user's last event (test) and the one before (validation); train on the events before both.
 
-    Only users with three events or more are asked about. Users with fewer are trained on, with all their events.
+    Only users with three events or more have cases. Users with fewer are trained on, with all their events.
     Histories: for validation the training events, for test also the validation event; the newest `max_history` of
     them where it is given. The cut is each user's own, so training may hold events later than another user's test.
     """
     _check_max_history(max_history)
     sequences = domain.sequences
     lengths = sequences.lengths
-    asked = np.flatnonzero(lengths >= 3)
+    users = np.flatnonzero(lengths >= 3)
     train = _slices(sequences, sequences.offsets[:-1], np.where(lengths >= 3, lengths - 2, lengths))
-    valid = _cases(sequences, asked, lengths[asked] - 2, max_history)
-    test = _cases(sequences, asked, lengths[asked] - 1, max_history)
+    valid = _cases(sequences, users, lengths[users] - 2, max_history)
+    test = _cases(sequences, users, lengths[users] - 1, max_history)
     words = (
         "leave-one-out: per user with at least 3 events, the last is the test target and the second last the "
         "validation target; test histories include the validation event; users with fewer events are in training whole"
@@ -40,7 +40,7 @@ def time_cut(
     test: float = 0.1,
     max_history: int | None = None,
 ) -> Split:
-    """Train on what happened before one moment, the same for all users; ask about what came next.
+    """Train on what happened before one moment, the same for all users; evaluate on what came next.
 
     Training: events before `valid_from`. Validation: each user's first event in [valid_from, test_from), with the
     user's events before `valid_from` as history. Test: each user's first event from `test_from` on, with all the
@@ -96,11 +96,11 @@ def time_cut(
 
 
 def limit_users(split: Split, fraction: float, *, seed: int) -> Split:
-    """The split as it would be with the data of a random share of the users, asked the same test questions.
+    """The split as it would be with the data of a random share of the users, with the same test cases.
 
     Of the users with training events, round(fraction * users), and at least one, are kept. The others' training
-    sequences are emptied and their validation questions left out: one has no validation data of users one does not
-    have. Test questions stay, all of them, with their histories. For one seed, a smaller fraction keeps a subset.
+    sequences are emptied and their validation cases left out: one has no validation data of users one does not
+    have. Test cases stay, all of them, with their histories. For one seed, a smaller fraction keeps a subset.
 
     Raises ValueError for a fraction outside (0, 1], or a split without training events.
     """

@@ -11,7 +11,7 @@ with a Zipf-like popularity that is the domain's own.
 
 Why transfer helps. The rule is about classes alone, so what an encoder has learned of it on the sources holds on the
 target as soon as the target's items are placed. To place them is easy: items of one class have the same few successors
-and predecessors, which shows in few events. A ranker that is told the classes can count the rule on the target too; a
+and predecessors, which shows in few events. A ranker that knows the classes can count the rule on the target too; a
 model that has to find places and rule together from the target alone falls well short of it.
 
 The control is drawn as a source is, and then its events are put in random order over all users: popularity and

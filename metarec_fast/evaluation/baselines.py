@@ -37,11 +37,11 @@ class Popularity:
 class Transitions:
     """Scores an item by how often it followed the last items of the history, and popularity where that is silent.
 
-    kernel: see `TransitionKernel`; last, fade: see `TransitionKernel.cooccurrence`.
+    kernel: see `TransitionKernel`; last, fade: see `TransitionKernel.scores`.
 
-    Popularity only breaks ties of co-occurrence. With p in [0, 1) the item's place among the distinct numbers of
-    events, an item with co-occurrence x scores x (1 + 2**-25 p) and one without p - 1: x is a float32 and the score a
-    float64, and 2**-25 is less than half the gap to the next float32, so that no order of co-occurrence ever changes.
+    Popularity only breaks ties. With p in [0, 1) the item's place among the distinct numbers of
+    events, an item of score x gets x (1 + 2**-25 p) and one without a score p - 1: x is a float32 and the score a
+    float64, and 2**-25 is less than half the gap to the next float32, so that the order of scores never changes.
     """
 
     def __init__(self, train: Sequences, kernel: TransitionKernel, *, last: int = 1, fade: float = 1.0) -> None:
@@ -56,7 +56,7 @@ class Transitions:
         return self._kernel.num_items
 
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> ScoreTile:
-        offsets, items, x = self._kernel.cooccurrence(histories, last=self._last, fade=self._fade)
+        offsets, items, x = self._kernel.scores(histories, last=self._last, fade=self._fade)
         case = torch.arange(len(histories)).repeat_interleave(offsets.diff())
         known = x.double() * (1 + 2.0**-25 * self._popularity[items])
 
@@ -123,7 +123,7 @@ def best_baseline(
     """The baseline with the highest NDCG@10 on validation: its name, the scorer, and what each reached there.
 
     catalogue: what is ranked, see `Split.candidates`.
-    The scorer is fitted to training events alone, also where it is then asked test questions.
+    The scorer is fitted to training events alone, also where it is then used for test cases.
     """
     scorers, among = baselines(split.train), choice_catalogue(split, catalogue)
     with warnings.catch_warnings():

@@ -52,21 +52,3 @@ class LinearScores:
             before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
             added = (before[added[0]], place[kept], added[2][kept])
         return LinearScores(self.states, self.table[items], None if self.bias is None else self.bias[items], added)
-
-
-@dataclass(frozen=True, eq=False)
-class MixedScores:
-    """An encoder's and co-occurrence's scores of the same cases, which cost once, to be weighed against each other.
-
-    encoder: without added terms. co-occurrence: without bias. table: [V, both widths], the tables of both side by side.
-    """
-
-    encoder: LinearScores
-    cooccurrence: LinearScores
-    table: Tensor
-
-    def weighted(self, weight: float) -> LinearScores:
-        """The co-occurrence's scores plus ``weight`` times the encoder's."""
-        bias = None if self.encoder.bias is None else weight * self.encoder.bias
-        states = torch.cat((weight * self.encoder.states, self.cooccurrence.states), 1)
-        return LinearScores(states, self.table, bias, self.cooccurrence.added)

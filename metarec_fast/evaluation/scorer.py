@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, a floor or a mixture: scores of a stretch of the catalogue."""
+"""Protocol of what can be evaluated (a model, a baseline, a mixture): scores of consecutive items of the catalogue."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from metarec_fast.data.domain import Sequences
-from metarec_fast.evaluation.linear_scores import LinearScores, MixedScores
+from metarec_fast.evaluation.linear_scores import LinearScores
 
 ScoreTile = Callable[[int, int], Tensor]
 """``score_tile(begin, end) -> [B, end - begin]``: float32 or float64 scores of items begin to end, higher is better.
 
-It must be a function: the same bits whenever it is asked for the same stretch. The caller never writes to what it
+It must be a function: the same bits at every call with the same arguments. The caller never writes to what it
 returns, so it may be a view. `LinearScores` are ranked without tiles, many times as fast.
 """
 
@@ -28,17 +28,6 @@ class Scorer(Protocol):
 
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> ScoreTile:
         """The scores of these cases. histories: B item sequences, some perhaps empty. users: [B] int64, if known."""
-        ...
-
-
-class MixtureScorer(Protocol):
-    """An encoder and co-occurrence beside it, that can be mixed in many ways at the price of preparing once."""
-
-    @property
-    def num_items(self) -> int: ...
-
-    def parts(self, histories: Sequences) -> MixedScores:
-        """What both say of these cases. histories: B item sequences, some perhaps empty."""
         ...
 
 

@@ -1,7 +1,7 @@
 """The outer step on batches of a fixed size: the same work on the same memory each time, so one CUDA graph a step.
 
 Launching the operators of a step one by one takes longer than running them on a GPU. A graph launches them at once, but
-knows shapes and addresses alone: batches are filled to a fixed size and copied to where the graph reads them.
+knows shapes and addresses alone: batches are padded to a fixed size and copied to where the graph reads them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from metarec_fast.config import MetaConfig
-from metarec_fast.meta.step import GradientAverages, Lane, Loss, OuterStep, Parameters, Source, outer_step
+from metarec_fast.meta.step import GradientAverages, Loss, OuterStep, Parameters, Source, StreamContext, outer_step
 from metarec_fast.sampling.batch import BatchShape, PackedBatch
 
 _WARM_UPS = 3  # before a capture: kernels are compiled, libraries take their workspaces
-_READ = ("items", "targets", "offsets", "negatives", "logq", "real")  # of a batch, by a loss
+_READ = ("items", "targets", "offsets", "negatives", "logq", "valid")  # of a batch, by a loss
 
 
 def _tensors(batch: PackedBatch) -> dict[str, Tensor]:
@@ -36,7 +36,9 @@ class _Inputs:
     def tensors(self) -> list[Tensor]:
         found = [x for given in (*self.batches.values(), [self.target]) for b in given for x in _tensors(b).values()]
         if self.averages is not None:
-            found += [part[name] for part in (self.averages.steps, self.averages.answers) for name in self.batches]
+            found += [
+                part[name] for part in (self.averages.steps, self.averages.target_gradients) for name in self.batches
+            ]
         return found
 
     def layout(self) -> list[object]:
@@ -52,7 +54,7 @@ class _Inputs:
 
         averages = self.averages
         if averages is not None:
-            parts = ({n: part[n].clone() for n in self.batches} for part in (averages.steps, averages.answers))
+            parts = ({n: part[n].clone() for n in self.batches} for part in (averages.steps, averages.target_gradients))
             averages = GradientAverages(averages.decay, *parts)
         return _Inputs(
             {name: list(map(copied, given)) for name, given in self.batches.items()},
@@ -62,12 +64,12 @@ class _Inputs:
 
 
 class FixedStep:
-    """`outer_step` on batches that are filled to a fixed size, in memory of its own: what a graph can be made of.
+    """`outer_step` on batches that are padded to a fixed size, in memory of its own: what a graph can be made of.
 
-    loss: as in `outer_step`, of `PackedBatch`es; it must leave out positions that are not ``real``.
+    loss: as in `outer_step`, of `PackedBatch`es; it must leave out positions that are not ``valid``.
     shared: the shared parameters. sources: by name, the private ones of each source. target: those of the target.
         Each step reads them where they are: optimizers must change them in place.
-    shapes: by name, what the batches of each source are filled to. target_shape: the same of the target.
+    shapes: by name, what the batches of each source are padded to. target_shape: the same of the target.
     config: of the meta step.
 
     Raises ValueError without a shape for each source.
@@ -108,8 +110,8 @@ class FixedStep:
         (whether averages and negatives are given, and how many batches), and what `outer_step` raises.
         """
         given = _Inputs(
-            {name: [b.filled(self.shapes[name]) for b in batches[name]] for name in self.sources},
-            target_batch.filled(self.target_shape),
+            {name: [b.padded_to(self.shapes[name]) for b in batches[name]] for name in self.sources},
+            target_batch.padded_to(self.target_shape),
             averages,
         )
         if averages is not None and any(name not in averages.steps for name in self.sources):
@@ -129,16 +131,16 @@ class FixedStep:
                 buffer.copy_(x, non_blocking=True)
         result, smoothed = self._replay()
         if averages is not None:
-            for part, new in ((averages.steps, smoothed.steps), (averages.answers, smoothed.answers)):
+            for part, new in ((averages.steps, smoothed.steps), (averages.target_gradients, smoothed.target_gradients)):
                 part.update({name: x.clone() for name, x in new.items()})
         return result
 
-    def holds(self, batches: Mapping[str, Sequence[PackedBatch]], target_batch: PackedBatch) -> bool:
+    def fits(self, batches: Mapping[str, Sequence[PackedBatch]], target_batch: PackedBatch) -> bool:
         """Whether the shapes have room for these batches."""
-        fit = (self.shapes[name].holds(b) for name in self.sources for b in batches[name])
-        return all(fit) and self.target_shape.holds(target_batch)
+        fit = (self.shapes[name].fits(b) for name in self.sources for b in batches[name])
+        return all(fit) and self.target_shape.fits(target_batch)
 
-    def _lane(self) -> Lane:
+    def _stream(self) -> StreamContext:
         return lambda s: nullcontext()
 
     def _step(self, inputs: _Inputs) -> OuterStep:
@@ -150,14 +152,14 @@ class FixedStep:
             inputs.target,
             config=self.config,
             averages=inputs.averages,
-            lane=self._lane(),
+            stream=self._stream(),
         )
 
     def _run(self) -> tuple[OuterStep, GradientAverages | None]:
         """A step from the buffers, and what it makes of the averages there."""
         averages = self._inputs.averages
         if averages is not None:
-            averages = GradientAverages(averages.decay, dict(averages.steps), dict(averages.answers))
+            averages = GradientAverages(averages.decay, dict(averages.steps), dict(averages.target_gradients))
         return self._step(replace(self._inputs, averages=averages)), averages
 
     def _record(self) -> Callable[[], tuple[OuterStep, GradientAverages | None]]:
@@ -190,13 +192,13 @@ class CapturedStep(FixedStep):
             raise ValueError(f"a captured step (train.capture) needs parameters on a CUDA device, got {self.device}")
         self._streams = [torch.cuda.Stream(self.device) for _ in self.sources] if parallel else []
 
-    def _lane(self) -> Lane:
+    def _stream(self) -> StreamContext:
         if not self._streams:
-            return super()._lane()
+            return super()._stream()
         fork = torch.cuda.Event()
 
         @contextmanager
-        def lane(s: int) -> Iterator[None]:
+        def stream(s: int) -> Iterator[None]:
             main = torch.cuda.current_stream(self.device)
             if s == 0:
                 main.record_event(fork)
@@ -205,7 +207,7 @@ class CapturedStep(FixedStep):
                 yield
             main.wait_stream(self._streams[s])
 
-        return lane
+        return stream
 
     def _record(self) -> Callable[[], tuple[OuterStep, GradientAverages | None]]:
         with torch.cuda.device(self.device):

@@ -17,40 +17,50 @@ from metarec_fast.meta.step import GradientAverages, OuterStep, Parameters, simi
 
 TRACE_EVERY = 10  # meta steps
 
-Facts = dict[str, Any]
+StepMetrics = dict[str, Any]
 
 
 @dataclass
 class NoiseFloor:
     """Draws of the similarity that gradients with nothing in common reach, from a run's own gradients.
 
-    A source's step and the target's answer deviate from their averages so far by the noise of their batches. A draw is
-    the similarity of a step's deviation and that of the answer one step earlier, which stems from other batches: what
-    agrees, agrees by chance, with the spread over parameters and the correlations that these gradients have. Averages
-    of independent deviations have the covariance of one, up to a factor that a cosine takes no notice of: the draws are
+    A source's step and the target's gradient deviate from their averages so far by the noise of their batches. A draw
+    is the similarity of a step's deviation and that of the gradient one step earlier, which stems from other batches:
+    what agrees, agrees by chance, with the spread over parameters and the correlations that these gradients have.
+    Averages of independent deviations have the covariance of one, up to a factor, which a cosine ignores: the draws are
     as large as the similarities of smoothed gradients without anything in common.
 
-    answers: the deviation [P] of the target's last answer to each source.
+    target_gradients: the deviation [P] of the target's last gradient after each source.
     """
 
-    answers: dict[str, Tensor] = field(default_factory=dict)
+    target_gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def draw(
-        self, name: str, step: Tensor, answer: Tensor, *, before: GradientAverages, like: Parameters, config: MetaConfig
+        self,
+        name: str,
+        step: Tensor,
+        target_gradient: Tensor,
+        *,
+        before: GradientAverages,
+        like: Parameters,
+        config: MetaConfig,
     ) -> float | None:
-        """One draw for a source's step and the target's answer to it, both [P]; None at the source's first two steps.
+        """One draw for a source's step and the target's gradient after it, both [P]; None at the first two steps.
 
         before: the averages without this step.
         """
         if name not in before.steps:
             return None
-        earlier, self.answers[name] = self.answers.get(name), answer - before.answers[name]
+        earlier, self.target_gradients[name] = (
+            self.target_gradients.get(name),
+            target_gradient - before.target_gradients[name],
+        )
         if earlier is None:
             return None
         return float(similarity(step - before.steps[name], earlier, like=like, config=config))
 
     def copy(self) -> NoiseFloor:
-        return NoiseFloor(dict(self.answers))
+        return NoiseFloor(dict(self.target_gradients))
 
 
 def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConfig) -> list[float] | None:
@@ -62,10 +72,10 @@ def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConf
     target's own gradient. None at the first step.
     """
     names = list(result.source_grads)
-    if any(name not in before.answers for name in names):
+    if any(name not in before.target_gradients for name in names):
         return None
-    target = result.weights @ torch.stack([before.answers[name] for name in names])
-    own = config.target_loss_weight * result.answers
+    target = result.weights @ torch.stack([before.target_gradients[name] for name in names])
+    own = config.target_loss_weight * result.target_gradients
     parts = own + config.source_loss_weight / config.inner_steps * result.descents
     shared = [result.weights @ parts]
     for s in range(len(names)):
@@ -78,12 +88,12 @@ def leaving_out(result: OuterStep, *, before: GradientAverages, config: MetaConf
     return torch.cosine_similarity(torch.stack(shared), target, dim=1).tolist()
 
 
-def signals(result: OuterStep, noise: NoiseFloor, *, before: GradientAverages, config: MetaConfig) -> Facts:
+def signals(result: OuterStep, noise: NoiseFloor, *, before: GradientAverages, config: MetaConfig) -> StepMetrics:
     """All that a meta step tells of its sources; ``before``: the averages without this step."""
     names, like = list(result.source_grads), result.shared_grad
     draws = {
-        name: noise.draw(name, step, answer, before=before, like=like, config=config)
-        for name, step, answer in zip(names, result.steps, result.answers, strict=True)
+        name: noise.draw(name, step, target_gradient, before=before, like=like, config=config)
+        for name, step, target_gradient in zip(names, result.steps, result.target_gradients, strict=True)
     }
     return {
         "similarities": dict(zip(names, result.similarities.tolist(), strict=True)),
@@ -93,13 +103,13 @@ def signals(result: OuterStep, noise: NoiseFloor, *, before: GradientAverages, c
     }
 
 
-def keep_trace(step: int, facts: Facts, *, trace: list[Facts], untraced: list[Facts]) -> None:
-    """Keep what ``signals`` told: similarities and weights every TRACE_EVERY steps, noise and descents of all steps.
+def keep_trace(step: int, metrics: StepMetrics, *, trace: list[StepMetrics], untraced: list[StepMetrics]) -> None:
+    """Keep results of ``signals``: similarities and weights every TRACE_EVERY steps, noise and descents of all.
 
     step: how many meta steps there were. trace: gets an entry now and then. untraced: what waits for the next one.
     """
-    if None not in facts["noise"].values():
-        untraced.append({"noise": list(facts["noise"].values()), "descents": facts["descents"]})
+    if None not in metrics["noise"].values():
+        untraced.append({"noise": list(metrics["noise"].values()), "descents": metrics["descents"]})
     if step % TRACE_EVERY or not untraced:
         return
     draws = [draw for one in untraced for draw in one["noise"]]
@@ -108,12 +118,12 @@ def keep_trace(step: int, facts: Facts, *, trace: list[Facts], untraced: list[Fa
     trace.append(
         {
             "step": step,
-            "similarity": facts["similarities"],
-            "weight": facts["weights"],
+            "similarity": metrics["similarities"],
+            "weight": metrics["weights"],
             "noise": math.sqrt(sum(draw**2 for draw in draws) / len(draws)),
             "draws": len(draws),
             "descent": descent,
-            "descent_without": dict(zip(facts["weights"], without, strict=True)),
+            "descent_without": dict(zip(metrics["weights"], without, strict=True)),
         }
     )
     untraced.clear()

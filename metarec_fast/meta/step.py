@@ -21,7 +21,7 @@ from metarec_fast.sampling.batch import PackedBatch
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Parameters, PackedBatch], Tensor]
-Lane = Callable[[int], AbstractContextManager]
+StreamContext = Callable[[int], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Source:
 
 @dataclass
 class GradientAverages:
-    """Exponential averages of each source's step and of the target's answer to it: single batches are mostly noise."""
+    """Exponential averages of each source's step and the target's gradient after it: single batches are noisy."""
 
     decay: float
     steps: dict[str, Tensor] = field(default_factory=dict)
-    answers: dict[str, Tensor] = field(default_factory=dict)
+    target_gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def update(self, name: str, step: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
-        for averages, new in ((self.steps, step), (self.answers, answer)):
+    def update(self, name: str, step: Tensor, target_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        for averages, new in ((self.steps, step), (self.target_gradients, target_gradient)):
             averages[name] = torch.lerp(new, averages[name], self.decay) if name in averages else new.clone()
-        return self.steps[name], self.answers[name]
+        return self.steps[name], self.target_gradients[name]
 
     def copy(self) -> GradientAverages:
         """What the averages are now: updates replace tensors, they change none."""
-        return GradientAverages(self.decay, dict(self.steps), dict(self.answers))
+        return GradientAverages(self.decay, dict(self.steps), dict(self.target_gradients))
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class OuterStep:
     shared_grad, target_grad, source_grads: what the optimizer applies.
     similarities, weights: [S], in the order of the sources.
     source_losses: [S] before adaptation; target_losses: [S] after adaptation to each source.
-    steps: [S, P] theta - phi; descents: [S, P] sums of each source's inner gradients; answers: [S, P] the target's
-    gradients. P: all shared parameters in one vector.
+    steps: [S, P] theta - phi; descents: [S, P] sums of each source's inner gradients; target_gradients: [S, P]
+    at the adapted parameters. P: all shared parameters in one vector.
     """
 
     shared_grad: Parameters
@@ -87,7 +87,7 @@ class OuterStep:
     target_losses: Tensor
     steps: Tensor
     descents: Tensor
-    answers: Tensor
+    target_gradients: Tensor
 
 
 def flatten(parameters: Parameters) -> Tensor:
@@ -146,16 +146,16 @@ def inner_adapt(loss: Loss, theta: Tensor, source: Source, *, like: Parameters, 
     return Adaptation(phi, step, descent, first_loss, private_grad)
 
 
-def similarity(step: Tensor, answer: Tensor, *, like: Parameters, config: MetaConfig) -> Tensor:
+def similarity(step: Tensor, target_gradient: Tensor, *, like: Parameters, config: MetaConfig) -> Tensor:
     """Cosine between a source's step (theta - phi, a descent direction) and the target's gradient.
 
     Positive: following the source also descends the target's loss.
     """
     if config.similarity_scope == "tensor_mean":
-        pairs = zip(unflatten(step, like).values(), unflatten(answer, like).values(), strict=True)
+        pairs = zip(unflatten(step, like).values(), unflatten(target_gradient, like).values(), strict=True)
         cosine = torch.stack([torch.cosine_similarity(s.flatten(), a.flatten(), dim=0) for s, a in pairs]).mean()
     else:
-        cosine = torch.cosine_similarity(step, answer, dim=0)
+        cosine = torch.cosine_similarity(step, target_gradient, dim=0)
     return cosine if config.similarity_sign == "descent" else -cosine
 
 
@@ -166,7 +166,7 @@ def source_weights(similarities: Tensor, *, config: MetaConfig) -> Tensor:
     return torch.softmax(similarities / config.temperature, 0)
 
 
-def _target_answers(
+def _target_gradients(
     loss: Loss, phis: list[Tensor], private: Parameters, batch: PackedBatch, like: Parameters
 ) -> tuple[Tensor, Tensor, Parameters]:
     """The target's losses [S] at all adapted parameters, and their gradients in these [S, P] and in the private ones.
@@ -175,12 +175,12 @@ def _target_answers(
     """
     run = grad_and_value(lambda phi, private: loss(unflatten(phi, like), private, batch), argnums=(0, 1))
     try:
-        (answers, private_grads), losses = vmap(run, in_dims=(0, None), randomness="different")(
+        (target_gradients, private_grads), losses = vmap(run, in_dims=(0, None), randomness="different")(
             torch.stack(phis), {n: p.detach() for n, p in private.items()}
         )
     except RuntimeError as error:
         raise RuntimeError(f"target_pass='vmap' needs a loss that torch.func can vmap; use 'loop': {error}") from error
-    return losses, answers, private_grads
+    return losses, target_gradients, private_grads
 
 
 def outer_step(
@@ -193,7 +193,7 @@ def outer_step(
     config: MetaConfig,
     averages: GradientAverages | None = None,
     weights: Tensor | None = None,
-    lane: Lane = lambda s: nullcontext(),
+    stream: StreamContext = lambda s: nullcontext(),
 ) -> OuterStep:
     """One step of learning to transfer.
 
@@ -207,8 +207,8 @@ def outer_step(
     The target's table gets the weighted sum of its gradients, each source's table its own loss's gradient.
 
     weights: [S] of sum 1, in place of those that the similarities give.
-    lane: the context in which source s is adapted and the target asked about it, for example a stream: what is done
-        for one source waits for nothing that is done for another.
+    stream: the context in which source s is adapted and the target's loss found, for example a CUDA stream: work of
+        one source does not wait for that of another.
 
     Raises ValueError without sources, if a source lacks a batch for each inner step, or for weights of another shape;
     RuntimeError if ``target_pass`` is "vmap" and the loss cannot be vmapped, or at order 2 if it cannot be
@@ -225,28 +225,30 @@ def outer_step(
     vmapped, adaptations = config.target_pass == "vmap", []
     if vmapped:
         for s, source in enumerate(sources):
-            with lane(s):
+            with stream(s):
                 adaptations.append(adapt(source))
         phis = [a.phi.detach() for a in adaptations]
-        target_losses, answers_at_phi, private_grads = _target_answers(loss, phis, target, target_batch, like)
+        target_losses, gradients_at_phi, private_grads = _target_gradients(loss, phis, target, target_batch, like)
     target_grad: list[Tensor] = []
-    answers, descents, steps, similarities, source_losses, losses = [], [], [], [], [], []
+    target_gradients, descents, steps, similarities, source_losses, losses = [], [], [], [], [], []
     source_grads: dict[str, Parameters] = {}
     for s, source in enumerate(sources):
-        with lane(s):
+        with stream(s):
             if vmapped:
-                adaptation, answer, value = adaptations[s], answers_at_phi[s], target_losses[s]
+                adaptation, target_gradient, value = adaptations[s], gradients_at_phi[s], target_losses[s]
             else:
                 adaptation = adapt(source)
                 phi = adaptation.phi.detach().requires_grad_()
                 value = loss(unflatten(phi, like), target, target_batch)
-                answer, *table_grads = _gradients(value, [phi, *target.values()])
+                target_gradient, *table_grads = _gradients(value, [phi, *target.values()])
             losses.append(value.detach())
             if config.order == 2:  # through the inner steps, to theta
                 with _twice_differentiable(config.order):
-                    (answer,) = torch.autograd.grad(adaptation.phi, [theta], grad_outputs=answer)
+                    (target_gradient,) = torch.autograd.grad(adaptation.phi, [theta], grad_outputs=target_gradient)
         step = adaptation.step
-        compared = averages.update(source.name, step, answer) if averages is not None else (step, answer)
+        compared = (
+            averages.update(source.name, step, target_gradient) if averages is not None else (step, target_gradient)
+        )
         similarities.append(similarity(*compared, like=like, config=config))
         if not vmapped:
             # the mean under the weights so far: softmax over more sources only scales what came before, so the
@@ -256,15 +258,15 @@ def outer_step(
             pairs = zip(target_grad or table_grads, table_grads, strict=True)
             target_grad = [mean.lerp_(g, share) for mean, g in pairs]
             del table_grads, value
-        answers.append(answer)
+        target_gradients.append(target_gradient)
         descents.append(adaptation.descent)
         steps.append(step)
         source_losses.append(adaptation.first_loss)
         source_grads[source.name] = adaptation.private_grad
     if weights is None:
         weights = source_weights(torch.stack(similarities), config=config)
-    answers_SP, descents_SP = torch.stack(answers), torch.stack(descents)
-    flat = config.target_loss_weight * (weights @ answers_SP)
+    target_gradients_SP, descents_SP = torch.stack(target_gradients), torch.stack(descents)
+    flat = config.target_loss_weight * (weights @ target_gradients_SP)
     if config.source_loss_weight:
         flat = flat + config.source_loss_weight / config.inner_steps * (weights @ descents_SP)
     if vmapped:
@@ -279,7 +281,7 @@ def outer_step(
         target_losses=torch.stack(losses),
         steps=torch.stack(steps),
         descents=descents_SP,
-        answers=answers_SP,
+        target_gradients=target_gradients_SP,
     )
 
 

@@ -31,9 +31,9 @@ class Repeats(NamedTuple):
 
 
 def _each_once(
-    items: Tensor, num_items: int, real: Tensor, dtype: torch.dtype, *, look: bool
+    items: Tensor, num_items: int, valid: Tensor, dtype: torch.dtype, *, look: bool
 ) -> tuple[Tensor, Repeats]:
-    """The items of a batch, each once, and how they repeat over the positions that ``real`` [T] marks.
+    """The items of a batch, each once, and how they repeat over the positions that ``valid`` [T] marks.
 
     look: find out how many there are, for which the host has to wait; otherwise take all items.
     """
@@ -41,8 +41,8 @@ def _each_once(
         items, row = items.unique(return_inverse=True)
     else:
         row, items = items, torch.arange(num_items, device=items.device)
-    real = real.to(dtype)
-    return items, Repeats(real.new_zeros(len(items)).index_add(0, row, real), row)
+    valid = valid.to(dtype)
+    return items, Repeats(valid.new_zeros(len(items)).index_add(0, row, valid), row)
 
 
 def _mean_square_error(x_HTd: Tensor, y_HTd: Tensor, counts: Tensor | None) -> Tensor:
@@ -136,33 +136,33 @@ class Recommender(nn.Module):
         self.shared.encoder.compile(dynamic=True, **options)
 
     def states(
-        self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor, *, real: Tensor | None = None
+        self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor, *, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Encoder states [T, D] of packed items, and the VQ loss over the positions that ``real``, bool [T], marks."""
+        """Encoder states [T, D] of packed items, and the VQ loss over the positions that ``valid``, bool [T], marks."""
         weight, once = private["weight"], self.config.unique_items
-        repeats = None if real is None else Repeats(real.to(weight.dtype))
+        repeats = None if valid is None else Repeats(valid.to(weight.dtype))
         if once == "always" or (once == "auto" and len(items) > len(weight)):
-            real = torch.ones_like(items) if real is None else real
-            items, repeats = _each_once(items, len(weight), real, weight.dtype, look=items.device.type == "cpu")
+            valid = torch.ones_like(items) if valid is None else valid
+            items, repeats = _each_once(items, len(weight), valid, weight.dtype, look=items.device.type == "cpu")
         rows_TD = F.embedding(items, weight)
         z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
         return functional_call(self.shared, shared, (z_TD, offsets, repeats))
 
     def loss(self, shared: Parameters, private: Parameters, batch: PackedBatch) -> Tensor:
-        """Mean cross-entropy of the next item over the batch's real positions, plus the weighted VQ loss.
+        """Mean cross-entropy of the next item over the batch's valid positions, plus the weighted VQ loss.
 
         Full softmax, or sampled softmax with logQ correction if the batch carries shared negatives.
         """
-        h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets, real=batch.real)
+        h_TD, vq_loss = self.states(shared, private, batch.items, batch.offsets, valid=batch.valid)
         table, bias = private["weight"], private["bias"]
         if batch.negatives is None:  # positions that only fill the batch have a target that is ignored
             task = linear_cross_entropy(h_TD, table, batch.targets, bias, reduction="mean")
-        elif batch.real is None:
+        elif batch.valid is None:
             task = sampled_cross_entropy(h_TD, table, batch.targets, batch.negatives, batch.logq, bias=bias).mean()
         else:
-            targets, real = batch.targets.where(batch.real, 0), batch.real.to(h_TD.dtype)
+            targets, valid = batch.targets.where(batch.valid, 0), batch.valid.to(h_TD.dtype)
             losses = sampled_cross_entropy(h_TD, table, targets, batch.negatives, batch.logq, bias=bias)
-            task = losses @ real / real.sum()
+            task = losses @ valid / valid.sum()
         return task + self.config.vq_loss_weight * vq_loss
 
     @torch.no_grad()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from metarec_fast.cooccurrence.scorer import CooccurrenceScorer
 from metarec_fast.data.domain import Sequences
-from metarec_fast.evaluation.linear_scores import LinearScores, MixedScores
+from metarec_fast.evaluation.linear_scores import LinearScores
 from metarec_fast.models.recommender import Recommender
-from metarec_fast.statistics.transitions import TransitionKernel
 
 
 def pack_recent(histories: Sequences, max_length: int) -> tuple[Tensor, Tensor]:
@@ -22,23 +22,12 @@ def pack_recent(histories: Sequences, max_length: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(items.astype(np.int64)), torch.from_numpy(offsets)
 
 
-class TransitionTerms:
-    """What the last three events of a history speak for, by the domain's own transitions: log(1 + 20 c).
-
-    c sums cosine-normalised transition counts (window 5, fading .8 a lag), half as much for each event further back.
-    """
-
-    def __init__(self, train: Sequences) -> None:
-        self.kernel = TransitionKernel.fit(train, window=5, decay=0.8).normalised(row=0.5, column=0.5)
-
-    def __call__(self, histories: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-        """CSR (offsets [B+1], items, co-occurrence float32): the items that have any, rising in each case."""
-        offsets, items, c = self.kernel.cooccurrence(histories, last=3, fade=0.5)
-        return offsets, items, torch.log1p(20 * c)
+SparseTerms = Callable[[Sequences], tuple[Tensor, Tensor, Tensor]]
+"""Histories -> CSR (offsets [B+1], items, values): terms of the items that have any, ascending in each case."""
 
 
 class ModelScorer:
-    """logit = state . item row + item bias, plus ``cooccurrence_weight`` times the co-occurrence of transitions.
+    """logit = state . item row + item bias, plus ``cooccurrence_weight`` times the terms of ``cooccurrence``, if given.
 
     A user without history is scored by item bias alone.
     """
@@ -48,7 +37,7 @@ class ModelScorer:
         model: Recommender,
         domain: str,
         *,
-        cooccurrence: TransitionTerms | None = None,
+        cooccurrence: SparseTerms | None = None,
         cooccurrence_weight: float = 0.0,
     ) -> None:
         self.model, self.domain = model, domain
@@ -76,34 +65,3 @@ class ModelScorer:
             return LinearScores(states, weight, bias)
         offsets, items, cooccurrence = (x.to(weight.device) for x in self.cooccurrence(histories))
         return LinearScores(states, weight, bias, (offsets, items, self.cooccurrence_weight * cooccurrence.to(weight)))
-
-
-class ScoreMixture:
-    """logit = the co-occurrence scorer's, plus ``encoder_weight`` times the encoder's."""
-
-    def __init__(self, encoder: ModelScorer, cooccurrence: CooccurrenceScorer, *, encoder_weight: float = 1.0) -> None:
-        if encoder.num_items != cooccurrence.num_items:
-            raise ValueError(
-                f"encoder and co-occurrence must rank as many items, got {encoder.num_items} and "
-                f"{cooccurrence.num_items}"
-            )
-        if encoder.cooccurrence is not None:
-            raise ValueError("encoder must have no transition co-occurrence beside the scorer's, got one that has")
-        self.encoder, self.cooccurrence, self.encoder_weight = encoder, cooccurrence, encoder_weight
-        self.num_items = encoder.num_items
-        weight = encoder.table.weight.detach()
-        self._table = torch.cat((weight, cooccurrence.items.to(weight)), 1)
-
-    def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
-        if not self.encoder_weight:
-            return self.cooccurrence.prepare(histories)
-        return self.parts(histories).weighted(self.encoder_weight)
-
-    @torch.no_grad()
-    def parts(self, histories: Sequences) -> MixedScores:
-        """What both say, before it is weighted."""
-        encoder, cooccurrence = self.encoder.prepare(histories), self.cooccurrence.prepare(histories)
-        states, terms = (x.to(encoder.states) for x in (cooccurrence.states, cooccurrence.added[2]))
-        offsets, items = (x.to(states.device) for x in cooccurrence.added[:2])
-        table = self._table[:, encoder.table.shape[1] :]
-        return MixedScores(encoder, LinearScores(states, table, None, (offsets, items, terms)), self._table)

@@ -178,17 +178,17 @@ class StepProfiler:
         clock, traced = self._clock[stage], self._traced[stage]
         if len(clock) < self.skip + self.steps:
             begin = time.perf_counter()
-            facts = trainer.train_step(stage, step)
-            if "skipped" not in facts:  # which is shorter than a step that is taken
+            metrics = trainer.train_step(stage, step)
+            if "skipped" not in metrics:  # which is shorter than a step that is taken
                 clock.append(time.perf_counter() - begin)
-            return facts
+            return metrics
         if len(traced) == self.steps:
             return trainer.train_step(stage, step)
         tracer = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
         with self._ranges(trainer), tracer, record_function(_RANGE + "step"):
-            facts = trainer.train_step(stage, step)
-        if "skipped" in facts:
-            return facts
+            metrics = trainer.train_step(stage, step)
+        if "skipped" in metrics:
+            return metrics
         events = tracer.events()
         root = next(event for event in events if event.name == _RANGE + "step")
         parts = account(list(events), root)
@@ -197,7 +197,7 @@ class StepProfiler:
         traced.append(parts)
         if len(traced) == self.steps:
             self._finish(stage)
-        return facts
+        return metrics
 
     @contextmanager
     def _ranges(self, trainer: Steps) -> Iterator[None]:

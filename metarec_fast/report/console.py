@@ -20,13 +20,13 @@ def plain_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-def describe(facts: dict[str, Any]) -> str:
+def describe(metrics: dict[str, Any]) -> str:
     """Losses, and the sources' weights where there are any, in one short line."""
-    parts = [f"{printable(name)} {loss:.3f}" for name, loss in facts["losses"].items()]
-    if "weights" in facts:
-        parts.append("weights " + " ".join(f"{weight:.2f}" for weight in facts["weights"].values()))
-    if "skipped" in facts:
-        parts.append(f"{facts['skipped']} steps left out, not finite")
+    parts = [f"{printable(name)} {loss:.3f}" for name, loss in metrics["losses"].items()]
+    if "weights" in metrics:
+        parts.append("weights " + " ".join(f"{weight:.2f}" for weight in metrics["weights"].values()))
+    if "skipped" in metrics:
+        parts.append(f"{metrics['skipped']} steps left out, not finite")
     return "  ".join(parts)
 
 
@@ -58,7 +58,7 @@ class ConsoleReporter:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}", markup=False),
+            TextColumn("{task.fields[metrics]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -90,18 +90,18 @@ class ConsoleReporter:
     def begin(self, title: str) -> None:
         self.title, self._ndcg = title, ""
 
-    def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None:
-        self._write({"stage": stage, "step": step, **facts})
+    def step(self, stage: str, step: int, total: int, metrics: dict[str, Any]) -> None:
+        self._write({"stage": stage, "step": step, **metrics})
         if self._stage != (self.title, stage):
             self._stage = (self.title, stage)
-            self._task = self._bars.add_task(stage, total=total, title=printable(self.title), facts="")
-        text = describe(facts) + self._ndcg
-        if facts.get("skipped") == 1:  # the first of its stage, whatever else is shown
+            self._task = self._bars.add_task(stage, total=total, title=printable(self.title), metrics="")
+        text = describe(metrics) + self._ndcg
+        if metrics.get("skipped") == 1:  # the first of its stage, whatever else is shown
             reason = "a loss or gradient is not finite; such steps are left out and counted"
             self.console.print(
                 f"{self.title} {stage} step {step}: {reason}", highlight=False, soft_wrap=True, markup=False
             )
-        self._bars.update(self._task, completed=step, facts=text)
+        self._bars.update(self._task, completed=step, metrics=text)
         if not self.console.is_terminal and time.monotonic() - self._last > self.every_seconds:
             self._last = time.monotonic()
             self.tell(f"{printable(self.title)} {stage} {step}/{total}  {text}".lstrip())

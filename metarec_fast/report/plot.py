@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 from metarec_fast.text import printable
 
-# Okabe and Ito's colours, told apart by the colour-blind too
+# Okabe and Ito's colours, distinguishable by the colour-blind too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
 DASHES = ("", "6 3", "2 2")
 MOST_PLACES = 12  # that are named under a chart

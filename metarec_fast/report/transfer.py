@@ -39,7 +39,7 @@ def transfer_report(
     mixtures: what "transferred" and "target_only" are made of: "beside", what ``model.cooccurrence`` put beside the
         encoder, and the weights "encoder" and "cooccurrence" that validation chose.
     trace: of the encoder's meta stage (``Trainer.progress.trace``), empty without one.
-    cooccurrence: results of training the co-occurrence scorer (``train.cooccurrence.Found.to_dict``), None without one.
+    cooccurrence: ``train.cooccurrence.CooccurrenceResult.to_dict`` of the scorer's training, None without a scorer.
     codes: of each domain's items, [H, V] each; the target is the last.
     left_out: training steps of both models that were not finite: "skipped_by_stage", and "stages_not_run", those of
         which every step was.
@@ -93,7 +93,7 @@ def transfer_report(
 
 
 def _among_all(transferred: Metrics, alone: Metrics) -> dict[str, float] | None:
-    """The figures among all items, where both models were asked for them beside those of a catalogue."""
+    """The figures among all items, where both models have them beside those of a catalogue."""
     if transferred.among_all is None or alone.among_all is None:
         return None
     return {"transferred": transferred.among_all[METRIC], "target_only": alone.among_all[METRIC]}
@@ -101,8 +101,8 @@ def _among_all(transferred: Metrics, alone: Metrics) -> dict[str, float] | None:
 
 def _not_run(stages: Mapping[str, Sequence[str]]) -> str | None:
     names = {"transferred": "with sources", "target_only": "on the target alone"}
-    told = [f"{names[name]} no step of {', '.join(of)} was finite" for name, of in stages.items()]
-    return "; ".join(told) or None
+    lines = [f"{names[name]} no step of {', '.join(of)} was finite" for name, of in stages.items()]
+    return "; ".join(lines) or None
 
 
 def verdict(validation: Mapping[str, Any], *, better: bool | None = None, replaces: bool = True) -> str:
@@ -128,7 +128,7 @@ def verdict(validation: Mapping[str, Any], *, better: bool | None = None, replac
             return f"Transfer helped on validation: {figures}."
         return f"No significant gain from transfer: {figures}. It is not worse, so the transferred model is kept."
     choice = "is returned" if replaces else "is the one to take"
-    what = "Transfer harmed on validation" if clear else "No co-occurrence that transfer helped"
+    what = "Transfer harmed on validation" if clear else "No sign that transfer helped"
     return f"{what}: {figures}. The target-only model {choice}."
 
 
@@ -141,9 +141,9 @@ def _change(validation: Mapping[str, Any]) -> str:
 
 
 def parts_in_words(mixture: Mapping[str, Any]) -> str:
-    """One sentence on what the returned model is made of: encoder, co-occurrence, or both."""
+    """One sentence on the parts of the returned model: encoder, co-occurrence scorer, or both."""
     if mixture["beside"] == "none":
-        return "What is returned is the encoder alone: it has no co-occurrence beside it."
+        return "What is returned is the encoder alone: no co-occurrence scores are added."
     cooccurrence = {"learned": "co-occurrence scorer", "transitions": "transition counts"}[mixture["beside"]]
     if not mixture["encoder"]:
         return f"The encoder got weight 0: what is returned is the {cooccurrence} alone."
@@ -227,23 +227,23 @@ def code_overlap(codes: Mapping[str, np.ndarray], *, codebook_size: int) -> dict
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The key figures under the verdict, for a terminal."""
-    told = [f"  {report['returned_parts']}", *_left_out_lines(report), *_source_lines("encoder", report)]
+    lines = [f"  {report['returned_parts']}", *_left_out_lines(report), *_source_lines("encoder", report)]
     cooccurrence = report["cooccurrence"]
     if cooccurrence is not None:
-        told += [
+        lines += [
             f"  co-occurrence, {printable(name)}: weight {source['weight']:.2f}, similarity of first descent "
             f"{source['similarity']:+.3f} ± {source['deviation']:.3f}"
             for name, source in cooccurrence["first"].items()
         ]
         if cooccurrence["best"] is not None:
             least = ", ".join(f"{stage} {loss:.3f}" for stage, loss in _least_by_stage(cooccurrence).items())
-            told.append(f"  co-occurrence: least validation loss by stage {least} (best at {cooccurrence['best_at']})")
+            lines.append(f"  co-occurrence: least validation loss by stage {least} (best at {cooccurrence['best_at']})")
     if report["code_overlap"] is not None and len(report["code_overlap"]["domains"]) > 1:
         *others, target = report["code_overlap"]["domains"]
         shared = report["code_overlap"]["overlap"][-1]
         listed = ", ".join(f"{printable(name)} {share:.2f}" for name, share in zip(others, shared, strict=False))
-        told.append(f"  overlap of codes with {printable(target)}: {listed}")
-    return told
+        lines.append(f"  overlap of codes with {printable(target)}: {listed}")
+    return lines
 
 
 def _left_out_lines(report: Mapping[str, Any]) -> list[str]:
@@ -258,15 +258,15 @@ def _left_out_lines(report: Mapping[str, Any]) -> list[str]:
 
 def _source_lines(part: str, stage: Mapping[str, Any]) -> list[str]:
     """Of each source in the meta stage of a part of the model; none without one."""
-    told = []
+    lines = []
     for name, source in stage["sources"].items():
         if source is not None:
             above = f"{source['above_noise_floor']} of {source['late_entries']} late values above the noise floor"
-            told.append(
+            lines.append(
                 f"  {part}, {printable(name)}: weight {source['weight']:.2f}, similarity {source['similarity']:+.3f} "
                 f"({above} of {stage['noise_floor']['similarity']:.3f}){_costs(source)}"
             )
-    return told
+    return lines
 
 
 def _least_by_stage(cooccurrence: Mapping[str, Any]) -> dict[str, float]:
@@ -284,7 +284,7 @@ def _costs(source: Mapping[str, Any]) -> str:
 
 NOTES = {
     "First similarity": "of the descent directions of a source and of the target in untrained co-occurrence scorers: "
-    "mean and deviation over some, each asked by another part of the target's users. The weights follow from it, "
+    "mean and deviation over several, each with another part of the target's users. The weights follow from it, "
     "after similarities that differ by no more than this noise are drawn together. Later similarities say how far a "
     "domain's co-occurrence may be trusted, and no longer which source is related.",
     "Noise floor": "twice the spread of the similarity of gradients that have nothing to do with each other, drawn "
@@ -302,8 +302,8 @@ NOTES = {
     "are of nothing that is returned. Near convergence, gradients of source and target oppose each other whatever they "
     "have in common: a negative similarity alone does not condemn a source.",
     "Validation loss of the co-occurrence scorer": "mean cross-entropy of the target's validation items over the whole "
-    "catalogue, users asked by statistics that leave them out; by the steps of all stages so far. The scorer of the "
-    "least is kept. Warm-up is asked at its end alone; on the target the parameters are an average over steps.",
+    "catalogue, with statistics that leave the users of the cases out; by the steps of all stages so far. The scorer "
+    "of the least is kept. Warm-up is validated at its end; on the target the parameters are averaged over steps.",
     "Overlap of codes": "the sum over codes of the smaller of two domains' shares of items, mean over the heads of the "
     "codebook. 1: the same use of codes. Catalogues smaller than the codebook overlap less for that alone.",
     "Interval": "paired bootstrap over validation users, 10,000 resamples. Validation also chose both models' steps.",

@@ -15,13 +15,13 @@ from metarec_fast.ops.pad_packed import Side, pad_packed
 class PaddedBatch:
     """Windows of B users as rectangles of L positions, padded on one side.
 
-    items, targets: int64 [B, L]. real: bool [B, L], False where there is padding. users: int64 [B].
+    items, targets: int64 [B, L]. valid: bool [B, L], False where there is padding. users: int64 [B].
     negatives, logq: [B, L, K] if each position has its own, [N] if the batch shares them, else None.
     """
 
     items: Tensor
     targets: Tensor
-    real: Tensor
+    valid: Tensor
     users: Tensor
     negatives: Tensor | None = None
     logq: Tensor | None = None
@@ -36,10 +36,10 @@ class BatchShape(NamedTuple):
 
     @property
     def segments(self) -> int:
-        """Windows, and what is filled, in pieces that are no longer than a window."""
+        """Windows, and what is padded, in pieces that are no longer than a window."""
         return self.windows + -(-self.positions // self.length)
 
-    def holds(self, batch: PackedBatch) -> bool:
+    def fits(self, batch: PackedBatch) -> bool:
         return len(batch.items) <= self.positions and len(batch.offsets) - 1 <= self.windows
 
 
@@ -51,7 +51,7 @@ class PackedBatch:
     offsets: int64 [B+1]. users: int64 [B].
     negatives: int64 [T, K] of each target ([B, K] with ``targets="last"``), or [N] shared by the batch; logq: float32,
     the log of the probability of drawing each. None if the sampler draws none.
-    real: bool [T], False at positions that only fill the batch to a fixed size; None if there are none.
+    valid: bool [T], False at positions that only fill the batch to a fixed size; None if there are none.
     """
 
     items: Tensor
@@ -60,7 +60,7 @@ class PackedBatch:
     users: Tensor
     negatives: Tensor | None = None
     logq: Tensor | None = None
-    real: Tensor | None = None
+    valid: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -70,20 +70,20 @@ class PackedBatch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in moved.items() if v is not None})
 
-    def filled(self, shape: BatchShape) -> PackedBatch:
+    def padded_to(self, shape: BatchShape) -> PackedBatch:
         """The batch with as many positions and segments as ``shape`` says, whatever it holds: the same loss.
 
-        What is missing comes behind the windows: positions of item 0 without a target (-100), which ``real`` marks.
+        What is missing comes behind the windows: positions of item 0 without a target (-100), which ``valid`` marks.
         ``offsets`` are [shape.segments + 1]; ``users`` stay as they are. Nothing waits for the device.
 
         Raises ValueError for a batch that ``shape`` cannot hold, and without a target at every position.
         """
         T, B = len(self.items), len(self.offsets) - 1
         if len(self.targets) != T:
-            raise ValueError("filled needs a target at every position, got targets of last positions alone")
-        if not shape.holds(self):
+            raise ValueError("padded_to needs a target at every position, got targets of last positions alone")
+        if not shape.fits(self):
             raise ValueError(
-                f"batch must have at most {shape.positions} positions in {shape.windows} windows to be filled to that, "
+                f"batch must have at most {shape.positions} positions in {shape.windows} windows to be padded to that, "
                 f"got {T} in {B}"
             )
 
@@ -109,12 +109,12 @@ class PackedBatch:
         """The batch as rectangles of ``length`` positions, ``fill`` for the items, targets and negatives of padding.
 
         "left" puts the padding before the oldest event. Of longer rows the newest positions are kept. Item ids start
-        at 0: choose a fill outside them, or go by ``real``. Only on the CPU.
+        at 0: choose a fill outside them, or go by ``valid``. Only on the CPU.
 
         Raises ValueError for batches elsewhere and for targets of last positions alone.
         """
         if len(self.targets) != len(self.items):
-            raise ValueError("padded needs a target at every position, got targets of last positions alone")
+            raise ValueError("padded_to needs a target at every position, got targets of last positions alone")
 
         def pad(values: Tensor, fill: int) -> Tensor:
             return pad_packed(values, self.offsets, length=length, side=side, fill=fill)
@@ -122,8 +122,8 @@ class PackedBatch:
         items, targets = pad(self.items, fill), pad(self.targets, fill)  # which checks the arguments
         lengths = self.offsets.diff().clamp(max=length)[:, None]
         place = torch.arange(length)
-        real = place >= length - lengths if side == "left" else place < lengths
+        valid = place >= length - lengths if side == "left" else place < lengths
         negatives, logq = self.negatives, self.logq
         if negatives is not None and negatives.dim() == 2:
             negatives, logq = pad(negatives, fill), pad(logq, 0)
-        return PaddedBatch(items, targets, real, self.users, negatives, logq)
+        return PaddedBatch(items, targets, valid, self.users, negatives, logq)

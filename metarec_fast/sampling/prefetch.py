@@ -75,7 +75,7 @@ class Prefetch(Generic[T]):
             raise StopIteration
         if not self._end.alive:
             self._begin(self._next)
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         try:
             step, result, error = self._ready.get()
             self._room.release()
@@ -84,8 +84,8 @@ class Prefetch(Generic[T]):
             raise
         now = time.perf_counter()
         if self._handed_over is not None:  # the first batch is not counted: nothing could have hidden it
-            self.waited_s += now - asked
-            self.used_s += asked - self._handed_over
+            self.waited_s += now - requested
+            self.used_s += requested - self._handed_over
         self._handed_over = now
         if error is not None:
             self.close()

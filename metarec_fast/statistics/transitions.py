@@ -126,7 +126,7 @@ class TransitionKernel:
         return TransitionKernel(offsets, self.columns[kept], self.weights[kept])
 
     def two_steps(self) -> TransitionKernel:
-        """The product with itself: what the items that an item speaks for speak for."""
+        """The product with itself: items two transitions away."""
         V = self.num_items
         entries = torch.from_numpy(np.stack((self.rows_of_entries, self.columns.astype(np.int64))))
         matrix = torch.sparse_coo_tensor(
@@ -139,7 +139,7 @@ class TransitionKernel:
         offsets = csr.offsets(np.bincount(row, minlength=V))
         return TransitionKernel(offsets, column.astype(self.columns.dtype), product.values().numpy())
 
-    def cooccurrence(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    def scores(self, histories: Sequences, *, last: int = 1, fade: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """What the last events of each history speak for: sum over age < last of fade**age * row of that event.
 
         The newest event has age 0. Sums are taken in float64, newest event first. Returns all that is not zero as CSR:

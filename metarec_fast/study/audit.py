@@ -67,7 +67,7 @@ def _without(source: str) -> Arm:
 def audit_verdict(results: Results) -> list[str]:
     """Sentences on a finished audit. Raises ValueError if cells are missing."""
     if not results.complete:
-        raise ValueError(f"the audit has {len(results.facts)} of {results.expected} cells; run it to the end")
+        raise ValueError(f"the audit has {len(results.records)} of {results.expected} cells; run it to the end")
     study = results.study
     found = {(c.arm, c.against[0]): results.contrasts(c)[0] for c in study.comparisons}
     helps, order, content = (found["ours", name] for name in (ALONE, "shuffled-sources", "random-sources"))
@@ -92,7 +92,7 @@ def audit_verdict(results: Results) -> list[str]:
                 sentences.append(f"The gain is due to {what}: {_figures(control)} over sources without it.")
             else:
                 sentences.append(
-                    f"It cannot be told that the gain is due to {what}: {_figures(control)} over sources without it."
+                    f"It cannot be shown that the gain is due to {what}: {_figures(control)} over sources without it."
                 )
     for name in ("shuffled-sources", "random-sources"):
         control = found[name, ALONE]
@@ -107,7 +107,7 @@ def audit_verdict(results: Results) -> list[str]:
             continue
         what = f"{_figures(part, p)} with it over training without it"
         if p >= LEVEL:
-            sentences.append(f"It cannot be told that {source} matters beside the other sources: {what}.")
+            sentences.append(f"It cannot be shown that {source} matters beside the other sources: {what}.")
         else:
             sentences.append(
                 f"{source} {'helps' if part.difference.mean > 0 else 'harms'} beside the other sources: {what}."
@@ -121,7 +121,7 @@ def audit_verdict(results: Results) -> list[str]:
 
 def _effect(contrast: Contrast) -> str:
     if not contrast.clear:
-        return "make no difference that can be told to"
+        return "make no significant difference to"
     return "help" if contrast.difference.mean > 0 else "harm"
 
 

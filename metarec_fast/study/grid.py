@@ -181,7 +181,7 @@ class Study(Checked):
         """
         kinds = self.kinds(cell)
         sources = self.sources_of(cell.target, cell.arm) if set(kinds) - {"copy"} else []
-        facts = {
+        record = {
             "format": FORMAT,
             "baseline": cell.arm.baseline,
             "configs": [_hashed(config) for config in self.configs(cell)],
@@ -189,7 +189,7 @@ class Study(Checked):
             "kinds": kinds,
             "sources": [fingerprints[name] for name in sources],
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
     def only(self, **kept: Sequence[Any]) -> Study:
         """The part of the grid with these arms (by name), targets, fractions and seeds; empty sequences keep all.

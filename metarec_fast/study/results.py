@@ -111,46 +111,46 @@ class Results:
     def __init__(self, study: Study, out: str | Path) -> None:
         self.study, self.out = study, Path(out)
         self.expected = 0
-        self.facts: dict[tuple[str, str, float, int], dict[str, Any]] = {}
+        self.records: dict[tuple[str, str, float, int], dict[str, Any]] = {}
         self._paths: dict[tuple[str, str, float, int], Path] = {}
         for cell in study.cells():
             self.expected += 1
             files = (self.out / "cells").glob(f"{glob.escape(cell_stem(cell))}-*.json")
             for path in sorted(files, key=lambda p: p.stat().st_mtime):
                 try:
-                    facts = json.loads(path.read_text(encoding="utf-8"))
-                    known = study.hash(cell, facts["data"]) == facts["config_hash"]
+                    record = json.loads(path.read_text(encoding="utf-8"))
+                    known = study.hash(cell, record["data"]) == record["config_hash"]
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(f"{path} is damaged; remove it to run the cell again: {error!r}") from error
                 if known:
-                    self.facts[_key(cell)], self._paths[_key(cell)] = facts, path
+                    self.records[_key(cell)], self._paths[_key(cell)] = record, path
 
     @property
     def complete(self) -> bool:
-        return len(self.facts) == self.expected
+        return len(self.records) == self.expected
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a finished cell, by COLUMNS."""
         rows = []
-        for (arm, target, fraction, seed), facts in self.facts.items():
-            cost = facts["cost"]
+        for (arm, target, fraction, seed), record in self.records.items():
+            cost = record["cost"]
             rows.append(
                 {
                     "arm": arm,
-                    "group": facts["arm"]["group"],
+                    "group": record["arm"]["group"],
                     "target": target,
                     "fraction": fraction,
                     "seed": seed,
-                    **{column: figure(facts, column) for column in FIGURES},
-                    **{column + ALL_ITEMS: figure(facts, column + ALL_ITEMS) for column in FIGURES},
-                    "catalogue": catalogue_of(facts),
-                    "targets_outside": facts["test"]["history not masked"].get("targets_outside", 0),
-                    "skipped_steps": facts.get("history", {}).get("skipped_steps", 0),
-                    "valid_ndcg@10": facts["valid"],
+                    **{column: figure(record, column) for column in FIGURES},
+                    **{column + ALL_ITEMS: figure(record, column + ALL_ITEMS) for column in FIGURES},
+                    "catalogue": catalogue_of(record),
+                    "targets_outside": record["test"]["history not masked"].get("targets_outside", 0),
+                    "skipped_steps": record.get("history", {}).get("skipped_steps", 0),
+                    "valid_ndcg@10": record["valid"],
                     **{key: cost[key] for key in COLUMNS if key in cost},
-                    "config_hash": facts["config_hash"],
-                    "code_version": facts["code_version"],
-                    "data_hash": "+".join(facts["data"].values()),
+                    "config_hash": record["config_hash"],
+                    "code_version": record["code_version"],
+                    "data_hash": "+".join(record["data"].values()),
                     "file": str(self._paths[arm, target, fraction, seed].relative_to(self.out)),
                 }
             )
@@ -165,7 +165,7 @@ class Results:
         key = arm, target, fraction, seed
         ranks = np.load(self._paths[key].with_suffix(".npy"), allow_pickle=False)
         name = "greater, history masked" if "_masked" in column else "greater"
-        if column.endswith(ALL_ITEMS) and catalogue_of(self.facts[key]) == "training":
+        if column.endswith(ALL_ITEMS) and catalogue_of(self.records[key]) == "training":
             name += ", all items"
         at = (*RANKS, *AMONG_ALL).index(name)
         return ranks[at : at + 2]
@@ -173,9 +173,9 @@ class Results:
     def values(self, arm: str, target: str, fraction: float, key: Callable[[dict[str, Any]], float]) -> list[float]:
         """A figure of each finished seed."""
         return [
-            key(self.facts[arm, target, fraction, seed])
+            key(self.records[arm, target, fraction, seed])
             for seed in self.study.seeds
-            if (arm, target, fraction, seed) in self.facts
+            if (arm, target, fraction, seed) in self.records
         ]
 
     def baseline(self, comparison: Comparison, target: str, fraction: float) -> str | None:
@@ -195,10 +195,10 @@ class Results:
             for fraction in sorted(self.study.fractions):
                 name = self.baseline(comparison, target, fraction)
                 both = (comparison.arm, name)
-                seeds = [s for s in self.study.seeds if all((a, target, fraction, s) in self.facts for a in both)]
+                seeds = [s for s in self.study.seeds if all((a, target, fraction, s) in self.records for a in both)]
                 if name is None or not seeds:
                     continue
-                if len({catalogue_of(self.facts[a, target, fraction, s]) for a in both for s in seeds}) > 1:
+                if len({catalogue_of(self.records[a, target, fraction, s]) for a in both for s in seeds}) > 1:
                     column = column.removesuffix(ALL_ITEMS) + ALL_ITEMS  # what both arms have
                 metric = column.partition("_")[0]
                 ranks = [[self._ranks(arm, target, fraction, seed, column=column) for seed in seeds] for arm in both]
@@ -216,7 +216,7 @@ class Results:
         """In words, the first stage of these cells of which no step was finite; None if all ran."""
         for arm in arms:
             for seed in seeds:
-                for stage in self.facts[arm, target, fraction, seed].get("history", {}).get("stages_not_run", ()):
+                for stage in self.records[arm, target, fraction, seed].get("history", {}).get("stages_not_run", ()):
                     return f"no step of {stage} was finite in {arm}, seed {seed}"
         return None
 
@@ -266,7 +266,7 @@ class Results:
                 array = io.BytesIO()
                 np.save(array, ranks, allow_pickle=False)
                 add(path.with_suffix(".npy"), array.getvalue())
-                add(path, json.dumps(self.facts[key] | {"ranks_up_to": CUTOFF}, indent=1).encode())
+                add(path, json.dumps(self.records[key] | {"ranks_up_to": CUTOFF}, indent=1).encode())
         path = self.out / "cells.tar.xz"
         write_atomically(path, packed.getvalue())
         return path
@@ -283,21 +283,21 @@ class Results:
         return line_chart(lines, title=f"NDCG@10 on {target} by share of its users", y_from_zero=True)
 
     def markdown(self, compared: list[tuple[Comparison, list[Contrast]]]) -> str:
-        facts = list(self.facts.values())
-        if not facts:
+        records = list(self.records.values())
+        if not records:
             return f"# {markdown(self.study.name)}\n\nNo cell is finished.\n"
-        versions = sorted({f["code_version"] for f in facts})
-        torches = sorted({f["versions"]["torch"] for f in facts})
+        versions = sorted({f["code_version"] for f in records})
+        torches = sorted({f["versions"]["torch"] for f in records})
         parts = [
             f"# Study {markdown(self.study.name)}",
-            f"{len(facts)} of {self.expected} cells, seeds {', '.join(map(str, self.study.seeds))}; code "
+            f"{len(records)} of {self.expected} cells, seeds {', '.join(map(str, self.study.seeds))}; code "
             f"{', '.join(versions)}, torch {', '.join(torches)}. Figures are means over seeds ± standard deviation, of "
-            f"all test users; {_ranked(facts)}; models are chosen by validation alone.",
+            f"all test users; {_ranked(records)}; models are chosen by validation alone.",
         ]
         if len(versions) > 1:
             parts.append("**Cells of different code versions stand side by side.**")
         columns = [*FIGURES]
-        if any(catalogue_of(f) == "training" for f in facts):
+        if any(catalogue_of(f) == "training" for f in records):
             columns += [column + ALL_ITEMS for column in FIGURES]
         left_out = [
             f"{row['skipped_steps']:,} of {row['arm']} on {row['target']}, {row['fraction']:.0%}, seed {row['seed']}"
@@ -372,31 +372,31 @@ class Results:
         return {name: mean(values[name] for values in found) for name in (found[0] if found else ())}
 
 
-def catalogue_of(facts: dict[str, Any]) -> Catalogue:
+def catalogue_of(record: dict[str, Any]) -> Catalogue:
     """What a cell ranked. Cells from before there was a choice ranked all items."""
-    return facts.get("catalogue", "all")
+    return record.get("catalogue", "all")
 
 
-def figure(facts: dict[str, Any], column: str) -> float:
+def figure(record: dict[str, Any], column: str) -> float:
     """A cell's figure of a column of FIGURES, or of one among all items."""
-    found = facts["test"][MASKS["_masked" if "_masked" in column else ""]]
+    found = record["test"][MASKS["_masked" if "_masked" in column else ""]]
     if column.endswith(ALL_ITEMS):
         found = found.get("among_all", found)
     return found["metrics"][column.partition("_")[0]]
 
 
-def _ranked(facts: Sequence[dict[str, Any]]) -> str:
+def _ranked(records: Sequence[dict[str, Any]]) -> str:
     """In words, what the tables' figures are among."""
-    kinds = {catalogue_of(f) for f in facts}
+    kinds = {catalogue_of(f) for f in records}
     if kinds == {"all"}:
         return "all items are ranked, also those known from held-out events alone"
     words = "ranked are the items of training events, another target is a miss"
     return words if kinds == {"training"} else f"{words} (in some cells all items)"
 
 
-def _of_sources(facts: dict[str, Any], key: str) -> dict[str, float]:
-    cooccurrence = facts.get("history", {}).get("cooccurrence", {}).get("sources", {})
-    return {name: values[key] for name, values in cooccurrence.items()} or facts.get("transfer", {}).get(key, {})
+def _of_sources(record: dict[str, Any], key: str) -> dict[str, float]:
+    cooccurrence = record.get("history", {}).get("cooccurrence", {}).get("sources", {})
+    return {name: values[key] for name, values in cooccurrence.items()} or record.get("transfer", {}).get(key, {})
 
 
 def label(comparison: Comparison) -> str:

@@ -124,7 +124,7 @@ def sources_of(study: Study, cell: Cell, domains: Domains) -> list[Domain]:
 
 
 def _copy(target: Domain, config: Config, cell: Cell) -> Domain:
-    """The target's other users: whom validation asks should be strangers to the sources.
+    """The target's other users: users with validation cases should not be in the sources.
 
     Everybody where there are no others, and under a cut in time, which would fall elsewhere without them.
     """
@@ -134,9 +134,9 @@ def _copy(target: Domain, config: Config, cell: Cell) -> Domain:
 
 
 class Outcome(NamedTuple):
-    """What a cell found: facts for JSON, and the counts of RANKS [5, cases] for every test user; or AMONG_ALL too."""
+    """What a cell found: record for JSON, and the counts of RANKS [5, cases] for every test user; or AMONG_ALL too."""
 
-    facts: dict[str, Any]
+    record: dict[str, Any]
     ranks: np.ndarray
 
 
@@ -146,7 +146,7 @@ class _Steps(Silent):
     def __init__(self) -> None:
         self.taken: dict[str, int] = {}
 
-    def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None:
+    def step(self, stage: str, step: int, total: int, record: dict[str, Any]) -> None:
         self.taken[stage] = self.taken.get(stage, 0) + 1
 
 
@@ -156,12 +156,12 @@ class _Peak:
     def __init__(self) -> None:
         try:
             Path("/proc/self/clear_refs").write_text("5")
-            self._told = True
+            self._reported = True
         except OSError:
-            self._told = False
+            self._reported = False
 
     def mebibytes(self) -> float | None:
-        if not self._told:
+        if not self._reported:
             return None
         found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
         return int(found[1]) / 1024
@@ -203,7 +203,7 @@ def run_cell(study: Study, cell: Cell, domains: Domains, *, should_stop: Callabl
         )
         for mask in (False, True)
     ]
-    facts = {
+    record = {
         "valid": chosen.valid,
         "catalogue": chosen.config.data.catalogue,
         "test": {"history not masked": found[0].to_dict(), "history masked": found[1].to_dict()},
@@ -213,7 +213,7 @@ def run_cell(study: Study, cell: Cell, domains: Domains, *, should_stop: Callabl
     }
     ranked = found + [metrics.among_all for metrics in found if metrics.among_all is not None]
     rows = [found[0].users, *(counts for metrics in ranked for counts in (metrics.greater, metrics.equal))]
-    return Outcome(facts, np.stack(rows).astype(np.int32))
+    return Outcome(record, np.stack(rows).astype(np.int32))
 
 
 class _Chosen(NamedTuple):
@@ -286,9 +286,9 @@ def cell_path(out: Path, study: Study, cell: Cell, domains: Domains) -> Path:
 
 
 def save_cell(path: Path, study: Study, cell: Cell, domains: Domains, outcome: Outcome) -> None:
-    """The ranks, then the facts: a cell whose JSON is there is whole."""
+    """The ranks, then the record: a cell whose JSON is there is whole."""
     names = [cell.target, *(study.sources_of(cell.target, cell.arm) if set(study.kinds(cell)) - {"copy"} else ())]
-    facts = {
+    record = {
         "format": FORMAT,
         "arm": dataclasses.asdict(cell.arm),
         "target": cell.target,
@@ -299,13 +299,13 @@ def save_cell(path: Path, study: Study, cell: Cell, domains: Domains, outcome: O
         "data": {name: domains.fingerprint(study, name) for name in names},
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "ranks": [*RANKS, *AMONG_ALL][: len(outcome.ranks)],
-        **outcome.facts,
+        **outcome.record,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, outcome.ranks, allow_pickle=False)
     write_atomically(path.with_suffix(".npy"), buffer.getvalue())
-    write_atomically(path, json.dumps(facts, indent=1).encode())
+    write_atomically(path, json.dumps(record, indent=1).encode())
 
 
 # the run
@@ -337,7 +337,7 @@ def run(
     cells: those to run; all of the study if not given.
     processes: cells at a time; each process gets its share of the cores.
     overwrite: let this study have a folder that holds another one, whose tables it replaces and whose cells stay.
-    on_cell: told of each finished cell, with its facts, how many are done now and how many there are.
+    on_cell: called with each finished cell, its record, how many are done and how many there are.
     Raises Interrupted if ``should_stop`` says so: what is finished stays, and nothing is half-written; ValueError for a
     folder that holds another study, or in which a process is at work.
     """

@@ -45,10 +45,10 @@ def owns(name: str) -> bool:
     return name == MANIFEST or name.startswith(".") or STATE.fullmatch(name) is not None
 
 
-def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, step: int) -> None:
+def save(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], *, step: int) -> None:
     """Write a checkpoint of ``step``; the one before stays valid until the manifest names the new file.
 
-    facts: for JSON, under other keys than those of FIELDS.
+    manifest: for JSON, under other keys than those of FIELDS.
     """
     from safetensors.torch import save as to_bytes
 
@@ -59,7 +59,7 @@ def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, ste
     data = to_bytes({key: value.contiguous() for key, value in tensors.items()})
     about = {"format": FORMAT, "file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(folder / name, data)
-    write_atomically(folder / MANIFEST, sealed({**about, **facts}))
+    write_atomically(folder / MANIFEST, sealed({**about, **manifest}))
     for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink()
@@ -84,19 +84,19 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not is_in(folder):
         return None
     try:
-        facts = read_json(folder, MANIFEST)
-        if isinstance(facts, dict) and "format" not in facts and "config" in facts:
-            facts["format"] = 1  # which had none
+        manifest = read_json(folder, MANIFEST)
+        if isinstance(manifest, dict) and "format" not in manifest and "config" in manifest:
+            manifest["format"] = 1  # which had none
         advice = "finish it with the version that wrote it, or start again with --overwrite (overwrite=True)"
-        check_format(facts, FORMAT, f"checkpoint in {folder}", older=advice)
-        check_fields(facts, FIELDS, MANIFEST, exact=False)
-        check_seal(facts, MANIFEST)
-        tensors = load_file(check_file(folder, facts["file"], facts))
-        return tensors, {key: value for key, value in facts.items() if key not in FIELDS}
+        check_format(manifest, FORMAT, f"checkpoint in {folder}", older=advice)
+        check_fields(manifest, FIELDS, MANIFEST, exact=False)
+        check_seal(manifest, MANIFEST)
+        tensors = load_file(check_file(folder, manifest["file"], manifest))
+        return tensors, {key: value for key, value in manifest.items() if key not in FIELDS}
     except Damaged as error:
         raise ValueError(f"checkpoint in {folder} is damaged: {error}") from error
     except SafetensorError as error:
-        raise ValueError(f"checkpoint in {folder} is damaged: {facts['file']}: {error}") from error
+        raise ValueError(f"checkpoint in {folder} is damaged: {manifest['file']}: {error}") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, *, prefix: str = "optimizer") -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Training the co-occurrence scorer: warm-up on the sources, meta-transfer, fine-tuning on the target.
 
-A domain is asked about users whose events its statistics leave out. Sources count as many users as the target has, so
-that what is learned there is about co-occurrence as thin as the target's.
+Query users of a domain are those whose events its statistics leave out. Statistics of sources count as many users as
+the target has, so that the scorer learns from statistics as sparse as the target's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step
 from metarec_fast.train.left_out import LeftOut, NonFiniteTrainingError, reason
 from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_step, decayed_and_free
 
-ASKED = 4000  # users of a source, at most
+QUERY_USERS = 4000  # users of a source, at most
 VALIDATED = 4000  # cases of the target, at most: the step is chosen by a mean over them
-STREAMS = ("warmup", "meta", "finetune", "similarity")  # of questions
+STREAMS = ("warmup", "meta", "finetune", "similarity")  # of random numbers
 CANDIDATE_WEIGHTS = ("linear.weight", "network.0.weight", "network.2.weight", "network.4.weight")
 TITLES = {
     "similarity": "co-occurrence: weights",
@@ -39,7 +39,7 @@ TITLES = {
 
 
 @dataclass
-class Found:
+class CooccurrenceResult:
     """What training found out.
 
     losses: on validation, by stage and step; the best of them, and where. sources: each one's weight and its first
@@ -76,7 +76,7 @@ class Found:
 class CooccurrenceTrainer:
     """Trains an `CooccurrenceNetwork` for a target's split with the help of sources' splits.
 
-    Raises ValueError if the target has fewer than two users to count, for then nobody can be asked.
+    Raises ValueError if the target has fewer than two users to count, as there is then no query user.
     """
 
     def __init__(
@@ -105,20 +105,22 @@ class CooccurrenceTrainer:
         }
         self.folds = folds(target.train, users, config.cooccurrence.folds, seed=(seed, len(sources)))
         self.catalogue = choice_catalogue(target, config.data.catalogue)
-        # like those who come later, users answer for statistics that leave them out
+        # as for later users, statistics leave out the users whose targets are scored
         cases = np.random.default_rng((seed, len(sources) + 1)).permutation(len(target.valid))
-        if self.catalogue is not None:  # other answers cannot be given, however they are scored
+        if self.catalogue is not None:  # other targets cannot be reached, however items are scored
             cases = cases[self.catalogue[target.valid.targets[cases]]]
         cases = cases[:VALIDATED]
-        self.questions = [
+        self.validation_cases = [
             (
                 fold.statistics,
-                select_cases(target.valid, np.sort(cases[np.isin(target.valid.users[cases], fold.asked)])),
+                select_cases(target.valid, np.sort(cases[np.isin(target.valid.users[cases], fold.query_users)])),
             )
             for fold in self.folds
         ]
-        if not any(len(cases) for _, cases in self.questions):  # of short histories alone: their own events count too
-            self.questions = [(self.statistics, select_cases(target.valid, np.sort(cases)))]
+        if not any(
+            len(cases) for _, cases in self.validation_cases
+        ):  # of short histories alone: their own events count too
+            self.validation_cases = [(self.statistics, select_cases(target.valid, np.sort(cases)))]
         torch.manual_seed(seed)
         self.scorer = CooccurrenceNetwork(hidden=config.cooccurrence.hidden)
         if start is not None:
@@ -127,7 +129,7 @@ class CooccurrenceTrainer:
         self.averaged = views_of(self.scorer)  # what counts: parameters as they are, or where one is kept, an average
         self.best = copy_of(self.averaged)
         self.averages, self.noise = GradientAverages(config.meta.similarity_decay), NoiseFloor()
-        self.found = Found()
+        self.result = CooccurrenceResult()
         self.weights = torch.full((len(sources),), 1 / max(len(sources), 1))
 
     def run(self) -> CooccurrenceScorer:
@@ -142,16 +144,16 @@ class CooccurrenceTrainer:
                 self._weigh_sources()
             meta = e.meta_steps if method == "metarec" else 0
             total = e.warmup_steps + e.meta_steps
-            self._stage("warmup", total - meta, lr=e.lr, falls=True, joint=method == "joint")
-            self._stage("meta", meta, lr=e.finetune_lr, falls=True)
+            self._stage("warmup", total - meta, lr=e.lr, linear_decay=True, joint=method == "joint")
+            self._stage("meta", meta, lr=e.finetune_lr, linear_decay=True)
         if method != "joint":
             fresh = self.fresh and not self.sources
             steps = e.warmup_steps + e.meta_steps if fresh else 0
             steps += max(e.finetune_steps, math.ceil(e.finetune_passes * self.num_users / e.batch_size))
             self._stage("finetune", steps, lr=e.lr if fresh else e.finetune_lr)
-        if not self.found.losses:
+        if not self.result.losses:
             self._keep_if_better("start", 0)
-        if not math.isfinite(self.found.best):
+        if not math.isfinite(self.result.best):
             raise NonFiniteTrainingError(
                 "no validation loss of the co-occurrence scorer was finite: there is none to keep"
             )
@@ -164,7 +166,7 @@ class CooccurrenceTrainer:
         Later the directions no longer tell: where the sources' losses are least in sum their gradients cancel, and
         what is left says how far a domain's statistics may be trusted, which depends on its size. Only of the network
         over candidates, since the base, which reads popularity alone, would have its way in a full cosine. Each start
-        asks a fold of the target's users, so that the spread over starts has the noise of few users in it.
+        takes the cases of a fold of the target's users, so that the spread over starts has the noise of few users.
         """
         e, m = self.config.cooccurrence, self.config.meta
         starts = []
@@ -181,8 +183,8 @@ class CooccurrenceTrainer:
             for i, pool in enumerate([*self.episodes.values(), [self.folds[start % len(self.folds)]]]):
                 total = torch.zeros_like(flatten(read))
                 for batch in range(e.similarity_batches):
-                    questions = self._draw(pool, "similarity", batch, start * (len(self.sources) + 1) + i)
-                    loss = scorer.loss(parameters, {}, questions)
+                    features = self._draw(pool, "similarity", batch, start * (len(self.sources) + 1) + i)
+                    loss = scorer.loss(parameters, {}, features)
                     gradients = torch.autograd.grad(loss, list(read.values()))
                     total += flatten(dict(zip(read, gradients, strict=True)))
                 directions.append(total)
@@ -191,28 +193,29 @@ class CooccurrenceTrainer:
             if found.isfinite().all():
                 starts.append(found)
             else:
-                count = self.found.left_out.by_stage.get(TITLES["similarity"], 0)
-                self.found.left_out.by_stage[TITLES["similarity"]] = count + 1
-        self.found.left_out.end(TITLES["similarity"], e.similarity_inits)
+                count = self.result.left_out.by_stage.get(TITLES["similarity"], 0)
+                self.result.left_out.by_stage[TITLES["similarity"]] = count + 1
+        self.result.left_out.end(TITLES["similarity"], e.similarity_inits)
         if not starts:
             return  # as heavy as each other
         drawn = torch.stack(starts)
         self.weights = weights_of(drawn, config=m)
         for i, name in enumerate(self.episodes):
-            self.found.sources[name] = {
+            self.result.sources[name] = {
                 "weight": float(self.weights[i]),
                 "similarity": float(drawn[:, i].mean()),
                 "deviation": float(drawn[:, i].std(correction=0)),
             }
 
-    def _stage(self, stage: str, steps: int, *, lr: float, falls: bool = False, joint: bool = False) -> None:
+    def _stage(self, stage: str, steps: int, *, lr: float, linear_decay: bool = False, joint: bool = False) -> None:
         if not steps:
             return
         e = self.config.cooccurrence
         optimizer = torch.optim.AdamW(decayed_and_free(list(self.scorer.parameters()), e.weight_decay), lr=lr)
         decay = e.average_decay if stage == "finetune" else 0.0
         self.averaged = copy_of(views_of(self.scorer)) if decay else views_of(self.scorer)
-        turn = turns([1 / (len(self.episodes) + 1)] * (len(self.episodes) + 1) if joint else self.weights.tolist())
+        domains = len(self.episodes) + 1
+        turn = weighted_round_robin([1 / domains] * domains if joint else self.weights.tolist())
         patience = max(1, round(e.patience * e.finetune_lr / lr)) if lr else e.patience  # larger steps need fewer
         waited = taken = 0
         for step in range(steps):
@@ -222,35 +225,35 @@ class CooccurrenceTrainer:
                 waited = 0 if self._keep_if_better(stage, step) else waited + 1
                 if stage == "finetune" and waited >= patience:
                     break
-            facts = self._step(stage, step, turn, optimizer)
+            metrics = self._step(stage, step, turn, optimizer)
             taken = step + 1
-            if decay and "skipped" not in facts:
+            if decay and "skipped" not in metrics:
                 for name, value in views_of(self.scorer).items():
                     self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
-            if falls:
+            if linear_decay:
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * (1 - step / (steps + 20))
-            self.reporter.step(TITLES[stage], step + 1, steps, facts)
+            self.reporter.step(TITLES[stage], step + 1, steps, metrics)
         else:
             self._keep_if_better(stage, steps)
-        self.found.left_out.end(TITLES[stage], taken)
+        self.result.left_out.end(TITLES[stage], taken)
 
     def _step(self, stage: str, step: int, turn: Iterator[int], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
         averages, noise = self.averages.copy(), self.noise.copy()
         if stage == "meta":
-            facts = self._meta(step)
+            metrics = self._meta(step)
         else:
             pools = [*self.episodes.values(), self.folds]
-            facts = self._plain(self.folds if stage == "finetune" else pools[next(turn)], stage, step)
+            metrics = self._plain(self.folds if stage == "finetune" else pools[next(turn)], stage, step)
         clip = self.config.train.clip
-        if not clip_and_step(self.scorer.parameters(), [optimizer], facts["losses"].values(), clip=clip):
+        if not clip_and_step(self.scorer.parameters(), [optimizer], metrics["losses"].values(), clip=clip):
             self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
-            facts["skipped"] = self.found.left_out.add(TITLES[stage], step, self._reason(facts["losses"]))
-            return facts
-        self.found.left_out.took()
+            metrics["skipped"] = self.result.left_out.add(TITLES[stage], step, self._reason(metrics["losses"]))
+            return metrics
+        self.result.left_out.took()
         if stage == "meta":
-            keep_trace(step + 1, facts, trace=self.found.trace, untraced=self.found.untraced)
-        return facts
+            keep_trace(step + 1, metrics, trace=self.result.trace, untraced=self.result.untraced)
+        return metrics
 
     def _reason(self, losses: dict[str, float]) -> str:
         named = {f"the co-occurrence scorer's {name}": p for name, p in self.scorer.named_parameters()}
@@ -261,7 +264,7 @@ class CooccurrenceTrainer:
         loss = self.scorer.loss(dict(self.scorer.named_parameters()), {}, self._draw(pool, stage, step))
         self.scorer.zero_grad(set_to_none=True)
         loss.backward()
-        return {"losses": {"cooccurrence": float(loss.detach())}}
+        return {"losses": {"co-occurrence": float(loss.detach())}}
 
     def _meta(self, step: int) -> dict[str, Any]:
         """Gradients of one meta step."""
@@ -287,7 +290,7 @@ class CooccurrenceTrainer:
         for name, parameter in shared.items():
             parameter.grad = result.shared_grad[name]
         return {
-            "losses": {"cooccurrence": float(result.target_losses.mean())},
+            "losses": {"co-occurrence": float(result.target_losses.mean())},
             **signals(result, self.noise, before=before, config=m),
         }
 
@@ -298,19 +301,19 @@ class CooccurrenceTrainer:
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Mean cross-entropy of the target's validation answers: less noisy than ranks where cases are few."""
+        """Mean cross-entropy of the validation targets: less noisy than ranks where cases are few."""
         losses = [
             mean_loss(self.scorer, self.averaged, statistics, cases, catalogue=self.catalogue) * len(cases)
-            for statistics, cases in self.questions
+            for statistics, cases in self.validation_cases
         ]
-        return sum(losses) / max(1, sum(len(cases) for _, cases in self.questions))
+        return sum(losses) / max(1, sum(len(cases) for _, cases in self.validation_cases))
 
     def _keep_if_better(self, stage: str, step: int) -> bool:
         loss = self.validation_loss()
-        self.found.losses.append((stage, step, loss))
-        if not (math.isfinite(loss) and loss < self.found.best):
+        self.result.losses.append((stage, step, loss))
+        if not (math.isfinite(loss) and loss < self.result.best):
             return False
-        self.found.best, self.found.best_at = loss, f"{stage} {step}"
+        self.result.best, self.result.best_at = loss, f"{stage} {step}"
         self.best = copy_of(self.averaged)
         return True
 
@@ -324,11 +327,11 @@ def source_episodes(
     for i, size in enumerate(sizes):
         order = np.random.default_rng((*seed, i)).permutation(users)
         counted = min(max(1, round(size * target_users)), max(1, int(0.9 * len(order))))
-        statistics, asked = order[:counted], order[counted : counted + ASKED]
-        if not (train.lengths[asked] >= 2).any():  # a tiny source: one who can be asked is not counted
-            asked = order[train.lengths[order] >= 2][:1]
-            statistics = np.setdiff1d(statistics, asked)
-        episodes.append(CooccurrenceEpisode(train, statistics=statistics, asked=asked))
+        statistics, query_users = order[:counted], order[counted : counted + QUERY_USERS]
+        if not (train.lengths[query_users] >= 2).any():  # a tiny source: one query user is left out of the statistics
+            query_users = order[train.lengths[order] >= 2][:1]
+            statistics = np.setdiff1d(statistics, query_users)
+        episodes.append(CooccurrenceEpisode(train, statistics=statistics, query_users=query_users))
     return episodes
 
 
@@ -347,8 +350,8 @@ def weights_of(drawn: Tensor, *, config: MetaConfig) -> Tensor:
     return source_weights(drawn.mean(0), config=replace(config, temperature=temperature))
 
 
-def turns(weights: Sequence[float]) -> Iterator[int]:
-    """Whose turn it is, without end: after any number of turns each has had its weight's share, to within about one."""
+def weighted_round_robin(weights: Sequence[float]) -> Iterator[int]:
+    """Endless indices: after any number of draws each has come in proportion to its weight, to within about one."""
     due = np.zeros(len(weights))
     while True:
         due += weights
@@ -358,10 +361,10 @@ def turns(weights: Sequence[float]) -> Iterator[int]:
 
 
 def folds(train: Sequences, users: np.ndarray, count: int, *, seed: tuple[int, ...]) -> list[CooccurrenceEpisode]:
-    """Episodes that ask each of ``count`` groups of the users by the statistics of the others."""
+    """Episodes with each of ``count`` groups of the users as query users, and the statistics of the others."""
     groups = np.array_split(np.random.default_rng(seed).permutation(users), min(count, len(users)))
     return [
-        CooccurrenceEpisode(train, statistics=np.setdiff1d(users, group), asked=group)
+        CooccurrenceEpisode(train, statistics=np.setdiff1d(users, group), query_users=group)
         for group in groups
         if (train.lengths[group] >= 2).any()
     ]
@@ -385,11 +388,11 @@ def mean_loss(
     catalogue: np.ndarray | None = None,
     batch: int = 256,
 ) -> float:
-    """Mean cross-entropy of the answers over all items, or those of a catalogue, bool [V], that holds the answers."""
+    """Mean cross-entropy of the targets over all items, or over those of a catalogue, bool [V]."""
     total = 0.0
     for begin in range(0, len(cases), batch):
         part = select_cases(cases, np.arange(begin, min(begin + batch, len(cases))))
-        questions = statistics.cases(part.histories, part.targets)
-        value = scorer.loss(parameters, {}, questions if catalogue is None else questions.among(catalogue))
+        features = statistics.cases(part.histories, part.targets)
+        value = scorer.loss(parameters, {}, features if catalogue is None else features.among(catalogue))
         total += float(value) * len(part)
     return total / max(len(cases), 1)

@@ -1,4 +1,4 @@
-"""Steps that are left out because something in them is not finite: counted by stage, told, and never too many."""
+"""Steps left out because something in them is not finite: counted by stage, reported, and limited in number."""
 
 from __future__ import annotations
 

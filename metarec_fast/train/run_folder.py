@@ -37,7 +37,7 @@ METHOD_FOLDERS = ("target_only", "pretrain", "joint", "metarec")
 PARTS = (*(f"{method}/target_only" for method in METHOD_FOLDERS), *METHOD_FOLDERS)  # folders of runs within a run's
 LOSABLE = ("checkpoint", "model", "metrics.json", "table.md", "report.html")  # what work has gone into
 OWN = (*LOSABLE, "config.json", "log.jsonl", "profile.json", "profile.svg", DESCRIPTION)
-TEXT_OR_NULL = Field("a string or null", lambda v: v is None or TEXT.holds(v))
+TEXT_OR_NULL = Field("a string or null", lambda v: v is None or TEXT.fits(v))
 FIELDS = {
     "format": COUNT,
     "command": TEXT,

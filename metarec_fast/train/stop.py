@@ -17,12 +17,12 @@ class StopRequested:
     """
 
     def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM), *, yielding: bool = False) -> None:
-        self.asked = False
+        self.requested = False
         self._signals, self._yielding = signals, yielding
         self._before: dict[int, object] = {}
 
     def __call__(self) -> bool:
-        return self.asked
+        return self.requested
 
     def __enter__(self) -> StopRequested:
         if threading.current_thread() is threading.main_thread():
@@ -37,8 +37,8 @@ class StopRequested:
         self._before = {}
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         if sys.stderr is not None and sys.stderr.isatty():  # past the buffers, which the signal may have interrupted
             os.write(2, b"\nstopping after this step; once more ends at once, without saving\n")

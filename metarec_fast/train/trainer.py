@@ -52,7 +52,7 @@ class Reporter(Protocol):
 
     def begin(self, title: str) -> None: ...
 
-    def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None: ...
+    def step(self, stage: str, step: int, total: int, metrics: dict[str, Any]) -> None: ...
 
     def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None: ...
 
@@ -61,7 +61,7 @@ class Silent:
     def begin(self, title: str) -> None:
         pass
 
-    def step(self, stage: str, step: int, total: int, facts: dict[str, Any]) -> None:
+    def step(self, stage: str, step: int, total: int, metrics: dict[str, Any]) -> None:
         pass
 
     def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None:
@@ -69,7 +69,7 @@ class Silent:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; everything up to here is saved."""
+    """The run was to stop; everything up to here is saved."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ class Progress:
 _KINDS = {"int": COUNT, "float": FINITE, "str": TEXT}
 PROGRESS_FIELDS = {f.name: _KINDS.get(f.type, LIST) for f in dataclasses.fields(Progress)} | {"left_out": OBJECT}
 LEFT_OUT_FIELDS = {
-    "by_stage": Field("counts by stage", lambda v: OBJECT.holds(v) and all(map(COUNT.holds, v.values()))),
+    "by_stage": Field("counts by stage", lambda v: OBJECT.fits(v) and all(map(COUNT.fits, v.values()))),
     "in_a_row": COUNT,
-    "not_run": Field("a list of strings", lambda v: LIST.holds(v) and all(map(TEXT.holds, v))),
+    "not_run": Field("a list of strings", lambda v: LIST.fits(v) and all(map(TEXT.fits, v))),
 }
 IDENTITY_FIELDS = {
     "data": OBJECT,
@@ -325,7 +325,7 @@ class Trainer:
         before = self.averages.copy()
         given, target_batch = {s: rows[s].batches for s in self.sources}, rows[name].batches[0]
         result: OuterStep
-        if self._captured is not None and self._captured.holds(given, target_batch):
+        if self._captured is not None and self._captured.fits(given, target_batch):
             result = self._captured(given, target_batch, averages=self.averages)
         else:
             sources = [Source(s, rows[s].private, rows[s].batches) for s in self.sources]
@@ -353,15 +353,15 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         averages, noise = self.averages.copy(), self.noise.copy()
         batches = self._ready(stage, step)
-        facts = self._meta(batches) if stage == "meta" else self._joint(batches)
-        facts["losses"] = {name: float(value) for name, value in facts["losses"].items()}
-        if self._update(facts["losses"]):
+        metrics = self._meta(batches) if stage == "meta" else self._joint(batches)
+        metrics["losses"] = {name: float(value) for name, value in metrics["losses"].items()}
+        if self._update(metrics["losses"]):
             self.progress.left_out.took()
         else:
             self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
-            facts["skipped"] = self.progress.left_out.add(stage, step, reason(facts["losses"], self._tensors()))
-        facts["data_wait_share"] = round(self._prefetch[1].wait_share, 5)
-        return facts
+            metrics["skipped"] = self.progress.left_out.add(stage, step, reason(metrics["losses"], self._tensors()))
+        metrics["data_wait_share"] = round(self._prefetch[1].wait_share, 5)
+        return metrics
 
     def _tensors(self) -> dict[str, Tensor | None]:
         """Parameters and gradients by names that people know: of a domain's table, or of what all domains share."""
@@ -442,13 +442,13 @@ class Trainer:
                     if p.waited >= self.config.train.patience:
                         break
                 if self.profiler is None:
-                    facts = self.train_step(stage.name, p.step)
+                    metrics = self.train_step(stage.name, p.step)
                 else:
-                    facts = self.profiler.step(self, stage.name, p.step)
+                    metrics = self.profiler.step(self, stage.name, p.step)
                 p.step += 1
-                if "weights" in facts and "skipped" not in facts:
-                    keep_trace(p.step, facts, trace=p.trace, untraced=p.untraced)
-                self.reporter.step(stage.name, p.step, stage.steps, facts)
+                if "weights" in metrics and "skipped" not in metrics:
+                    keep_trace(p.step, metrics, trace=p.trace, untraced=p.untraced)
+                self.reporter.step(stage.name, p.step, stage.steps, metrics)
                 if self.folder is not None and p.step % (4 * every) == 0:
                     self.save()
             if stage.validated and p.waited < self.config.train.patience:
@@ -471,14 +471,14 @@ class Trainer:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best_state.items()}
         tensors |= {f"steps.{k}": v for k, v in self.averages.steps.items()}
-        tensors |= {f"answers.{k}": v for k, v in self.averages.answers.items()}
-        tensors |= {f"noise.{k}": v for k, v in self.noise.answers.items()}
+        tensors |= {f"target_gradients.{k}": v for k, v in self.averages.target_gradients.items()}
+        tensors |= {f"noise.{k}": v for k, v in self.noise.target_gradients.items()}
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         if self.table_optimizer is not None:  # rows stay behind, so that a run that goes on rounds as if not stopped
             tensors |= checkpoint.optimizer_tensors(self.table_optimizer, prefix="table_optimizer")
-        facts = {**dataclasses.asdict(self.progress), **self._identity()}
+        manifest = {**dataclasses.asdict(self.progress), **self._identity()}
         done = sum(s.steps for s in self.stages[: self.progress.stage]) + self.progress.step
-        checkpoint.save(self.folder, tensors, facts, step=done)
+        checkpoint.save(self.folder, tensors, manifest, step=done)
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must have been made from for this run to go on with it."""
@@ -486,14 +486,14 @@ class Trainer:
         data = data_of(domains, self.target.domain, self.config)
         return {"data": data, "config": dataclasses.asdict(self.config), "origin": self.origin}
 
-    def _check_identity(self, facts: dict[str, Any]) -> None:
+    def _check_identity(self, manifest: dict[str, Any]) -> None:
         own, where = self._identity(), f"checkpoint in {self.folder}"
         advice = "use another run folder, or start again with --overwrite (overwrite=True)"
-        if other := other_data(own["data"], facts["data"]):
+        if other := other_data(own["data"], manifest["data"]):
             raise ValueError(f"{where} belongs to other domains: {other}; {advice}")
-        if other := other_options(self.config, facts["config"]):
+        if other := other_options(self.config, manifest["config"]):
             raise ValueError(f"{where} belongs to another configuration: {other}; {advice}")
-        if own["origin"] != facts["origin"]:
+        if own["origin"] != manifest["origin"]:
             raise ValueError(f"{where} belongs to another start: the model that is adapted was another one; {advice}")
 
     def restore(self) -> bool:
@@ -504,15 +504,15 @@ class Trainer:
         loaded = checkpoint.load(self.folder) if self.folder is not None else None
         if loaded is None:
             return False
-        tensors, facts = loaded
+        tensors, manifest = loaded
         try:
-            check_fields(facts, PROGRESS_FIELDS | IDENTITY_FIELDS, checkpoint.MANIFEST)
-            check_data(facts["data"], f"{checkpoint.MANIFEST}: 'data'")
-            self._check_identity(facts)
+            check_fields(manifest, PROGRESS_FIELDS | IDENTITY_FIELDS, checkpoint.MANIFEST)
+            check_data(manifest["data"], f"{checkpoint.MANIFEST}: 'data'")
+            self._check_identity(manifest)
             for name in IDENTITY_FIELDS:
-                facts.pop(name)
-            check_fields(facts["left_out"], LEFT_OUT_FIELDS, f"{checkpoint.MANIFEST}: 'left_out'")
-            progress = Progress(**facts | {"left_out": LeftOut(**facts["left_out"])})
+                manifest.pop(name)
+            check_fields(manifest["left_out"], LEFT_OUT_FIELDS, f"{checkpoint.MANIFEST}: 'left_out'")
+            progress = Progress(**manifest | {"left_out": LeftOut(**manifest["left_out"])})
             self._check_progress(progress)
         except Damaged as error:
             raise ValueError(f"checkpoint in {self.folder} is damaged: {error}") from error
@@ -528,8 +528,8 @@ class Trainer:
                 f"checkpoint in {self.folder} belongs to other domains, of another shape: {error}"
             ) from error
         self.best_state = pick("best.")
-        self.averages.steps, self.averages.answers = pick("steps."), pick("answers.")
-        self.noise.answers = pick("noise.")
+        self.averages.steps, self.averages.target_gradients = pick("steps."), pick("target_gradients.")
+        self.noise.target_gradients = pick("noise.")
         if self.progress.stage < len(self.stages):
             self._start_optimizers()
             checkpoint.restore_optimizer(self.optimizer, tensors)

@@ -148,7 +148,7 @@ class Codebook(nn.Module):
         Rows that are not finite are skipped. Raises RuntimeError under torch.vmap. ema_update: overrides the module's.
         weight: [K] or [H, K], or a function of (sums, counts) that returns it; scales how far each code moves.
         accumulate: only add the batch to the ``grad`` of the averages; the next update takes it in.
-        lookup: what finding ``indices`` told by the way, for ``health``.
+        lookup: by-products of finding ``indices``, for ``health``.
         """
         _check_not_batched(rows)
         ema_update = self.ema_update if ema_update is None else ema_update

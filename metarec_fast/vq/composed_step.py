@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 def composed_step(vq: nn.Module, rows: Tensor, keep: Tensor | None, call: Call) -> Step:
-    """One step over rows [H, N, D]. keep: bool [N], rows that count, None for all."""
+    """One step of ``vq``, a FastVQ, over rows [H, N, D]. keep: bool [N], rows that count, None for all."""
     in_place = None
     if vq.in_place_codebook_optimizer is not None and call.update is not None:
         in_place = _optimize_in_place(vq, rows.detach(), keep, call)

@@ -286,7 +286,7 @@ class FastVQ(nn.Module):
         routed = self.training and self.route_gradients_to_input and (x.requires_grad or forward_mode())
         update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
         update = update if self.training and not frozen else None
-        asked = topk is not None or indices is not None or codebook_transform_fn is not None
+        given = topk is not None or indices is not None or codebook_transform_fn is not None
 
         with torch.autocast(x.device.type, enabled=False):
             # padding may hold anything, NaN too: read zeros there
@@ -294,7 +294,7 @@ class FastVQ(nn.Module):
             rows = self._rows(kept)
             keep = None if mask is None else self._layout.row_mask(mask)
             self._codebook.start(rows.detach(), keep)
-            if asked or not self._runs_fused(masked=mask is not None, routed=routed, moves=update is not None):
+            if given or not self._runs_fused(masked=mask is not None, routed=routed, moves=update is not None):
                 call = Call(
                     update=update,
                     pulled=pulled,

@@ -87,7 +87,7 @@ class Health(nn.Module):
         _record_(self.counts, self.dead, counts, dead, moves)
 
     def record_lookup(self, lookup: LookupHealth, rows: int, *, moves: bool) -> None:
-        """Take in what the lookup of ``rows`` rows, over all codebooks, told by the way. moves: the codes move next."""
+        """Add the by-products of a lookup of ``rows`` rows, over all codebooks. moves: the codes move next."""
         _record_(self.margin, self.recheck_rate, lookup.margin, lookup.rechecked / max(1, rows), moves)
 
     @property

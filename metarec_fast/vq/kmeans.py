@@ -80,9 +80,9 @@ def _ranks_agree(initted: Tensor, valid: Tensor, *, sync: bool) -> tuple[int, in
     num_rows = valid.sum(-1).amin()
     if not sync or world_size() == 1:
         return int(num_rows), None
-    told = torch.zeros(1 + world_size(), dtype=torch.float64, device=valid.device)
-    told[0], told[1 + dist.get_rank()] = num_rows, initted
-    total, *ready = sum_over_ranks(told, sync=True).tolist()
+    counts = torch.zeros(1 + world_size(), dtype=torch.float64, device=valid.device)
+    counts[0], counts[1 + dist.get_rank()] = num_rows, initted
+    total, *ready = sum_over_ranks(counts, sync=True).tolist()
     return int(total), ready.index(1) if 0 < sum(ready) < len(ready) else None
 
 

@@ -135,7 +135,7 @@ def test_cases_hold_features_of_popularity_order_and_the_history():
     assert statistics.cases(packed([[1]], V)).targets is None
 
 
-def test_candidates_are_told_how_far_from_the_history_they_stand():
+def test_candidates_have_their_distance_from_the_history():
     rows = [row for row in random_rows() if 7 not in row]
     cases = CooccurrenceStatistics(packed(rows, V)).cases(packed(random_rows(seed=1, count=9), V))
     x = cases.of_candidates
@@ -190,12 +190,12 @@ def own_items(users=12, length=6):
 
 
 def episode():
-    return CooccurrenceEpisode(own_items(), statistics=np.arange(8), asked=np.arange(8, 12))
+    return CooccurrenceEpisode(own_items(), statistics=np.arange(8), query_users=np.arange(8, 12))
 
 
 def test_a_batch_is_a_pure_function_of_its_seed():
     rows = packed(random_rows(), V)
-    made = [CooccurrenceEpisode(rows, statistics=np.arange(30), asked=np.arange(30, 60)) for _ in range(2)]
+    made = [CooccurrenceEpisode(rows, statistics=np.arange(30), query_users=np.arange(30, 60)) for _ in range(2)]
     made[0].batch(7, seed=(9, 9))  # what was asked before does not matter
     first, second = (one.batch(16, seed=(1, 2)) for one in made)
     other = made[0].batch(16, seed=(1, 3))
@@ -216,7 +216,7 @@ def test_who_is_asked_is_not_counted():
 def test_questions_are_the_last_four_events_after_what_came_before():
     rows = own_items()
     # nobody is left out of these statistics, so that the newest event shows in the candidates
-    everyone = CooccurrenceEpisode(rows, statistics=np.arange(12), asked=np.arange(12))
+    everyone = CooccurrenceEpisode(rows, statistics=np.arange(12), query_users=np.arange(12))
     cases = everyone.batch(400, seed=(0,))
     place = cases.targets % 6
     assert sorted(set(place.tolist())) == [2, 3, 4, 5]
@@ -229,13 +229,13 @@ def test_questions_are_the_last_four_events_after_what_came_before():
 
 def test_histories_are_as_long_as_cooccurrence_is_read():
     long = packed([list(range(40)), list(range(40))], 40)
-    cases = CooccurrenceEpisode(long, statistics=np.array([0]), asked=np.array([1])).batch(8, seed=(0,))
+    cases = CooccurrenceEpisode(long, statistics=np.array([0]), query_users=np.array([1])).batch(8, seed=(0,))
     torch.testing.assert_close(torch.expm1((cases.case[:, 0] + 0.8) * 2), torch.full((8,), float(AGES[-1])))
 
 
 def test_users_of_one_event_are_not_asked():
     rows = packed([[1, 2], [3], [4, 5], []], 6)
-    one = CooccurrenceEpisode(rows, statistics=np.array([0]), asked=np.array([1, 2, 3]))
-    assert one.asked.tolist() == [2] and set(one.batch(9, seed=(0,)).targets.tolist()) == {5}
-    with pytest.raises(ValueError, match="asked must hold a user of two events at least"):
-        CooccurrenceEpisode(rows, statistics=np.array([0]), asked=np.array([1, 3]))
+    one = CooccurrenceEpisode(rows, statistics=np.array([0]), query_users=np.array([1, 2, 3]))
+    assert one.query_users.tolist() == [2] and set(one.batch(9, seed=(0,)).targets.tolist()) == {5}
+    with pytest.raises(ValueError, match="query_users must have a user of at least two events"):
+        CooccurrenceEpisode(rows, statistics=np.array([0]), query_users=np.array([1, 3]))

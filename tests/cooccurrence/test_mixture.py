@@ -7,12 +7,12 @@ import torch
 from metarec_fast import data
 from metarec_fast.cooccurrence import mixture as module
 from metarec_fast.cooccurrence.features import CooccurrenceStatistics
-from metarec_fast.cooccurrence.mixture import fit_mixture
+from metarec_fast.cooccurrence.mixture import MixedScores, ScoreMixture, fit_mixture
 from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer
 from metarec_fast.data import Cases, select_cases
-from metarec_fast.evaluation.linear_scores import LinearScores, MixedScores
+from metarec_fast.evaluation.linear_scores import LinearScores
 from metarec_fast.models.recommender import Recommender
-from metarec_fast.models.scorer import ModelScorer, ScoreMixture
+from metarec_fast.models.scorer import ModelScorer
 from tests.evaluation.problems import sequences
 from tests.tiny import DOMAINS, config
 
@@ -44,7 +44,7 @@ def losses(questions, weights):
     return [float(torch.nn.functional.cross_entropy(a * encoder + b * cooccurrence, answers)) for a, b in weights]
 
 
-class Told:
+class FixedScores:
     """Scores of every item as they are given: encoder and co-occurrence, [V] for each case."""
 
     def __init__(self, encoder, cooccurrence):
@@ -79,7 +79,7 @@ def logits_and_answers(*, encoder, cooccurrence, cases=1000, V=20):
     answers = torch.distributions.Categorical(logits=encoder * a + cooccurrence * b).sample()
     order = torch.argsort(answers, stable=True)  # as a batch has them
     rows = [[] for _ in range(cases)]
-    return Told(a[order], b[order]), Cases(np.arange(cases), sequences(rows, V), answers[order].numpy())
+    return FixedScores(a[order], b[order]), Cases(np.arange(cases), sequences(rows, V), answers[order].numpy())
 
 
 @pytest.mark.parametrize(("encoder", "cooccurrence"), [(0.7, 1.3), (1.5, 0.2), (0.05, 2.0)])
@@ -122,7 +122,7 @@ def test_encoder_and_cooccurrence_are_asked_once(mixture, monkeypatch):
 def test_cases_and_finite_scores_are_needed(mixture):
     scorer, cases = mixture
     none = Cases(np.zeros(0, np.int64), sequences([], 30), np.zeros(0, np.int64))
-    with pytest.raises(ValueError, match="questions must have at least one case, got none"):
+    with pytest.raises(ValueError, match="scored_cases must have at least one case, got none"):
         fit_mixture([(scorer, none)])
     with torch.no_grad():
         scorer.encoder.table.bias[3] = torch.inf

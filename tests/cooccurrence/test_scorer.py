@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from metarec_fast.cooccurrence.features import CooccurrenceStatistics
+from metarec_fast.cooccurrence.mixture import ScoreMixture
 from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer
 from metarec_fast.data import leave_one_out
 from metarec_fast.models.recommender import Recommender
-from metarec_fast.models.scorer import ModelScorer, ScoreMixture
+from metarec_fast.models.scorer import ModelScorer
 from tests.statistics.test_transitions import packed
 from tests.tiny import DOMAINS, config
 

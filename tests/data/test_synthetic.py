@@ -51,7 +51,7 @@ def contexts(sequences, classes):
 
 
 def by_class(world, split, counts):
-    """A ranker that is told each item's class and weight, and must take the dynamics from counts."""
+    """A ranker that knows each item's class and weight, and must take the dynamics from counts."""
     catalogue = world.catalogues["target"]
     c = catalogue.classes
     histories = split.test.histories
@@ -182,7 +182,7 @@ def test_there_is_head_room_above_simple_rankers(world, crowded):
 
 
 def test_the_rule_carries_over_from_sources_and_not_from_the_control(world, crowded):
-    # Dynamics counted on one domain, used on the target by a ranker that is told the classes.
+    # Dynamics counted on one domain, used on the target by a ranker that knows the classes.
     split = leave_one_out(crowded.target)
 
     def learned_from(name, sequences):

@@ -25,7 +25,7 @@ from metarec_fast.evaluation import (
 from metarec_fast.evaluation.linear_scores import LinearScores
 from metarec_fast.evaluation.metrics import NAMES, OUTSIDE
 from metarec_fast.train.cooccurrence import mean_loss, views_of
-from tests.cooccurrence.test_mixture import Told
+from tests.cooccurrence.test_mixture import FixedScores
 from tests.evaluation.problems import TableScorer, leave_one_out, random_rows, sequences
 
 V = 60
@@ -76,13 +76,13 @@ def test_ranks_are_those_among_the_catalogue_and_another_target_is_a_miss(kind, 
         assert not found.per_user(name)[~known].any() and found.per_user(name)[known].all() >= 0
     assert f"the {catalogue.sum()} items of training events ranked (of 60 known)" in found.protocol
     assert f"{found.outside} targets outside the catalogue count as misses" in found.protocol
-    told = found.to_dict()
-    assert (told["catalogue"], told["items_ranked"], told["targets_outside"]) == (
+    reported = found.to_dict()
+    assert (reported["catalogue"], reported["items_ranked"], reported["targets_outside"]) == (
         "training",
         int(catalogue.sum()),
         found.outside,
     )
-    assert told["among_all"] == everywhere.to_dict() and everywhere.to_dict()["catalogue"] == "all"
+    assert reported["among_all"] == everywhere.to_dict() and everywhere.to_dict()["catalogue"] == "all"
     assert found.protocol in str(found) and everywhere.protocol in str(found)
 
 
@@ -131,12 +131,14 @@ def test_the_weights_of_a_mixture_are_fitted_among_the_catalogue():
     rng, catalogue = np.random.default_rng(1), np.arange(12) % 3 > 0
     encoder, cooccurrence = torch.randn(2, 40, 12)
     cases = data.Cases(np.arange(40), sequences([[0]] * 40, 12), rng.integers(12, size=40))
-    found = fit_mixture([(Told(encoder, cooccurrence), cases)], catalogue=catalogue)
+    found = fit_mixture([(FixedScores(encoder, cooccurrence), cases)], catalogue=catalogue)
     known = inside(cases, catalogue)
     assert 0 < len(known) < 40
     answers = np.searchsorted(np.flatnonzero(catalogue), known.targets)
     few = data.Cases(known.users, sequences([[0]] * len(known), 8), answers)
-    again = fit_mixture([(Told(encoder[: len(known)][:, catalogue], cooccurrence[: len(known)][:, catalogue]), few)])
+    again = fit_mixture(
+        [(FixedScores(encoder[: len(known)][:, catalogue], cooccurrence[: len(known)][:, catalogue]), few)]
+    )
     assert found == again
 
 

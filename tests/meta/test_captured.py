@@ -1,4 +1,4 @@
-"""The outer step on batches filled to a fixed size, against the plain one; as a CUDA graph where there is a card."""
+"""The outer step on batches padded to a fixed size, against the plain one; as a CUDA graph where there is a card."""
 
 import dataclasses
 from unittest import mock
@@ -81,7 +81,7 @@ def test_averages_go_on_as_in_plain_steps():
     both, ours, plain = Both(World()), GradientAverages(0.9), GradientAverages(0.9)
     for k in range(3):
         assert_same(both.step(k, averages=ours), as_expected(both.plain(k, averages=plain)), tolerance=1e-10)
-    for part in ("steps", "answers"):
+    for part in ("steps", "target_gradients"):
         torch.testing.assert_close(getattr(ours, part), getattr(plain, part), rtol=1e-10, atol=1e-12)
 
 
@@ -97,11 +97,11 @@ def test_errors():
     ):
         Both(world, kind=CapturedStep)
     small = Both(world, shape=BatchShape(windows=5, positions=3, length=6))
-    assert not small.fixed.holds(small.batches(0), world.batches["t"][0])
+    assert not small.fixed.fits(small.batches(0), world.batches["t"][0])
     with pytest.raises(ValueError, match=r"batch must have at most 3 positions in 5 windows .*, got \d+ in 4"):
         small.step(0)
     both = Both(world)
-    assert both.fixed.holds(both.batches(0), world.batches["t"][0])
+    assert both.fixed.fits(both.batches(0), world.batches["t"][0])
     both.step(0)
     averages = GradientAverages(0.9)
     both.plain(0, averages=averages)

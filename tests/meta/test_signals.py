@@ -25,11 +25,11 @@ def walk(rank, mean, *, decay=0.95, steps=400):
     floor, averages, noise = NoiseFloor(), GradientAverages(decay), GradientAverages(decay)
     draws, smoothed = [], []
     for t in range(steps):
-        step, answer = (basis @ torch.randn(rank, 2, generator=generator)).T
+        step, target_gradient = (basis @ torch.randn(rank, 2, generator=generator)).T
         before = averages.copy()
-        draws.append(floor.draw("s", step + mean, answer + mean, before=before, like=LIKE, config=config))
-        averages.update("s", step + mean, answer + mean)
-        compared = noise.update("s", step, answer)
+        draws.append(floor.draw("s", step + mean, target_gradient + mean, before=before, like=LIKE, config=config))
+        averages.update("s", step + mean, target_gradient + mean)
+        compared = noise.update("s", step, target_gradient)
         if t % 20 == 0 and t >= 60:
             smoothed.append(float(similarity(*compared, like=LIKE, config=config)))
     return draws, smoothed
@@ -54,7 +54,7 @@ def test_without_smoothing_the_floor_is_that_of_single_batches():
     assert rms(draws[2:]) == pytest.approx(0.1, rel=0.16)
 
 
-def made(weights, answers, descents, names=("a", "b")):
+def made(weights, target_gradients, descents, names=("a", "b")):
     nothing = torch.zeros(len(names))
     return OuterStep(
         shared_grad={},
@@ -66,21 +66,23 @@ def made(weights, answers, descents, names=("a", "b")):
         target_losses=nothing,
         steps=descents,
         descents=descents,
-        answers=answers,
+        target_gradients=target_gradients,
     )
 
 
-def before(*names, answer):
-    return GradientAverages(0.9, dict.fromkeys(names, answer), dict.fromkeys(names, answer))
+def before(*names, target_gradient):
+    return GradientAverages(0.9, dict.fromkeys(names, target_gradient), dict.fromkeys(names, target_gradient))
 
 
 def test_leaving_out_the_source_that_agrees_costs_most():
     target = torch.tensor([1.0, 0.0, 0.0])
-    answers = torch.zeros(2, 3)  # this batch's own answer is nothing: the sources alone make the step
+    target_gradients = torch.zeros(2, 3)  # this batch's own target_gradient is nothing: the sources alone make the step
     descents = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     config = MetaConfig(temperature=1.0)
-    result = made([0.6, 0.4], answers, descents)
-    everything, without_a, without_b = leaving_out(result, before=before("a", "b", answer=target), config=config)
+    result = made([0.6, 0.4], target_gradients, descents)
+    everything, without_a, without_b = leaving_out(
+        result, before=before("a", "b", target_gradient=target), config=config
+    )
     assert everything == pytest.approx(0.6 / (0.6**2 + 0.4**2) ** 0.5)
     assert without_a == pytest.approx(0.0) and without_b == pytest.approx(1.0)
 
@@ -88,27 +90,29 @@ def test_leaving_out_the_source_that_agrees_costs_most():
 def test_the_weights_of_the_others_are_those_they_would_have_alone():
     target = torch.tensor([1.0, 1.0, 1.0])
     descents = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
-    answers = torch.tensor([[0.0, 1.0, 0.0]]).expand(3, 3)
+    target_gradients = torch.tensor([[0.0, 1.0, 0.0]]).expand(3, 3)
     config = MetaConfig(temperature=1.0, inner_steps=2, source_loss_weight=0.5, target_loss_weight=2.0)
-    result = made([0.2, 0.3, 0.5], answers, descents, names=("a", "b", "c"))
-    found = leaving_out(result, before=before("a", "b", "c", answer=target), config=config)
+    result = made([0.2, 0.3, 0.5], target_gradients, descents, names=("a", "b", "c"))
+    found = leaving_out(result, before=before("a", "b", "c", target_gradient=target), config=config)
     for s, weights in enumerate([(0.2, 0.3, 0.5), (0, 0.375, 0.625), (2 / 7, 0, 5 / 7), (0.4, 0.6, 0)]):
-        step = torch.tensor(weights) @ (2 * answers + 0.25 * descents)
+        step = torch.tensor(weights) @ (2 * target_gradients + 0.25 * descents)
         assert found[s] == pytest.approx(torch.cosine_similarity(step, target, dim=0).item())
 
 
 def test_without_the_source_that_has_all_weight_the_others_share_it():
     target, descents = torch.ones(3), torch.eye(3)
     result = made([1.0, 0.0, 0.0], torch.zeros(3, 3), descents, names=("a", "b", "c"))
-    found = leaving_out(result, before=before("a", "b", "c", answer=target), config=MetaConfig(temperature=0.01))
+    found = leaving_out(
+        result, before=before("a", "b", "c", target_gradient=target), config=MetaConfig(temperature=0.01)
+    )
     assert found == pytest.approx([3**-0.5, (2 / 3) ** 0.5, 3**-0.5, 3**-0.5])
 
 
 def test_without_the_only_source_the_target_steps_alone():
-    answer = torch.tensor([[2.0, 1.0]])
-    result = made([1.0], answer, torch.tensor([[0.0, 1.0]]), names=("a",))
+    target_gradient = torch.tensor([[2.0, 1.0]])
+    result = made([1.0], target_gradient, torch.tensor([[0.0, 1.0]]), names=("a",))
     config = MetaConfig(source_loss_weight=1.0)
-    with_it, without = leaving_out(result, before=before("a", answer=torch.tensor([1.0, 0.0])), config=config)
+    with_it, without = leaving_out(result, before=before("a", target_gradient=torch.tensor([1.0, 0.0])), config=config)
     assert without == pytest.approx(2 / 5**0.5) and with_it == pytest.approx(2 / 8**0.5)
 
 

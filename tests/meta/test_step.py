@@ -102,8 +102,8 @@ def test_inputs_are_left_alone():
 def test_averages_smooth_both_sides():
     averages = GradientAverages(decay=0.5)
     averages.update("a", torch.tensor([1.0]), torch.tensor([2.0]))
-    step, answer = averages.update("a", torch.tensor([3.0]), torch.tensor([4.0]))
-    assert (step.item(), answer.item()) == (2.0, 3.0)
+    step, target_gradient = averages.update("a", torch.tensor([3.0]), torch.tensor([4.0]))
+    assert (step.item(), target_gradient.item()) == (2.0, 3.0)
 
 
 def test_tensor_mean_scope():
@@ -111,8 +111,10 @@ def test_tensor_mean_scope():
     got = outer_step(loss, shared, named, target, batch, config=replace(CONFIG, similarity_scope="tensor_mean"))
     g = torch.func.grad(loss)
     phi = {k: shared[k] - CONFIG.inner_lr * v for k, v in g(shared, named[0].private, named[0].batches[0]).items()}
-    answer = g(phi, target, batch)
-    cosines = [torch.cosine_similarity((shared[k] - phi[k]).flatten(), answer[k].flatten(), dim=0) for k in shared]
+    target_gradient = g(phi, target, batch)
+    cosines = [
+        torch.cosine_similarity((shared[k] - phi[k]).flatten(), target_gradient[k].flatten(), dim=0) for k in shared
+    ]
     torch.testing.assert_close(got.similarities[0], torch.stack(cosines).mean())
 
 

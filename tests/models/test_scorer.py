@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from metarec_fast.cooccurrence.scorer import TransitionTerms
 from metarec_fast.data import Sequences, leave_one_out
 from metarec_fast.evaluation import evaluate
 from metarec_fast.models.recommender import Recommender
-from metarec_fast.models.scorer import ModelScorer, TransitionTerms, pack_recent
+from metarec_fast.models.scorer import ModelScorer, pack_recent
 from tests.tiny import DOMAINS, config
 
 TARGET = leave_one_out(DOMAINS.target)

@@ -58,9 +58,9 @@ def test_the_traced_total_is_the_time_of_the_traced_step(monkeypatch):
 
     def timed(stage, step):
         begin = time.perf_counter()
-        facts = inner(stage, step)
+        metrics = inner(stage, step)
         seconds.append(time.perf_counter() - begin)
-        return facts
+        return metrics
 
     monkeypatch.setattr(run, "train_step", timed)
     profiler = StepProfiler(skip=1, steps=1)

@@ -103,7 +103,7 @@ def test_the_report_is_whole_and_plain_json():
     assert cooccurrence["first"] == FOUND["sources"]
 
 
-def test_first_similarities_are_told_where_sources_were_weighed():
+def test_first_similarities_are_reported_where_sources_were_weighed():
     found = report()
     (line,) = [line for line in lines(found) if line.startswith("  co-occurrence, b <c>")]
     assert line == "  co-occurrence, b <c>: weight 0.30, similarity of first descent -0.125 ± 0.250"
@@ -132,7 +132,7 @@ def test_first_similarities_are_told_where_sources_were_weighed():
             "What is returned is encoder and transition counts together: "
             "weight 1 for the encoder, 1.5 for the transition counts.",
         ),
-        ("none", 1.0, 0.0, "What is returned is the encoder alone: it has no co-occurrence beside it."),
+        ("none", 1.0, 0.0, "What is returned is the encoder alone: no co-occurrence scores are added."),
     ],
 )
 def test_words_name_the_parts_of_the_returned_model(beside, encoder, cooccurrence, words):
@@ -159,9 +159,9 @@ def test_words_name_the_parts_of_the_returned_model(beside, encoder, cooccurrenc
             GOOD,
             GOOD,
             "target_only",
-            r"^No co-occurrence that transfer helped: \+0\.0% .*target-only model is returned\.$",
+            r"^No sign that transfer helped: \+0\.0% .*target-only model is returned\.$",
         ),
-        (OTHER, ONE, "target_only", r"^No co-occurrence .* -\d.*target-only model is ret"),
+        (OTHER, ONE, "target_only", r"^No sign .* -\d.*target-only model is ret"),
         (POOR, GOOD, "target_only", r"^Transfer harmed on validation: -66\.7% .*target-only model is returned\.$"),
         (
             GOOD,
@@ -215,7 +215,7 @@ def test_no_figure_is_called_higher_where_both_are_equal():
     assert found["verdict"].endswith("The target-only model is returned; both figures are equal.")
 
 
-def test_a_stage_that_did_not_run_gets_no_verdict_and_steps_left_out_are_told():
+def test_a_stage_that_did_not_run_gets_no_verdict_and_steps_left_out_are_reported():
     ran = {"skipped_by_stage": {}, "stages_not_run": []}
     broken = {"skipped_by_stage": {"meta": 4, "finetune": 1}, "stages_not_run": ["meta"]}
     found = report(GOOD, POOR, left_out={"transferred": broken, "target_only": ran})
@@ -223,8 +223,8 @@ def test_a_stage_that_did_not_run_gets_no_verdict_and_steps_left_out_are_told():
     assert found["verdict"] == (
         "No verdict on transfer: with sources no step of meta was finite. The target-only model is returned."
     )
-    told = "transferred: steps left out because they were not finite: meta 4, finetune 1"
-    assert f"  {told}" in lines(found) and told in html(found, title="t")
+    reported = "transferred: steps left out because they were not finite: meta 4, finetune 1"
+    assert f"  {reported}" in lines(found) and reported in html(found, title="t")
     kept = report(GOOD, POOR, left_out={"transferred": broken, "target_only": ran}, replaces=False)
     assert kept["returned"] == "transferred" and kept["verdict"].endswith("The target-only model is the one to take.")
     alone = report(GOOD, POOR, left_out={"transferred": ran, "target_only": broken})
@@ -272,15 +272,15 @@ def test_overlap_of_identical_domains_is_one_and_of_disjoint_ones_zero():
 
 
 def test_lines_hold_the_key_figures():
-    told = "\n".join(lines(report()))
-    assert "encoder, a: weight 0.75, similarity +0.040 (1 of 2 late values above the noise floor of 0.040)" in told
-    assert "co-occurrence, b <c>: weight 0.30, similarity of first descent -0.125 ± 0.250" in told
+    reported = "\n".join(lines(report()))
+    assert "encoder, a: weight 0.75, similarity +0.040 (1 of 2 late values above the noise floor of 0.040)" in reported
+    assert "co-occurrence, b <c>: weight 0.30, similarity of first descent -0.125 ± 0.250" in reported
     assert (
         "co-occurrence: least validation loss by stage warmup 6.600, meta 6.400, finetune 6.450 (best at meta 25)"
-        in told
+        in reported
     )
-    assert "leaving it out would cost +20.0% of the descent (estimate)" in told
-    assert "overlap of codes with target: a 0.50, b <c> 0.50" in told
+    assert "leaving it out would cost +20.0% of the descent (estimate)" in reported
+    assert "overlap of codes with target: a 0.50, b <c> 0.50" in reported
 
 
 def charts_of(text):

@@ -171,7 +171,7 @@ def in_child(batches, answers):
         answers.put(str(error))
 
 
-def test_a_forked_process_is_told():
+def test_a_forked_process_is_reported():
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     with Prefetch(lambda step: step) as batches:

@@ -277,7 +277,7 @@ def test_last_targets_have_negatives_of_their_own():
     assert batch.negatives.shape == batch.logq.shape == (20, 3)
     for user, drawn in zip(batch.users.tolist(), batch.negatives.numpy(), strict=True):
         assert not np.isin(drawn, data[user]).any()
-    with pytest.raises(ValueError, match="padded needs a target at every position"):
+    with pytest.raises(ValueError, match="padded_to needs a target at every position"):
         batch.padded(4)
 
 
@@ -295,31 +295,31 @@ def test_filled_batches_have_one_size_and_the_packed_positions_first(negatives, 
     batch = Sampler(geometric(), batch_size=30, max_length=6, **negatives).batch(1)
     T, B = len(batch.items), len(batch)
     shape = BatchShape(windows, positions=T + 20, length=6)
-    filled = batch.filled(shape)
-    assert torch.equal(filled.offsets[: B + 1], batch.offsets)
-    assert len(filled.offsets) == shape.segments + 1
-    lengths = filled.offsets.diff()[B:]
+    padded = batch.padded_to(shape)
+    assert torch.equal(padded.offsets[: B + 1], batch.offsets)
+    assert len(padded.offsets) == shape.segments + 1
+    lengths = padded.offsets.diff()[B:]
     assert (lengths >= 0).all() and (lengths <= 6).all() and lengths.sum() == 20
-    assert torch.equal(filled.real, torch.arange(T + 20) < T)
-    assert torch.equal(filled.items[:T], batch.items) and (filled.items[T:] == 0).all()
-    assert torch.equal(filled.targets[:T], batch.targets) and (filled.targets[T:] == -100).all()
+    assert torch.equal(padded.valid, torch.arange(T + 20) < T)
+    assert torch.equal(padded.items[:T], batch.items) and (padded.items[T:] == 0).all()
+    assert torch.equal(padded.targets[:T], batch.targets) and (padded.targets[T:] == -100).all()
     for name in ("negatives", "logq"):
-        ours, given = getattr(filled, name), getattr(batch, name)
+        ours, given = getattr(padded, name), getattr(batch, name)
         if given is None or given.dim() == 1:
             assert ours is given
         else:
             assert torch.equal(ours[:T], given) and (ours[T:] == 0).all() and len(ours) == T + 20
-    exactly = batch.filled(BatchShape(B, T, 6))
-    assert exactly.real.all() and (exactly.offsets[B:] == T).all()
+    exactly = batch.padded_to(BatchShape(B, T, 6))
+    assert exactly.valid.all() and (exactly.offsets[B:] == T).all()
 
 
 def test_filled_names_what_is_too_many():
     batch = Sampler(geometric(), batch_size=30, max_length=6).batch(1)
     for shape in (BatchShape(30, 29, 6), BatchShape(29, 500, 6)):
         with pytest.raises(ValueError, match=rf"at most {shape.positions} positions in {shape.windows} windows"):
-            batch.filled(shape)
-    with pytest.raises(ValueError, match="filled needs a target at every position"):
-        Sampler(geometric(), batch_size=30, max_length=6, targets="last").batch(1).filled(BatchShape(30, 500, 6))
+            batch.padded_to(shape)
+    with pytest.raises(ValueError, match="padded_to needs a target at every position"):
+        Sampler(geometric(), batch_size=30, max_length=6, targets="last").batch(1).padded_to(BatchShape(30, 500, 6))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -327,13 +327,13 @@ def test_padded_rows_hold_the_packed_ones(side):
     batch = Sampler(geometric(), batch_size=30, max_length=6, negatives=2).batch(1)
     padded = batch.padded(6, side=side, fill=-1)
     for name in ("items", "targets", "negatives", "logq"):  # rows and positions keep their order
-        assert torch.equal(getattr(padded, name)[padded.real], getattr(batch, name))
-    assert (padded.items[~padded.real] == -1).all()
-    assert padded.real[:, -1 if side == "left" else 0].all()
-    assert torch.equal(padded.real.sum(1), batch.offsets.diff())
+        assert torch.equal(getattr(padded, name)[padded.valid], getattr(batch, name))
+    assert (padded.items[~padded.valid] == -1).all()
+    assert padded.valid[:, -1 if side == "left" else 0].all()
+    assert torch.equal(padded.valid.sum(1), batch.offsets.diff())
     newest = batch.padded(2, side=side, fill=-1)
-    assert torch.equal(newest.real.sum(1), batch.offsets.diff().clamp(max=2))
-    last = newest.real.sum(1) - 1 if side == "right" else torch.ones(30, dtype=torch.int64)
+    assert torch.equal(newest.valid.sum(1), batch.offsets.diff().clamp(max=2))
+    last = newest.valid.sum(1) - 1 if side == "right" else torch.ones(30, dtype=torch.int64)
     assert torch.equal(newest.targets[torch.arange(30), last], batch.targets[batch.offsets[1:] - 1])
     shared = Sampler(geometric(), batch_size=3, shared_negatives=4).batch(0)
     assert torch.equal(shared.padded(50).negatives, shared.negatives)

@@ -9,7 +9,7 @@ import pytest
 
 from metarec_fast import _C
 
-# One user who has seen ``seen`` of 5000 items, 700 negatives. The extension is told of more elements than there are, so
+# One user who has seen ``seen`` of 5000 items, 700 negatives. The extension is given more elements than there are, so
 # that nothing but a sanitizer can notice.
 DRAW = """
 import numpy as np

@@ -120,7 +120,7 @@ def test_rows():
 def test_cooccurrence(last, fade):
     kernel = TransitionKernel.fit(packed(random_rows(), 23))
     histories = [[], [4], *random_rows(seed=1, count=9), []]
-    offsets, items, values = kernel.cooccurrence(packed(histories, 23), last=last, fade=fade)
+    offsets, items, values = kernel.scores(packed(histories, 23), last=last, fade=fade)
     matrix, expected = dense(kernel), np.zeros((len(histories), 23))
     for case, history in enumerate(histories):
         for age, item in enumerate(history[::-1][:last]):
@@ -136,8 +136,8 @@ def test_nothing_to_count():
     for rows in ([], [[]], [[1], [2]]):
         kernel = TransitionKernel.fit(packed(rows, 5))
         assert kernel.offsets.tolist() == [0] * 6
-        assert [x.tolist() for x in kernel.cooccurrence(packed([[1], []], 5))] == [[0, 0, 0], [], []]
-    assert kernel.cooccurrence(packed([], 5))[0].tolist() == [0]
+        assert [x.tolist() for x in kernel.scores(packed([[1], []], 5))] == [[0, 0, 0], [], []]
+    assert kernel.scores(packed([], 5))[0].tolist() == [0]
 
 
 def test_ids_beyond_float_precision():
@@ -161,7 +161,7 @@ def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         TransitionKernel.fit(packed([[1, 2]], 5), **options)
     with pytest.raises(ValueError, match="last must be at least 1, got 0"):
-        TransitionKernel.fit(packed([[1, 2]], 5)).cooccurrence(packed([[1]], 5), last=0)
+        TransitionKernel.fit(packed([[1, 2]], 5)).scores(packed([[1]], 5), last=0)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 50])

@@ -176,9 +176,9 @@ def test_options_that_fit_only_together_may_come_from_study_arm_and_tuning():
     ids=lambda value: None if callable(value) else value,  # an address is another in each process
 )
 def test_a_file_that_is_no_study_is_named(tmp_path, change, message):
-    facts = json.loads(study().to_json())
-    change(facts)
-    (tmp_path / "s.json").write_text(json.dumps(facts))
+    record = json.loads(study().to_json())
+    change(record)
+    (tmp_path / "s.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=rf"s.json is no study: {message}"):
         Study.load(tmp_path / "s.json")
 

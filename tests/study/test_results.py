@@ -45,12 +45,12 @@ def test_the_tidy_file_has_a_whole_row_for_every_cell(out):
     keys = {(r["arm"], r["target"], float(r["fraction"]), int(r["seed"])) for r in rows}
     assert keys == {(c.arm.name, c.target, c.fraction, c.seed) for c in study().cells()}
     for row in rows:
-        facts = json.loads((out / row["file"]).read_text())
-        assert row["config_hash"] == facts["config_hash"] and row["code_version"] == facts["code_version"]
-        assert row["data_hash"].split("+") == list(facts["data"].values())
-        assert len(facts["data"]) == (3 if row["group"] in ("ours", "control") else 1)
+        record = json.loads((out / row["file"]).read_text())
+        assert row["config_hash"] == record["config_hash"] and row["code_version"] == record["code_version"]
+        assert row["data_hash"].split("+") == list(record["data"].values())
+        assert len(record["data"]) == (3 if row["group"] in ("ours", "control") else 1)
         for column, mask in (("ndcg@10", "history not masked"), ("recall@10_masked", "history masked")):
-            assert float(row[column]) == facts["test"][mask]["metrics"][column.removesuffix("_masked")]
+            assert float(row[column]) == record["test"][mask]["metrics"][column.removesuffix("_masked")]
     for name in ("gains.svg", "target.svg"):
         ElementTree.parse(out / name)
 
@@ -116,8 +116,8 @@ def test_a_contrast_pools_seeds_by_user(out):
         assert contrast.baseline == best
 
 
-def valid(facts):
-    return facts["valid"]
+def valid(record):
+    return record["valid"]
 
 
 def test_a_baseline_that_misses_a_seed_gives_way(out, monkeypatch):
@@ -125,9 +125,9 @@ def test_a_baseline_that_misses_a_seed_gives_way(out, monkeypatch):
     comparison = study().comparisons[1]
     liked = results.baseline(comparison, "target", 0.5)
     (other,) = set(comparison.against) - {liked}
-    monkeypatch.delitem(results.facts, (liked, "target", 0.5, 1))
+    monkeypatch.delitem(results.records, (liked, "target", 0.5, 1))
     assert results.baseline(comparison, "target", 0.5) == other
-    monkeypatch.delitem(results.facts, (other, "target", 0.5, 0))
+    monkeypatch.delitem(results.records, (other, "target", 0.5, 0))
     assert results.baseline(comparison, "target", 0.5) == liked
 
 
@@ -135,7 +135,7 @@ def test_what_is_missing_is_left_open(out, tmp_path):
     some = study().only(arms=["ours", "alone"], seeds=[0], fractions=[0.5])
     run(study(), tmp_path, cells=some.cells())
     results = Results(study(), tmp_path)
-    assert (len(results.facts), results.expected, results.complete) == (2, 20, False)
+    assert (len(results.records), results.expected, results.complete) == (2, 20, False)
     assert [(c.fraction, c.seeds) for c in results.contrasts(study().comparisons[0], samples=50)] == [(0.5, 1)]
     assert results.contrasts(study().comparisons[1]) == []
     results.write()
@@ -147,7 +147,7 @@ def test_what_is_missing_is_left_open(out, tmp_path):
     assert {p.name for p in Results(two, tmp_path / "two").write() if p.suffix == ".svg"} == {"gains.svg", "target.svg"}
     # cells of another configuration are none of this study's
     other = study(tune={"model.dropout": (0.1,)})
-    assert {facts["arm"]["group"] for facts in Results(other, out).facts.values()} == {"baseline"}
+    assert {record["arm"]["group"] for record in Results(other, out).records.values()} == {"baseline"}
 
 
 def test_an_archive_holds_all_that_the_tables_need(out, tmp_path):
@@ -156,14 +156,16 @@ def test_an_archive_holds_all_that_the_tables_need(out, tmp_path):
     assert archive == out / "cells.tar.xz"
     assert archive.stat().st_size < sum(path.stat().st_size for path in (out / "cells").iterdir()) / 5
     with tarfile.open(archive) as tar:
-        assert len(tar.getnames()) == 2 * len(results.facts)
+        assert len(tar.getnames()) == 2 * len(results.records)
         tar.extractall(tmp_path, filter="data")
     unpacked = Results(study(), tmp_path)
     for wrote, again in zip(results.write(), unpacked.write(), strict=True):
         assert wrote.name == again.name and wrote.read_bytes() == again.read_bytes()
-    assert all(facts["ranks_up_to"] == 10 for facts in unpacked.facts.values())
-    told = []
-    assert run(study(), tmp_path, on_cell=lambda *args: told.append(args)) == [] and told == []  # nothing left to run
+    assert all(record["ranks_up_to"] == 10 for record in unpacked.records.values())
+    reported = []
+    assert (
+        run(study(), tmp_path, on_cell=lambda *args: reported.append(args)) == [] and reported == []
+    )  # nothing left to run
     assert Results(study(), tmp_path).archive().read_bytes() == archive.read_bytes()
 
 
@@ -192,14 +194,14 @@ def test_markdown_has_every_arm_metric_cost_and_verdict(out):
 
 def test_weights_of_sources_are_those_of_the_cooccurrence_or_else_of_the_encoder(out, monkeypatch):
     results = Results(study(), out)
-    facts = results.facts["ours", "target", 0.5, 0]
-    of_encoder = facts["transfer"]["weight"]
+    record = results.records["ours", "target", 0.5, 0]
+    of_encoder = record["transfer"]["weight"]
     cooccurrence = {"source0": {"weight": 0.75, "similarity": 0.5}, "source1": {"weight": 0.25, "similarity": -0.5}}
     for history, expected in (
         ({}, of_encoder),
         ({"cooccurrence": {"sources": cooccurrence}}, {"source0": 0.75, "source1": 0.25}),
     ):
-        monkeypatch.setattr(results, "facts", {("ours", "target", 0.5, 0): facts | {"history": history}})
+        monkeypatch.setattr(results, "records", {("ours", "target", 0.5, 0): record | {"history": history}})
         assert results.source_means("ours", "target", 0.5, "weight") == expected
     assert results.source_means("ours", "target", 0.5, "similarity") == {"source0": 0.5, "source1": -0.5}
 
@@ -247,8 +249,8 @@ def test_ties_and_few_cases_leave_a_contrast_open(out, monkeypatch, tmp_path):
 def test_cells_tell_of_steps_left_out_and_get_no_verdict_where_a_stage_did_not_run(out, monkeypatch):
     results = Results(study(), out)
     key = ("ours", "target", 0.5, 1)
-    history = results.facts[key]["history"] | {"skipped_steps": 12, "stages_not_run": ["meta"]}
-    monkeypatch.setitem(results.facts, key, results.facts[key] | {"history": history})
+    history = results.records[key]["history"] | {"skipped_steps": 12, "stages_not_run": ["meta"]}
+    monkeypatch.setitem(results.records, key, results.records[key] | {"history": history})
     half, whole = results.contrasts(study().comparisons[0], samples=50)
     assert half.no_verdict == "no step of meta was finite in ours, seed 1" != whole.no_verdict
     assert "12 of ours on target, 50%, seed 1" in results.markdown([])
@@ -316,11 +318,11 @@ def test_the_verdict_in_words():
     assert sentences[0].startswith("The sources help the target: +20.0% NDCG@10")
     assert sentences[1].startswith("A copy of the target as source gives +40.0%")
     assert sentences[2].startswith("The gain is due to the order of their events: +10.0%")
-    assert sentences[3].startswith("It cannot be told that the gain is due to what their users choose together")
+    assert sentences[3].startswith("It cannot be shown that the gain is due to what their users choose together")
     assert sentences[4].startswith("Caution: random-sources should equal target only, and harm it: -10.0%")
     assert sentences[5].endswith("source0 0.500, source0 random 0.300, target copy 0.200.")
     nothing = audit_verdict(Known({}))
-    assert nothing[0].startswith("The sources make no difference that can be told to the target")
+    assert nothing[0].startswith("The sources make no significant difference to the target")
     assert nothing[1].startswith("Even a copy of the target as source gives no clear gain")
     assert len(nothing) == 3
     assert audit_verdict(Known({("ours", "target-only"): (-0.2, 0.001)}))[0].startswith("The sources harm the target")
@@ -350,15 +352,15 @@ def test_an_audit_trains_without_each_source_and_adjusts_for_their_number(tmp_pa
     ]
     assert run(plan, tmp_path, cells=plan.only(arms=["without-source1"]).cells()) == []
     (cell,) = (tmp_path / "cells").glob("*.json")
-    facts = json.loads(cell.read_text())
-    assert set(facts["data"]) == {"target", "source0"} == {"target", *facts["transfer"]["weight"]}
+    record = json.loads(cell.read_text())
+    assert set(record["data"]) == {"target", "source0"} == {"target", *record["transfer"]["weight"]}
     gains = {("ours", "without-source0"): (0.3, 0.01), ("ours", "without-source1"): (-0.1, 0.03)}
     *_, first, second, _ = audit_verdict(Known(gains, leave_out=True))
     assert first.startswith("source0 helps beside the other sources: +30.0%") and "p 0.0200)" in first
     assert second.startswith("source1 harms beside the other sources: -10.0%") and "p 0.0300)" in second
     *_, first, second, _ = audit_verdict(Known(gains | {("ours", "without-source0"): (0.3, 0.03)}, leave_out=True))
-    assert first.startswith("It cannot be told that source0 matters beside the other sources")  # .03 twice
-    assert second.startswith("It cannot be told that source1")
+    assert first.startswith("It cannot be shown that source0 matters beside the other sources")  # .03 twice
+    assert second.startswith("It cannot be shown that source1")
     with pytest.raises(ValueError, match="leave_out needs at least two sources"):
         audit_study("target", ["source0"], Config(), leave_out=True)
 

@@ -33,9 +33,9 @@ def small(**changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    told = []
-    assert run(small(), out, on_cell=lambda *given: told.append(given)) == []
-    return out, told
+    reported = []
+    assert run(small(), out, on_cell=lambda *given: reported.append(given)) == []
+    return out, reported
 
 
 def written(out):
@@ -46,59 +46,59 @@ def comparable(out):
     """Cells without what differs from run to run: their cost."""
     found = {}
     for path in (out / "cells").glob("*.json"):
-        facts = json.loads(path.read_text())
-        del facts["cost"]
-        for timed in (facts.get("history", {}), *facts.get("tried", ())):
+        record = json.loads(path.read_text())
+        del record["cost"]
+        for timed in (record.get("history", {}), *record.get("tried", ())):
             timed.pop("seconds", None)
-        found[path.name] = facts, np.load(path.with_suffix(".npy")).tolist()
+        found[path.name] = record, np.load(path.with_suffix(".npy")).tolist()
     return found
 
 
-def test_every_cell_is_told_and_written(finished):
-    out, told = finished
-    assert [(done, total) for *_, done, total in told] == [(i + 1, 10) for i in range(10)]
-    assert len(written(out)) == 20  # facts and ranks of each
+def test_every_cell_is_reported_and_written(finished):
+    out, reported = finished
+    assert [(done, total) for *_, done, total in reported] == [(i + 1, 10) for i in range(10)]
+    assert len(written(out)) == 20  # record and ranks of each
     assert json.loads((out / "study.json").read_text())["name"] == "tiny"
-    for _, facts, *_ in told:
-        cost = facts["cost"]
+    for _, record, *_ in reported:
+        cost = record["cost"]
         assert cost["seconds"] > 0 and cost["cpu_seconds"] > 0
         assert cost["peak_memory_mib"] > 50 if sys.platform == "linux" else cost["peak_memory_mib"] is None
-    assert [facts["cost"]["steps"] for _, facts, *_ in told[:5]] == [0, 0, 29, 29, 29]
+    assert [record["cost"]["steps"] for _, record, *_ in reported[:5]] == [0, 0, 29, 29, 29]
     encoder = {"warmup": 3, "meta": 10, "finetune table": 3, "finetune": 3}
     cooccurrence = {"co-occurrence: sources": 4, "co-occurrence: meta": 2, "co-occurrence: target": 4}
-    assert told[3][1]["cost"]["steps_by_stage"] == encoder | cooccurrence
+    assert reported[3][1]["cost"]["steps_by_stage"] == encoder | cooccurrence
 
 
 def test_a_cell_is_what_the_library_gives(finished):
-    _, told = finished
-    facts = {cell.arm.name: f for cell, f, *_ in told if cell.seed == 1}
-    config = Config.from_json(json.dumps(facts["ours"]["config"]))
+    _, reported = finished
+    record = {cell.arm.name: f for cell, f, *_ in reported if cell.seed == 1}
+    config = Config.from_json(json.dumps(record["ours"]["config"]))
     assert config.train.seed == 1 and config.data.target_fraction == 0.5
     model = MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=config)
-    assert facts["ours"]["valid"] == model.evaluate("valid")["ndcg@10"]
+    assert record["ours"]["valid"] == model.evaluate("valid")["ndcg@10"]
     for mask in (False, True):
         known = json.loads(json.dumps(model.evaluate(mask_history=mask).to_dict()))
-        assert facts["ours"]["test"]["history masked" if mask else "history not masked"] == known
+        assert record["ours"]["test"]["history masked" if mask else "history not masked"] == known
     split = limit_users(leave_one_out(DOMAINS.target), 0.5, seed=1)
     name, scorer, _ = best_baseline(split, mask_history=False)
-    assert facts["best-baseline"]["baseline"] == name
+    assert record["best-baseline"]["baseline"] == name
     known = evaluate(scorer, split.test, mask_history=False, protocol="", catalogue=split.trained_items)
     everywhere = evaluate(scorer, split.test, mask_history=False, protocol="")
-    told = facts["best-baseline"]["test"]["history not masked"]
-    assert told["metrics"]["ndcg@10"] == known["ndcg@10"] and facts["best-baseline"]["catalogue"] == "training"
-    assert told["among_all"]["metrics"]["ndcg@10"] == everywhere["ndcg@10"]
+    reported = record["best-baseline"]["test"]["history not masked"]
+    assert reported["metrics"]["ndcg@10"] == known["ndcg@10"] and record["best-baseline"]["catalogue"] == "training"
+    assert reported["among_all"]["metrics"]["ndcg@10"] == everywhere["ndcg@10"]
 
 
 def test_ranks_of_every_user_are_kept(finished):
-    out, told = finished
-    cell, facts, *_ = told[3]
+    out, reported = finished
+    cell, record, *_ = reported[3]
     path = cell_path(out, small(), cell, Domains())
     names = [*RANKS, *AMONG_ALL]
     ranks = dict(zip(names, np.load(path.with_suffix(".npy")), strict=True))
     assert ranks["users"].tolist() == list(range(40))
     assert (ranks["greater, history masked"] <= ranks["greater"]).all()
     assert (ranks["greater"] <= ranks["greater, all items"]).all()
-    assert facts["ranks"] == names
+    assert record["ranks"] == names
 
 
 def test_a_cell_that_ranks_all_items_is_what_cells_were_before_there_was_a_choice(tmp_path):
@@ -107,15 +107,15 @@ def test_a_cell_that_ranks_all_items_is_what_cells_were_before_there_was_a_choic
     cell = Cell(ARMS[0], "target", 0.5, 0)
     assert run(every, tmp_path, cells=[cell]) == []
     path = cell_path(tmp_path, every, cell, Domains())
-    facts = json.loads(path.read_text())
-    assert np.load(path.with_suffix(".npy")).shape == (5, 40) and "among_all" not in facts["test"]["history masked"]
+    record = json.loads(path.read_text())
+    assert np.load(path.with_suffix(".npy")).shape == (5, 40) and "among_all" not in record["test"]["history masked"]
     options = [dataclasses.asdict(config) for config in every.configs(cell)]
     for given in options:
         assert given["data"].pop("catalogue") == "all"
-    hashed = {"format": 1, "baseline": "popularity", "configs": options, "target": facts["data"]["target"]}
+    hashed = {"format": 1, "baseline": "popularity", "configs": options, "target": record["data"]["target"]}
     hashed |= {"kinds": (), "sources": []}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
-    assert facts["config_hash"] == digest[:16] != cell_path(tmp_path, small(), cell, Domains()).stem[-16:]
+    assert record["config_hash"] == digest[:16] != cell_path(tmp_path, small(), cell, Domains()).stem[-16:]
 
 
 def test_finished_cells_are_not_run_again(finished, monkeypatch):
@@ -161,9 +161,9 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on(finished, tmp_path
 
 
 def test_processes_give_the_same_cells(finished, tmp_path):
-    told = []
-    assert run(small(), tmp_path, processes=2, on_cell=lambda *given: told.append(given)) == []
-    assert sorted(done for *_, done, _ in told) == list(range(1, 11))
+    reported = []
+    assert run(small(), tmp_path, processes=2, on_cell=lambda *given: reported.append(given)) == []
+    assert sorted(done for *_, done, _ in reported) == list(range(1, 11))
     assert comparable(tmp_path) == comparable(finished[0])
 
 
@@ -175,7 +175,7 @@ def test_processes_stop_when_asked(tmp_path):
     assert time.monotonic() < started + 60
 
 
-def test_a_cell_that_fails_is_told_and_tried_again(tmp_path):
+def test_a_cell_that_fails_is_reported_and_tried_again(tmp_path):
     bad = Arm(name="bad", group="ours", options={"train": {"device": "cuda:99"}})  # not here
     failures = run(small(arms=(bad, ARMS[0]), comparisons=()), tmp_path)
     assert [str(cell) for cell, _ in failures] == ["target 0.5 bad seed 0", "target 0.5 bad seed 1"]
@@ -185,11 +185,11 @@ def test_a_cell_that_fails_is_told_and_tried_again(tmp_path):
 
 def test_tuning_is_by_validation_and_all_of_it_is_cost():
     tuned = small(tune={"train.lr": (1e-2, 1e-9)})
-    facts, _ = run_cell(tuned, Cell(ARMS[2], "target", 0.5, 0), Domains())
-    tried = {t["config"]["train"]["lr"]: t["valid_ndcg@10"] for t in facts["tried"]}
+    record, _ = run_cell(tuned, Cell(ARMS[2], "target", 0.5, 0), Domains())
+    tried = {t["config"]["train"]["lr"]: t["valid_ndcg@10"] for t in record["tried"]}
     assert len(tried) == 2
-    assert facts["valid"] == max(tried.values()) == tried[facts["config"]["train"]["lr"]]
-    assert facts["cost"]["steps"] == 2 * 29
+    assert record["valid"] == max(tried.values()) == tried[record["config"]["train"]["lr"]]
+    assert record["cost"]["steps"] == 2 * 29
 
 
 def test_sources_of_every_kind():

@@ -26,12 +26,12 @@ def test_a_crash_leaves_the_checkpoint_before(tmp_path, monkeypatch, survive):
     with pytest.raises(OSError, match="the machine died"):
         checkpoint.save(tmp_path, NEW, {"step": 2}, step=2)
     monkeypatch.setattr(os, "replace", replace)
-    tensors, facts = checkpoint.load(tmp_path)
-    assert torch.equal(tensors["x"], OLD["x"]) and facts["step"] == 1
+    tensors, manifest = checkpoint.load(tmp_path)
+    assert torch.equal(tensors["x"], OLD["x"]) and manifest["step"] == 1
 
     checkpoint.save(tmp_path, NEW, {"step": 2}, step=2)
-    tensors, facts = checkpoint.load(tmp_path)
-    assert torch.equal(tensors["x"], NEW["x"]) and facts["step"] == 2
+    tensors, manifest = checkpoint.load(tmp_path)
+    assert torch.equal(tensors["x"], NEW["x"]) and manifest["step"] == 2
 
 
 def test_a_crash_at_the_same_step_leaves_the_checkpoint_before(tmp_path, monkeypatch):

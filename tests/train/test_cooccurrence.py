@@ -1,4 +1,4 @@
-"""Training the co-occurrence scorer: what each method does, who is asked, and that it is a function of the seed."""
+"""Training the co-occurrence scorer: what each method does, who the query users are, and that it is a function of the seed."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ from metarec_fast.data import Sequences, leave_one_out, limit_users, random_item
 from metarec_fast.meta import source_weights
 from metarec_fast.train import cooccurrence as cooccurrence_module
 from metarec_fast.train.cooccurrence import (
-    ASKED,
+    QUERY_USERS,
     CooccurrenceTrainer,
     copy_of,
     folds,
     mean_loss,
     source_episodes,
-    turns,
     views_of,
+    weighted_round_robin,
     weights_of,
 )
 from metarec_fast.train.trainer import Interrupted
@@ -53,8 +53,8 @@ def test_a_run_is_a_function_of_the_seed():
     torch.rand(5)  # what else was drawn does not matter
     states = [run.run().scorer.state_dict() for run in runs]
     assert_same_state(states[1], states[0])
-    assert runs[0].found == runs[1].found
-    assert runs[0].found.losses != runs[2].found.losses
+    assert runs[0].result == runs[1].result
+    assert runs[0].result.losses != runs[2].result.losses
     assert not torch.equal(states[0]["linear.weight"], states[2]["linear.weight"])
 
 
@@ -74,8 +74,8 @@ def test_the_stages_of_a_method(method, sources, expected):
     path = run.run()
     assert stages_of(seen) == expected
     assert isinstance(path, CooccurrenceScorer) and path.statistics is run.statistics and not path.scorer.training
-    assert all(0 < facts["losses"]["cooccurrence"] < 20 for *_, facts in seen.steps)
-    found = run.found.to_dict()
+    assert all(0 < metrics["losses"]["co-occurrence"] < 20 for *_, metrics in seen.steps)
+    found = run.result.to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["best"] == min(loss for *_, loss in found["validation_loss"])
     assert found["best_at"] in {f"{stage} {step}" for stage, step, _ in found["validation_loss"]}
@@ -86,17 +86,17 @@ def test_sources_are_traced_with_the_noise_of_their_gradients():
     seen = Recorder()
     run = trainer(config(cooccurrence={"meta_steps": 23}), reporter=seen)
     run.run()
-    trace, steps = run.found.trace, [facts for stage, *_, facts in seen.steps if stage == "co-occurrence: meta"]
+    trace, steps = run.result.trace, [metrics for stage, *_, metrics in seen.steps if stage == "co-occurrence: meta"]
     assert [(entry["step"], entry["draws"]) for entry in trace] == [(10, 16), (20, 20)]  # two steps begin
-    assert len(run.found.untraced) == 3
+    assert len(run.result.untraced) == 3
     for entry, part in zip(trace, (steps[2:10], steps[10:20]), strict=True):
         assert entry["similarity"] == part[-1]["similarities"] and entry["weight"] == part[-1]["weights"]
         assert set(entry["weight"]) == set(entry["descent_without"]) == set(SOURCES)
         assert sum(entry["weight"].values()) == pytest.approx(1)
-        draws = [draw for facts in part for draw in facts["noise"].values()]
+        draws = [draw for metrics in part for draw in metrics["noise"].values()]
         assert entry["noise"] == pytest.approx(np.sqrt(np.mean(np.square(draws)))) and 0 < entry["noise"] < 1
-        assert entry["descent"] == pytest.approx(np.mean([facts["descents"][0] for facts in part]))
-    assert json.loads(json.dumps(run.found.to_dict(), allow_nan=False)) == run.found.to_dict()
+        assert entry["descent"] == pytest.approx(np.mean([metrics["descents"][0] for metrics in part]))
+    assert json.loads(json.dumps(run.result.to_dict(), allow_nan=False)) == run.result.to_dict()
 
 
 @pytest.mark.parametrize(("method", "pools"), [("joint", 3), ("pretrain", 2)])
@@ -115,10 +115,10 @@ def test_joint_steps_take_turns_with_the_target(method, pools, monkeypatch):
 
 
 def test_turns_are_in_proportion():
-    uniform = list(islice(turns([1 / 3] * 3), 9))
+    uniform = list(islice(weighted_round_robin([1 / 3] * 3), 9))
     assert uniform == [0, 1, 2] * 3
     weights = np.array([0.55, 0.3, 0.11, 0.04])
-    taken = np.array(list(islice(turns(weights), 500)))
+    taken = np.array(list(islice(weighted_round_robin(weights), 500)))
     so_far = np.cumsum(taken[:, None] == np.arange(4), 0)
     assert abs(so_far - weights * np.arange(1, 501)[:, None]).max() <= 1.5
 
@@ -151,7 +151,7 @@ def test_starts_that_are_not_finite_are_left_out(monkeypatch):
         monkeypatch.setattr(CooccurrenceNetwork, "loss", lambda *given, f=factors: loss(*given) * next(f))
         run = trainer()
         run._weigh_sources()
-        assert run.weights.sum() == pytest.approx(1) and bool(run.found.sources) == weighed
+        assert run.weights.sum() == pytest.approx(1) and bool(run.result.sources) == weighed
         assert (run.weights.tolist() == [0.5, 0.5]) != weighed
 
 
@@ -165,16 +165,16 @@ def test_a_copy_of_the_target_weighs_more_than_random_sources():
     options = config(cooccurrence={"similarity_inits": 5, "similarity_batches": 4, "batch_size": 64, "meta_steps": 10})
     run = trainer(options, {name: leave_one_out(domain) for name, domain in sources.items()})
     run.run()
-    weights = {name: facts["weight"] for name, facts in run.found.sources.items()}
+    weights = {name: metrics["weight"] for name, metrics in run.result.sources.items()}
     assert sum(weights.values()) == pytest.approx(1) and weights["copy"] > weights["related"] > 2 * weights["random"]
-    assert run.found.trace[-1]["weight"] == pytest.approx(weights)
-    assert all(facts["deviation"] > 0 for facts in run.found.sources.values())
+    assert run.result.trace[-1]["weight"] == pytest.approx(weights)
+    assert all(metrics["deviation"] > 0 for metrics in run.result.sources.values())
 
 
 def test_only_metarec_weighs_sources():
     run = trainer(config(train={"method": "pretrain"}))
     run.run()
-    assert run.weights.tolist() == [0.5, 0.5] and run.found.sources == {}
+    assert run.weights.tolist() == [0.5, 0.5] and run.result.sources == {}
 
 
 def test_warm_up_takes_sources_as_often_as_they_weigh(monkeypatch):
@@ -211,11 +211,11 @@ def test_the_best_of_what_was_tried_is_left_in_place():
     )
     run = trainer(options)
     path = run.run()
-    after_target = [loss for stage, step, loss in run.found.losses if stage == "finetune" and step]
-    assert len(after_target) == 3 and all(run.found.best < loss < math.inf for loss in after_target)
-    assert run.found.best_at.startswith("warmup") and path.scorer is run.scorer
+    after_target = [loss for stage, step, loss in run.result.losses if stage == "finetune" and step]
+    assert len(after_target) == 3 and all(run.result.best < loss < math.inf for loss in after_target)
+    assert run.result.best_at.startswith("warmup") and path.scorer is run.scorer
     run.averaged = views_of(path.scorer)
-    assert run.validation_loss() == run.found.best
+    assert run.validation_loss() == run.result.best
 
 
 def test_the_scorer_has_a_source_loss_weight_of_its_own():
@@ -234,7 +234,7 @@ def test_what_counts_are_the_parameters_themselves_but_on_the_target_their_avera
     average, seen = {}, []
 
     class Watched(Recorder):
-        def step(self, stage, step, total, facts):
+        def step(self, stage, step, total, metrics):
             now = copy_of(views_of(run.scorer))
             on = decay if stage == "co-occurrence: target" else 0.0
             average.update({name: torch.lerp(now[name], average[name], on) for name in now})
@@ -253,7 +253,7 @@ def test_what_counts_are_the_parameters_themselves_but_on_the_target_their_avera
     monkeypatch.setattr(run, "_keep_if_better", watched)
     path = run.run()
     assert seen == [("warmup", 4), ("meta", 0), ("meta", 2), ("finetune", 0), ("finetune", 2), ("finetune", 4)]
-    assert seen[-1] == tuple(run.found.losses[-1][:2]) and run.found.best_at == "finetune 4"
+    assert seen[-1] == tuple(run.result.losses[-1][:2]) and run.result.best_at == "finetune 4"
     assert_same_state(path.scorer.state_dict(), average)  # kept, and not the parameters of a later step
 
 
@@ -269,25 +269,31 @@ def test_a_step_that_is_not_finite_is_left_out(stage, at, monkeypatch):
         return cases
 
     class Watched(Recorder):
-        def step(self, *facts):
-            super().step(*facts)
-            kept = (views_of(run.scorer), run.averaged, run.averages.steps, run.averages.answers, run.noise.answers)
+        def step(self, *metrics):
+            super().step(*metrics)
+            kept = (
+                views_of(run.scorer),
+                run.averaged,
+                run.averages.steps,
+                run.averages.target_gradients,
+                run.noise.target_gradients,
+            )
             states.append([copy_of(part) for part in kept])
 
     monkeypatch.setattr(CooccurrenceTrainer, "_draw", poisoned)
     seen = Watched()
     run = trainer(config(cooccurrence={"meta_steps": 4, "patience": 99}), reporter=seen)
     path = run.run()
-    skipped = [i for i, (*_, facts) in enumerate(seen.steps) if "skipped" in facts]
+    skipped = [i for i, (*_, metrics) in enumerate(seen.steps) if "skipped" in metrics]
     assert len(seen.steps) == 12 and [seen.steps[i][1] for i in skipped] == [at + 1]
-    assert run.found.skipped == run.found.to_dict()["skipped_steps"] == 1
-    assert len(run.found.untraced) == (1 if stage == "meta" else 2)  # two steps begin
+    assert run.result.skipped == run.result.to_dict()["skipped_steps"] == 1
+    assert len(run.result.untraced) == (1 if stage == "meta" else 2)  # two steps begin
     (i,) = skipped
     for got, want in zip(states[i], states[i - 1], strict=True):
         assert_same_state(got, want)
     assert not torch.equal(states[i + 1][0]["linear.weight"], states[i][0]["linear.weight"])
     assert all(torch.isfinite(value).all() for value in path.scorer.state_dict().values())
-    assert json.loads(json.dumps(run.found.to_dict(), allow_nan=False)) == run.found.to_dict()
+    assert json.loads(json.dumps(run.result.to_dict(), allow_nan=False)) == run.result.to_dict()
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(monkeypatch):
@@ -295,7 +301,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(monkeypatch):
     run = trainer()
     monkeypatch.setattr(run, "validation_loss", lambda: next(losses))
     assert [run._keep_if_better("meta", step) for step in range(5)] == [True, False, True, False, False]
-    assert run.found.best == 4.0 and run.found.best_at == "meta 2"
+    assert run.result.best == 4.0 and run.result.best_at == "meta 2"
 
 
 def test_training_on_the_target_stops_when_it_gets_no_better():
@@ -305,8 +311,8 @@ def test_training_on_the_target_stops_when_it_gets_no_better():
     run.run()
     # at steps 0, 2 and 4 the parameters are those that came from the sources
     assert stages_of(seen)["co-occurrence: target"] == 4
-    assert run.found.best_at.startswith("warmup")
-    assert [step for stage, step, _ in run.found.losses if stage == "finetune"] == [0, 2, 4]
+    assert run.result.best_at.startswith("warmup")
+    assert [step for stage, step, _ in run.result.losses if stage == "finetune"] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -326,12 +332,12 @@ def test_a_start_is_gone_on_from_and_left_as_it_was():
     kept = copy_of(views_of(start))
     still = trainer(config(cooccurrence={"finetune_steps": 0}), {}, start=start)
     assert_same_state(still.run().scorer.state_dict(), kept)
-    assert still.found.losses == [("start", 0, still.found.best)] and 0 < still.found.best < 20
+    assert still.result.losses == [("start", 0, still.result.best)] and 0 < still.result.best < 20
     seen = Recorder()
     run = trainer(config(cooccurrence={"finetune_lr": 0.01}), {}, start=start, reporter=seen)
     moved = run.run().scorer
     assert stages_of(seen) == {"co-occurrence: target": 4}  # not the steps of one that starts afresh
-    assert run.found.losses[0] == ("finetune", 0, still.found.best) and run.found.best <= still.found.best
+    assert run.result.losses[0] == ("finetune", 0, still.result.best) and run.result.best <= still.result.best
     assert moved is not start
     assert_same_state(views_of(start), kept)
 
@@ -342,18 +348,18 @@ def test_one_user_cannot_be_asked_by_the_others():
         trainer(target=one)
 
 
-# who is asked
+# who the query users are
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """Every episode that is made: who counts and who is asked."""
+    """Every episode that is made: who counts and who the query users are."""
     made = []
 
     class Watched(CooccurrenceEpisode):
-        def __init__(self, train, *, statistics, asked):
-            super().__init__(train, statistics=statistics, asked=asked)
-            made.append((set(statistics.tolist()), set(asked.tolist())))
+        def __init__(self, train, *, statistics, query_users):
+            super().__init__(train, statistics=statistics, query_users=query_users)
+            made.append((set(statistics.tolist()), set(query_users.tolist())))
 
     monkeypatch.setattr(cooccurrence_module, "CooccurrenceEpisode", Watched)
     return made
@@ -363,21 +369,21 @@ def test_folds_ask_everyone_once_by_the_others(made):
     train = packed([[1, 2, 3]] * 11 + [[]] + [[4, 5]] * 2, 6)
     users = np.flatnonzero(train.lengths > 0)
     folds(train, users, 5, seed=(0, 2))
-    assert len(made) == 5 and sorted(len(asked) for _, asked in made) == [2, 2, 3, 3, 3]
-    assert sorted(user for _, asked in made for user in asked) == users.tolist()
-    for counted, asked in made:
-        assert not counted & asked and counted | asked == set(users.tolist())
+    assert len(made) == 5 and sorted(len(query_users) for _, query_users in made) == [2, 2, 3, 3, 3]
+    assert sorted(user for _, query_users in made for user in query_users) == users.tolist()
+    for counted, query_users in made:
+        assert not counted & query_users and counted | query_users == set(users.tolist())
 
 
 def test_more_folds_than_users_and_users_of_one_event():
     train = packed([[1, 2], [3], [4, 5]], 6)
     made = folds(train, np.arange(3), 10, seed=(0,))
-    assert sorted(fold.asked.tolist() for fold in made) == [[0], [2]]
+    assert sorted(fold.query_users.tolist() for fold in made) == [[0], [2]]
 
 
 def test_statistics_of_a_fold_count_nothing_of_those_whom_it_asks():
     for fold in trainer().folds:
-        others = np.setdiff1d(np.arange(len(TARGET.train)), fold.asked)
+        others = np.setdiff1d(np.arange(len(TARGET.train)), fold.query_users)
         expected = np.bincount(np.concatenate([TARGET.train[u] for u in others]), minlength=30)
         assert fold.statistics.counts.tolist() == expected.tolist()
 
@@ -385,27 +391,27 @@ def test_statistics_of_a_fold_count_nothing_of_those_whom_it_asks():
 def test_a_source_counts_as_many_users_as_asked_and_asks_others(made):
     train = packed([[1, 2, 3]] * 100, 5)
     source_episodes(train, 20, (0.5, 1.0, 2.0, 50.0), seed=(0, 1))
-    assert [len(counted) for counted, _ in made] == [10, 20, 40, 90]  # of the users, some are left to be asked
-    assert all(not counted & asked and len(counted | asked) == 100 for counted, asked in made)
+    assert [len(counted) for counted, _ in made] == [10, 20, 40, 90]  # of the users, some are left to be query users
+    assert all(not counted & query_users and len(counted | query_users) == 100 for counted, query_users in made)
     made.clear()
-    many = packed([[1, 2]] * (ASKED + 900), 5)
+    many = packed([[1, 2]] * (QUERY_USERS + 900), 5)
     source_episodes(many, 20, (1.0,), seed=(0, 1))
-    assert [(len(counted), len(asked)) for counted, asked in made] == [(20, ASKED)]
+    assert [(len(counted), len(query_users)) for counted, query_users in made] == [(20, QUERY_USERS)]
 
 
 def test_validation_asks_each_user_by_statistics_that_leave_them_out():
     run = trainer()
-    users = [user for _, cases in run.questions for user in cases.users.tolist()]
+    users = [user for _, cases in run.validation_cases for user in cases.users.tolist()]
     assert sorted(users) == sorted(TARGET.valid.users.tolist())
-    for fold, (statistics, cases) in zip(run.folds, run.questions, strict=True):
-        assert statistics is fold.statistics and set(cases.users) <= set(fold.asked)
+    for fold, (statistics, cases) in zip(run.folds, run.validation_cases, strict=True):
+        assert statistics is fold.statistics and set(cases.users) <= set(fold.query_users)
     losses = [
         float(run.scorer.loss(run.averaged, {}, statistics.cases(one(cases, i), cases.targets[i : i + 1])).detach())
-        for statistics, cases in run.questions
+        for statistics, cases in run.validation_cases
         for i in range(len(cases))
     ]
     assert run.validation_loss() == pytest.approx(np.mean(losses), rel=1e-5)
-    statistics, cases = run.questions[0]
+    statistics, cases = run.validation_cases[0]
     whole = mean_loss(run.scorer, run.averaged, statistics, cases)
     assert mean_loss(run.scorer, run.averaged, statistics, cases, batch=3) == pytest.approx(whole, rel=1e-5)
 
@@ -429,7 +435,7 @@ def test_what_sources_teach_holds_on_the_target(method):
     run = trainer(options, sources, leave_one_out(domains.target))
     before = run.validation_loss()
     run.run()
-    assert run.found.best < min(before, math.log(50)) - 0.3
+    assert run.result.best < min(before, math.log(50)) - 0.3
 
 
 @pytest.mark.parametrize("lengths", [[3], [1, 4], [2, 1, 1, 1]], ids=str)

@@ -1,4 +1,4 @@
-"""Work that is not finite: left out, counted by stage, told, and the end of a run if there is no other."""
+"""Work that is not finite: left out, counted by stage, reported, and the end of a run if there is no other."""
 
 import dataclasses
 import io
@@ -154,7 +154,7 @@ def test_the_cooccurrence_scorer_counts_and_ends_in_the_same_way(monkeypatch):
     stages = ("finetune",)
     long = config(train={"compare_target_only": False}, cooccurrence={"finetune_steps": 40, "patience": 99})
     with pytest.raises(
-        NonFiniteTrainingError, match=r"step 19 of co-occurrence: target: the loss of cooccurrence is nan"
+        NonFiniteTrainingError, match=r"step 19 of co-occurrence: target: the loss of co-occurrence is nan"
     ):
         MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=long)
 

@@ -118,8 +118,10 @@ def test_options_that_matter_are_named_and_others_are_free(run):
 def test_a_finished_run_is_not_overwritten_unless_asked(run, target):
     folder, _ = run
     before = held(folder)
-    told = r"holds a run already: target 'target', method metarec, sources source0, finished 20.*--overwrite.*--resume"
-    with pytest.raises(ValueError, match=told):
+    reported = (
+        r"holds a run already: target 'target', method metarec, sources source0, finished 20.*--overwrite.*--resume"
+    )
+    with pytest.raises(ValueError, match=reported):
         fit(folder, target=changed(TARGET, name=target))
     assert held(folder) == before
 

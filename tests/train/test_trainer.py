@@ -45,8 +45,8 @@ class Recorder:
 
     def begin(self, title): ...
 
-    def step(self, stage, step, total, facts):
-        self.steps.append((stage, step, total, facts))
+    def step(self, stage, step, total, metrics):
+        self.steps.append((stage, step, total, metrics))
 
     def evaluation(self, stage, step, ndcg, best):
         self.evaluations.append((stage, step, ndcg, best))
@@ -146,9 +146,9 @@ def test_a_gradient_that_is_not_finite_behind_a_loss_that_is_leaves_the_step_out
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     hook = run.model.shared.codebook.register_hook(lambda grad: grad * math.nan)
     encoder = next(run.model.shared.encoder.parameters()).register_hook(lambda grad: grad * math.nan)
-    facts = run.train_step(stage, 1)
-    assert all(math.isfinite(loss) for loss in facts["losses"].values())
-    assert facts["skipped"] and run.progress.skipped == 1
+    metrics = run.train_step(stage, 1)
+    assert all(math.isfinite(loss) for loss in metrics["losses"].values())
+    assert metrics["skipped"] and run.progress.skipped == 1
     assert_same_state(run.model.state_dict(), before)
     hook.remove(), encoder.remove()
     assert "skipped" not in run.train_step(stage, 2)
@@ -165,15 +165,15 @@ def test_a_step_that_is_not_finite_is_left_out(stage, poisoned):
     with torch.no_grad():
         table.fill_(math.nan)
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    facts = run.train_step(stage, 1)
-    assert facts["skipped"] and run.progress.skipped == 1
+    metrics = run.train_step(stage, 1)
+    assert metrics["skipped"] and run.progress.skipped == 1
     for name, tensor in run.model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
     # and it leaves nothing behind that spoils the steps after it
     with torch.no_grad():
         table.copy_(healthy)
-    facts = run.train_step(stage, 2)
-    assert "skipped" not in facts and run.progress.skipped == 1
+    metrics = run.train_step(stage, 2)
+    assert "skipped" not in metrics and run.progress.skipped == 1
     assert not torch.equal(table, healthy)
 
 
@@ -222,14 +222,14 @@ def test_every_option_trains(changes):
     assert progress.skipped == 0 and progress.best > 0
     assert len(seen.steps) == 13
     expected = {"target"} if options.train.method == "target_only" else {"source0", "source1", "target"}
-    assert {name for *_, facts in seen.steps for name in facts["losses"]} == expected
+    assert {name for *_, metrics in seen.steps for name in metrics["losses"]} == expected
 
 
 def test_joint_training_shows_all_domains_in_every_step_and_is_chosen_by_validation():
     run = trainer(config(train={"method": "joint"}), reporter=(seen := Recorder()))
     progress = run.run()
     assert {stage for stage, *_ in seen.steps} == {"joint"} and len(seen.steps) == 13
-    assert all(set(facts["losses"]) == {"source0", "source1", "target"} for *_, facts in seen.steps)
+    assert all(set(metrics["losses"]) == {"source0", "source1", "target"} for *_, metrics in seen.steps)
     assert progress.best == max(e[2] for e in seen.evaluations) == run.validate()
     assert progress.best_at.startswith("joint ")
 
@@ -255,7 +255,7 @@ GRADUAL = config(train={"finetune_steps": 8, "patience": 2})
 NDCG = {(TABLE, 0): 0.1, (TABLE, 2): 0.3, (TABLE, 4): 0.2, ("finetune", 2): 0.25, ("finetune", 4): 0.4}
 
 
-def told(monkeypatch, run):
+def reported(monkeypatch, run):
     """Every validation has the figure above; the stages, steps and states at which one was asked for."""
     asked = []
 
@@ -270,7 +270,7 @@ def told(monkeypatch, run):
 
 def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_best_table(monkeypatch):
     run = trainer(GRADUAL.replace(train={"finetune_lr": 5e-3}), reporter=(seen := Recorder()))
-    asked, train_step, starts, rates = told(monkeypatch, run), run.train_step, {}, {}
+    asked, train_step, starts, rates = reported(monkeypatch, run), run.train_step, {}, {}
 
     def watched(stage, step):
         starts.setdefault(stage, {k: v.clone() for k, v in run.model.state_dict().items()})
@@ -302,14 +302,14 @@ def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_
 @pytest.mark.parametrize("calls", [9, 10, 11, 12, 14])
 def test_a_gradual_run_goes_on_from_the_best_table(monkeypatch, tmp_path, calls):
     straight = trainer(GRADUAL)
-    told(monkeypatch, straight)
+    reported(monkeypatch, straight)
     want = straight.run()
     stopped = trainer(GRADUAL, folder=tmp_path, should_stop=after(calls))
-    told(monkeypatch, stopped)
+    reported(monkeypatch, stopped)
     with pytest.raises(Interrupted):
         stopped.run()
     resumed = trainer(GRADUAL, folder=tmp_path)
-    told(monkeypatch, resumed)
+    reported(monkeypatch, resumed)
     assert resumed.restore() and resumed.run() == want
     assert_same_state(resumed.model.state_dict(), straight.model.state_dict())
 
@@ -360,13 +360,13 @@ def test_weights_noise_and_descents_of_sources_are_traced(decay):
     run = trainer(config(train={"meta_steps": 23}, meta={"similarity_decay": decay}), reporter=(seen := Recorder()))
     trace = run.run().trace
     assert [(entry["step"], entry["draws"]) for entry in trace] == [(10, 16), (20, 20)]  # two steps begin
-    steps = [facts for stage, _, _, facts in seen.steps if stage == "meta"]
+    steps = [metrics for stage, _, _, metrics in seen.steps if stage == "meta"]
     for entry, part in zip(trace, (steps[2:10], steps[10:20]), strict=True):
         assert entry["weight"] == part[-1]["weights"] and sum(entry["weight"].values()) == pytest.approx(1)
         assert entry["similarity"] == part[-1]["similarities"] and set(entry["similarity"]) == {"source0", "source1"}
-        draws = [draw for facts in part for draw in facts["noise"].values()]
+        draws = [draw for metrics in part for draw in metrics["noise"].values()]
         assert entry["noise"] == pytest.approx(math.sqrt(sum(d * d for d in draws) / len(draws)))
-        means = [sum(column) / len(part) for column in zip(*(facts["descents"] for facts in part), strict=True)]
+        means = [sum(column) / len(part) for column in zip(*(metrics["descents"] for metrics in part), strict=True)]
         assert [entry["descent"], *entry["descent_without"].values()] == pytest.approx(means)
 
 
@@ -488,9 +488,9 @@ def test_a_batch_too_large_to_be_captured_is_stepped_plainly(monkeypatch):
     run = trainer(capturing(config()))
     run._captured.target_shape = BatchShape(1, 1, 12)
     monkeypatch.setattr(FixedStep, "__call__", None)
-    facts = run.train_step("meta", 0)
+    metrics = run.train_step("meta", 0)
     run._stop_prefetch()
-    assert len(facts["losses"]) == len(run.sources) + 1
+    assert len(metrics["losses"]) == len(run.sources) + 1
 
 
 def test_capture_without_a_gpu_is_an_error():

@@ -99,7 +99,7 @@ def work(rank, world, folder):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=30)
     )
     torch.manual_seed(100 + rank)
-    states, calls, dropped, told = {}, {}, [], {}
+    states, calls, dropped, reported = {}, {}, [], {}
     for name, module in modules.items():
         calls[name] = []
         for x in batches(rank):
@@ -131,14 +131,14 @@ def work(rank, world, folder):
                         module(x)
                     calls[key].append(len(count))
             states[key] = module.state_dict()
-            told[key] = [str(warning.message) for warning in caught]
+            reported[key] = [str(warning.message) for warning in caught]
     rows = torch.arange(50.0).view(1, 50, 1) + 50 * rank
     valid = torch.rand(1, 50) < 0.15
     states["draw"] = (rows[valid], *draw_rows(rows, valid, torch.ones(1, 60, dtype=torch.bool), sync=True))
     unsynced = FastVQ(8, K, sync_codebook=False)
     unsynced(batches(rank)[0])
     states["unsynced"] = unsynced.state_dict()
-    torch.save({"states": states, "calls": calls, "dropped": dropped, "told": told}, f"{folder}/{rank}.pt")
+    torch.save({"states": states, "calls": calls, "dropped": dropped, "reported": reported}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -195,7 +195,7 @@ def test_a_rank_that_has_codes_gives_them_to_those_that_have_none(ranks, name):
             torch.testing.assert_close(rank["states"][f"mixed_{name}_{giver}"], dict(alone.state_dict()))
             # whether they agree, the codes, and the statistics; then the statistics alone
             assert rank["calls"][f"mixed_{name}_{giver}"] == [3 * levels, levels]
-            messages = rank["told"][f"mixed_{name}_{giver}"]
+            messages = rank["reported"][f"mixed_{name}_{giver}"]
             assert len(messages) == (0 if number == giver else levels)
             assert all(f"rank {number} has no codes yet" in m and f"rank {giver} has" in m for m in messages)
 

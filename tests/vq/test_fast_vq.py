@@ -649,7 +649,7 @@ def test_indices_of_any_integer_dtype(dtype):
             module.get_codes_from_indices([1, 2])
 
 
-def test_what_is_no_tensor_is_told_how_to_become_one():
+def test_what_is_no_tensor_gets_an_error_with_advice():
     x = np.zeros((2, 3, 8), np.float32)
     for module in (
         FastVQ(8, 4),

@@ -25,7 +25,7 @@ KINDS = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_told():
+def nothing_is_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
@@ -161,7 +161,7 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(x), expected, **CLOSE)
 
 
-def test_bound_methods_that_are_held_are_told():
+def test_bound_methods_that_are_held_are_reported():
     model = nn.Sequential(peers.VectorQuantize(8, 10))
     model.decode = model[0].get_codes_from_indices
     with pytest.warns(UserWarning, match=r"'decode' of the model itself holds the old get_codes_from_indices of '0'"):

@@ -47,8 +47,8 @@ NAMES = {*CORE, *(f"{role}.{key}" for role in ("users", "items") for key in ("in
 
 def _described(folder: Path) -> str:
     try:
-        facts = read_json(folder, DESCRIPTION)
-        return f"{facts['name']!r} of {facts['num_users']:,} users and {facts['num_items']:,} items"
+        manifest = read_json(folder, DESCRIPTION)
+        return f"{manifest['name']!r} of {manifest['num_users']:,} users and {manifest['num_items']:,} items"
     except (ValueError, KeyError, TypeError):
         return "its description cannot be read"
 
@@ -129,27 +129,27 @@ def load_domain(
     if not is_domain(folder):
         raise ValueError(f"{folder} holds no whole domain: {DESCRIPTION} is missing")
     try:
-        facts = read_json(folder, DESCRIPTION)
-        check_format(facts, FORMAT, str(folder), older="import or save the domain again")
-        check_fields(facts, FIELDS, DESCRIPTION)
-        described = facts["arrays"]
+        manifest = read_json(folder, DESCRIPTION)
+        check_format(manifest, FORMAT, str(folder), older="import or save the domain again")
+        check_fields(manifest, FIELDS, DESCRIPTION)
+        described = manifest["arrays"]
         if unknown := set(described) - NAMES:
             raise Damaged(f"{DESCRIPTION} names arrays that no domain has: {sorted(unknown)}")
         for name, array in described.items():
             check_fields(array, ARRAY_FIELDS, f"{DESCRIPTION}: array {name!r}")
-        report = _report(facts["source"])
+        report = _report(manifest["source"])
         if missing := {"offsets", "items"} - set(described):
             raise Damaged(f"{DESCRIPTION} has no array {missing.pop()!r}")
-        check_seal(facts, DESCRIPTION)
+        check_seal(manifest, DESCRIPTION)
         if mmap == "auto":
             mmap = sum(array["bytes"] for array in described.values()) >= MAPPED
         if verify == "auto":
             verify = not mmap
         arrays = {name: _load_array(folder, name, array, mmap, verify) for name, array in described.items()}
         users, items = (_vocabulary(role, arrays) for role in ("users", "items"))
-        sequences = Sequences(arrays["offsets"], arrays["items"], facts["num_items"], arrays.get("times"))
-        domain = Domain(facts["name"], sequences, users, items, report=report, ordered_by=facts["ordered_by"])
-        _check(domain, facts)
+        sequences = Sequences(arrays["offsets"], arrays["items"], manifest["num_items"], arrays.get("times"))
+        domain = Domain(manifest["name"], sequences, users, items, report=report, ordered_by=manifest["ordered_by"])
+        _check(domain, manifest)
     except Damaged as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     return domain
@@ -162,7 +162,7 @@ FIELDS = {
     "num_users": COUNT,
     "num_items": COUNT,
     "num_interactions": COUNT,
-    "ordered_by": Field("the name of a column or null", lambda v: v is None or NAME.holds(v)),
+    "ordered_by": Field("the name of a column or null", lambda v: v is None or NAME.fits(v)),
     "arrays": OBJECT,
     "source": Field("an object or null", lambda v: v is None or isinstance(v, dict)),
     "checksum": SHA256,
@@ -175,15 +175,15 @@ SOURCE_FIELDS = {
     "examples": Field(
         "a list of lines with their reasons",
         lambda v: (
-            LIST.holds(v)
-            and all(LIST.holds(one) and len(one) == 2 and COUNT.holds(one[0]) and TEXT.holds(one[1]) for one in v)
+            LIST.fits(v)
+            and all(LIST.fits(one) and len(one) == 2 and COUNT.fits(one[0]) and TEXT.fits(one[1]) for one in v)
         ),
     ),
     "duplicates": COUNT,
     "dropped": COUNT,
-    "tied": Field("a share or null", lambda v: v is None or (FINITE.holds(v) and 0 <= v <= 1)),
-    "notes": Field("a list of strings", lambda v: LIST.holds(v) and all(map(TEXT.holds, v))),
-    "columns": Field("strings by role", lambda v: OBJECT.holds(v) and all(map(NAME.holds, v.values()))),
+    "tied": Field("a share or null", lambda v: v is None or (FINITE.fits(v) and 0 <= v <= 1)),
+    "notes": Field("a list of strings", lambda v: LIST.fits(v) and all(map(TEXT.fits, v))),
+    "columns": Field("strings by role", lambda v: OBJECT.fits(v) and all(map(NAME.fits, v.values()))),
     "unit": TEXT,
 }
 
@@ -240,7 +240,7 @@ def _vocabulary(role: str, arrays: Mapping[str, np.ndarray]) -> Vocabulary:
         raise Damaged(f"ids of {role}: {error}") from error
 
 
-def _check(domain: Domain, facts: Mapping[str, Any]) -> None:
+def _check(domain: Domain, manifest: Mapping[str, Any]) -> None:
     """Arrays fit each other and the description."""
     s = domain.sequences
     for name, kinds in CORE.items():
@@ -260,8 +260,8 @@ def _check(domain: Domain, facts: Mapping[str, Any]) -> None:
             f"{len(domain.users)} user ids for {len(s)} users, {len(domain.items)} item ids for {s.num_items} items"
         )
     for name in ("num_users", "num_interactions"):
-        if facts[name] != getattr(domain, name):
-            raise Damaged(f"{DESCRIPTION}: {name!r} is {facts[name]}, the arrays have {getattr(domain, name)}")
+        if manifest[name] != getattr(domain, name):
+            raise Damaged(f"{DESCRIPTION}: {name!r} is {manifest[name]}, the arrays have {getattr(domain, name)}")
 
 
 class DomainWriter:
@@ -293,7 +293,7 @@ class DomainWriter:
         for role, vocabulary in (("users", users), ("items", items)):
             for key, values in vocabulary.to_arrays().items():
                 self.write(f"{role}.{key}", values)
-        facts = {
+        manifest = {
             "format": FORMAT,
             "name": name,
             "num_users": len(users),
@@ -303,7 +303,7 @@ class DomainWriter:
             "arrays": self._arrays,
             "source": None if report is None else asdict(report),
         }
-        write_atomically(self._folder / DESCRIPTION, sealed(facts))
+        write_atomically(self._folder / DESCRIPTION, sealed(manifest))
 
 
 class ArrayFile:

@@ -100,19 +100,19 @@ def import_file(
         if not log.num_events:
             raise ValueError(nothing_usable(path, log.unit, log.rejects.count, log.rejects))
         writer = DomainWriter(partial)
-        facts = _write_sequences(writer, log, scratch, duplicates, min(budget // EVENT_COST, PART), progress)
+        counts = _write_sequences(writer, log, scratch, duplicates, min(budget // EVENT_COST, PART), progress)
         shutil.rmtree(scratch)
         users, items = log.users.vocabulary(), log.items.vocabulary()
-        told = log.columns.notes()
+        notes = log.columns.notes()
         report = ReadReport(
             path=str(path),
             rows=log.num_events + log.rejects.count,
             rejected=log.rejects.count,
             examples=log.rejects.first(),
-            duplicates=facts.duplicates,
-            dropped=log.num_events - facts.kept,
-            tied=tied_share(facts.tied, facts.neighbours) if log.timed else None,
-            notes=told + lookalikes("user", users) + lookalikes("item", items),
+            duplicates=counts.duplicates,
+            dropped=log.num_events - counts.kept,
+            tied=tied_share(counts.tied, counts.neighbours) if log.timed else None,
+            notes=notes + lookalikes("user", users) + lookalikes("item", items),
             columns=log.columns.chosen,
             unit=log.unit,
         )
@@ -124,7 +124,7 @@ def import_file(
             num_items=len(items),
             ordered_by=report.columns.get("time"),
         )
-    warn(path, told)
+    warn(path, notes)
     return load_domain(folder, mmap=True)
 
 
@@ -263,7 +263,7 @@ class _Source:
 
 
 @dataclass
-class _Facts:
+class _Counts:
     kept: int = 0
     duplicates: int = 0
     tied: int = 0
@@ -277,13 +277,13 @@ def _write_sequences(
     duplicates: Duplicates,
     most: int,
     progress: Callable[[Progress], None] | None,
-) -> _Facts:
+) -> _Counts:
     """Offsets, items and times from the log, about ``most`` events in memory at a time; the log is gone then."""
-    facts = _Facts()
-    counts = log.counts[: len(log.users)]
-    lengths = counts.copy()
+    counts = _Counts()
+    expected = log.counts[: len(log.users)]
+    lengths = expected.copy()
     with writer.array("items", np.int32) as items, _times_file(writer, log) as times:
-        for first, part in _parts(log, scratch, csr_offsets(counts), most):
+        for first, part in _parts(log, scratch, csr_offsets(expected), most):
             grouped = group(*part, duplicates)
             items.append(grouped.items)
             if times is not None:
@@ -291,14 +291,14 @@ def _write_sequences(
             if duplicates != "keep" and len(grouped.users):
                 kept = np.bincount(grouped.users - first)
                 lengths[first : first + len(kept)] = kept
-            facts.kept += len(grouped.items)
-            facts.duplicates += grouped.duplicates
-            facts.tied += grouped.tied
-            facts.neighbours += grouped.neighbours
+            counts.kept += len(grouped.items)
+            counts.duplicates += grouped.duplicates
+            counts.tied += grouped.tied
+            counts.neighbours += grouped.neighbours
             if progress is not None:
-                progress(Progress("grouping", facts.kept, facts.kept / max(log.num_events, 1)))
+                progress(Progress("grouping", counts.kept, counts.kept / max(log.num_events, 1)))
     writer.write("offsets", csr_offsets(lengths))
-    return facts
+    return counts
 
 
 def _times_file(writer: DomainWriter, log: _Log) -> AbstractContextManager[ArrayFile | None]:

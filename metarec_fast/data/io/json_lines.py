@@ -135,7 +135,7 @@ class _JsonLines:
             for role, value in found.items():
                 if role != "time":
                     kinds.setdefault(role, type(value))
-                # Integers of any size are told by their decimals, times are parsed later; repr of a float is exact.
+                # Integers of any size keep their decimals, times are parsed later; repr of a float is exact.
                 values[role].append(str(value))
         frame = pl.DataFrame(values, schema=dict.fromkeys(values, pl.String))
         integers = frozenset(role for role, kind in kinds.items() if kind is int)

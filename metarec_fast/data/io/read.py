@@ -33,7 +33,7 @@ def read(
 ) -> Domain:
     """A domain from a file of interactions, one a row.
 
-    Formats, told by the suffix unless `format` is given; each may be gzipped:
+    Formats, recognised by the suffix unless `format` is given; each may be gzipped:
 
     - inter: tab-separated with a typed header (`user_id:token`), fields verbatim.
     - csv, tsv: with a header, quoted as RFC 4180 says. A .csv may be separated by semicolons or tabs.
@@ -87,7 +87,7 @@ def read(
         item_of = items.add(good.items, text="item" in table.text)
     grouped = group(user_of, item_of, good.times, duplicates)
     user_ids, item_ids = users.vocabulary(), items.vocabulary()
-    told = table.columns.notes()
+    notes = table.columns.notes()
     report = ReadReport(
         path=str(path),
         rows=rows,
@@ -96,13 +96,13 @@ def read(
         duplicates=grouped.duplicates,
         dropped=len(user_of) - len(grouped.users),
         tied=None if good.times is None else tied_share(grouped.tied, grouped.neighbours),
-        notes=told + lookalikes("user", user_ids) + lookalikes("item", item_ids),
+        notes=notes + lookalikes("user", user_ids) + lookalikes("item", item_ids),
         columns=table.columns.chosen,
         unit=table.unit,
     )
     offsets = csr_offsets(np.bincount(grouped.users, minlength=len(user_ids)))
     sequences = Sequences(offsets, grouped.items, len(item_ids), grouped.times)
-    warn(path, told)
+    warn(path, notes)
     name = stem if name is None else name
     return Domain(name, sequences, user_ids, item_ids, report, ordered_by=report.columns.get("time"))
 

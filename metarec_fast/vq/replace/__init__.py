@@ -55,22 +55,22 @@ def replace_vector_quantize(model: nn.Module, **overrides: Any) -> nn.Module:
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names.setdefault(module, repr(name) if name else "the model itself")
-    told = [f"{names[module]} ({type(module).__name__}) {what}" for module, what in found.items()]
+    notes = [f"{names[module]} ({type(module).__name__}) {what}" for module, what in found.items()]
     if not replaced:
-        seen = told or [f"{name!r} looks like {what}, which takes a patch" for name, what in own_quantizers(model)]
+        seen = notes or [f"{name!r} looks like {what}, which takes a patch" for name, what in own_quantizers(model)]
         hint = f" to replace: {'; '.join(seen)}; see docs/guides/replace.md" if seen else ""
         kind = type(model).__name__
         raise ValueError(f"model holds no vector_quantize_pytorch.VectorQuantize, got {kind}{hint}")
-    told += _bound_methods(replaced, names)
-    if told:
-        warnings.warn("replace_vector_quantize: " + "; ".join(told), stacklevel=2)
+    notes += _bound_methods(replaced, names)
+    if notes:
+        warnings.warn("replace_vector_quantize: " + "; ".join(notes), stacklevel=2)
     return model
 
 
 def _replace(
-    model: nn.Module, overrides: dict[str, Any], told: dict[nn.Module, str], *, trusts_copies: bool
+    model: nn.Module, overrides: dict[str, Any], notes: dict[nn.Module, str], *, trusts_copies: bool
 ) -> set[nn.Module]:
-    """Replaces what it can in ``model``, tells of the rest in ``told``, returns what is replaced."""
+    """Replaces what it can in ``model``, notes the rest in ``notes``, returns what is replaced."""
     modules = list(model.modules())
     layers = [m for m in modules if is_vector_quantize(m)]
     residuals, groups = [m for m in modules if is_residual(m)], [m for m in modules if is_grouped(m)]
@@ -80,7 +80,7 @@ def _replace(
         if reason is None and upstream_class(module) is None and not trusts_copies:
             reason = _differs(module, overrides)
         if reason is not None:
-            told[module] = f"stays as it is: {reason}"
+            notes[module] = f"stays as it is: {reason}"
         return reason is None
 
     codebooks, fast = {}, {}
@@ -88,10 +88,10 @@ def _replace(
         try:
             fast[layer] = converted(layer, codebooks, overrides)
         except ValueError as error:
-            told[layer] = f"stays as it is: {error}"
+            notes[layer] = f"stays as it is: {error}"
             continue
         if not hasattr(layer._codebook, "embed_avg"):
-            told[layer] = (
+            notes[layer] = (
                 "of a version before 1.6 trains by today's rule for cosine codes: the loss compares directions, and "
                 "averages start from codes times cluster sizes"
             )
@@ -102,7 +102,7 @@ def _replace(
         try:
             levels[residual] = converted_residual(residual, [fast[layer] for layer in residual.layers])
         except ValueError as error:
-            told[residual] = f"keeps its own loop, around levels that are FastVQ: {error}"
+            notes[residual] = f"keeps its own loop, around levels that are FastVQ: {error}"
             continue
         within |= set(residual.layers)
     # decided; from here on modules change
@@ -127,10 +127,10 @@ def _replace(
 
 def _differs(module: nn.Module, overrides: dict[str, Any]) -> str | None:
     twin = copy.deepcopy(module)
-    told: dict[nn.Module, str] = {}
-    _replace(twin, overrides, told, trusts_copies=True)
-    if twin in told:
-        return told[twin]
+    notes: dict[nn.Module, str] = {}
+    _replace(twin, overrides, notes, trusts_copies=True)
+    if twin in notes:
+        return notes[twin]
     found = difference(copy.deepcopy(module), twin)
     return None if found is None else f"a copy of the class, whose {found} differs from what the fast class computes"
 
@@ -138,14 +138,14 @@ def _differs(module: nn.Module, overrides: dict[str, Any]) -> str | None:
 def _bound_methods(replaced: set[nn.Module], names: dict[nn.Module, str]) -> list[str]:
     """Where methods of the old classes are held: they would run old code on a new module."""
     owners = {id(vars(m)): name for m, name in names.items()}
-    told = []
+    notes = []
     for method in gc.get_referrers(*replaced):
         if isinstance(method, types.MethodType) and method.__self__ in replaced:
             current = getattr(type(method.__self__), method.__name__, None)
             if current is not method.__func__:
                 where = _where(method, owners)
-                told.append(f"{where} holds the old {method.__name__} of {names[method.__self__]}: take it again")
-    return told
+                notes.append(f"{where} holds the old {method.__name__} of {names[method.__self__]}: take it again")
+    return notes
 
 
 def _where(held: object, owners: dict[int, str], depth: int = 3) -> str:

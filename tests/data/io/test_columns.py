@@ -65,7 +65,7 @@ def test_usual_names_however_they_are_written(tmp_path, header):
     assert f"ordered by column {time!r}" in str(domain.report)
 
 
-def test_a_choice_among_columns_is_told(tmp_path, load):
+def test_a_choice_among_columns_is_reported(tmp_path, load):
     path = written(
         tmp_path,
         {"asin": ["x"], "parent_asin": ["p"], "user_id": ["a"], "date": [7], "time": [3], "session": [1]},
@@ -73,12 +73,12 @@ def test_a_choice_among_columns_is_told(tmp_path, load):
     )
     domain, said = load(path)
     assert list(domain.items) == ["p"] and domain.sequences.times.tolist() == [3]
-    told = (
+    reported = (
         "the item is read from column 'parent_asin', though 'asin' could be meant too; item=... names another",
         "the time is read from column 'time', though 'date' could be meant too; time=... names another",
     )
-    assert domain.report.notes == told and said == [f"{path}: {note}" for note in told]
-    assert all(note in str(domain.report) for note in told)
+    assert domain.report.notes == reported and said == [f"{path}: {note}" for note in reported]
+    assert all(note in str(domain.report) for note in reported)
     assert load(path, item="asin", time="date")[1] == []
     path.write_text("userId,user_id,item\na,b,c\n")
     with pytest.raises(ValueError, match=r"d\.csv: 2 columns could be the user: 'userId', 'user_id'"):
@@ -111,10 +111,10 @@ EPOCH = 1_580_000_000
 def test_times_that_are_ignored_are_named(tmp_path, load, suffix, name, values):
     rows = {"user": ["a", "b", "a"], "item": [1, 2, 3], "rating": [4, 5, 1], name: values, "title": ["x", "time", "z"]}
     domain, said = load(written(tmp_path, rows, suffix))
-    (told,) = said
-    assert f"{name!r} looks like times" in told and "in the order of rows" in told and "time=..." in told
-    assert "rating" not in told and "title" not in told
-    assert domain.report.notes[0] in told and domain.report.notes[0] in str(domain.report)
+    (reported,) = said
+    assert f"{name!r} looks like times" in reported and "in the order of rows" in reported and "time=..." in reported
+    assert "rating" not in reported and "title" not in reported
+    assert domain.report.notes[0] in reported and domain.report.notes[0] in str(domain.report)
     assert "in the order of rows: no time column" in repr(domain)
     assert domain.items.decode(domain.sequences[0]) == [1, 3]
 

@@ -71,11 +71,11 @@ def test_what_is_there_stays_until_the_new_is_whole(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["d"]
 
 
-def describe(folder, facts):
+def describe(folder, manifest):
     """A description that somebody wrote who knows how."""
-    del facts["checksum"]
-    (folder / "domain.json").write_bytes(sealed(facts))
-    facts["checksum"] = None
+    del manifest["checksum"]
+    (folder / "domain.json").write_bytes(sealed(manifest))
+    manifest["checksum"] = None
 
 
 def full_disk():
@@ -191,15 +191,17 @@ def test_every_malformed_field_is_named(tmp_path):
     for section, key in places:
         values = [True, [[]], {"a": {}}, -1, 1.5, float("nan")] + ([] if section == "arrays" else ["gone"])
         for value in values:
-            facts = copy.deepcopy(whole)
-            held = facts[section] if section else facts
+            manifest = copy.deepcopy(whole)
+            held = manifest[section] if section else manifest
             if (section, key) == ("source", "tied") and value == 1.5:
                 continue  # a number there is
             if value == "gone":
                 del held[key]
             else:
                 held[key] = value
-            describe(folder, facts) if key != "checksum" else (folder / "domain.json").write_text(json.dumps(facts))
+            describe(folder, manifest) if key != "checksum" else (folder / "domain.json").write_text(
+                json.dumps(manifest)
+            )
             with pytest.raises(ValueError, match=rf"domain\.json.*{key}"):
                 load_domain(folder)
 
@@ -212,7 +214,7 @@ def write_csv(path):
 def test_arrays_that_do_not_fit_each_other(tmp_path):
     folder = tmp_path / "d"
     save_domain(DOMAINS["strings"], folder)
-    facts = json.loads((folder / "domain.json").read_text())
+    manifest = json.loads((folder / "domain.json").read_text())
     other = tmp_path / "e"
     save_domain(
         Domain("e", Sequences(OFFSETS[:2], ITEMS[:3], 3), Vocabulary(["a"]), Vocabulary(["x", "y", "z"])), other
@@ -224,8 +226,8 @@ def test_arrays_that_do_not_fit_each_other(tmp_path):
         shutil.copytree(folder, mixed)
         for name in swapped:
             shutil.copy(other / f"{name}.npy", mixed)
-        arrays = facts["arrays"] | {name: theirs[name] for name in swapped}
-        describe(mixed, facts | {"arrays": arrays})
+        arrays = manifest["arrays"] | {name: theirs[name] for name in swapped}
+        describe(mixed, manifest | {"arrays": arrays})
         with pytest.raises(ValueError, match="mixed is damaged"):
             load_domain(mixed)
 
@@ -241,9 +243,9 @@ def test_descriptions_that_describe_nothing(tmp_path, text):
 def test_names_in_a_description_do_not_lead_out_of_the_folder(tmp_path):
     save_domain(DOMAINS["strings"], tmp_path / "d")
     shutil.copy(tmp_path / "d" / "items.npy", tmp_path / "outside.npy")
-    facts = json.loads((tmp_path / "d" / "domain.json").read_text())
-    facts["arrays"]["../outside"] = facts["arrays"]["items"]
-    describe(tmp_path / "d", facts)
+    manifest = json.loads((tmp_path / "d" / "domain.json").read_text())
+    manifest["arrays"]["../outside"] = manifest["arrays"]["items"]
+    describe(tmp_path / "d", manifest)
     with pytest.raises(ValueError, match="is damaged"):
         load_domain(tmp_path / "d")
 
@@ -252,9 +254,9 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path):
     save_domain(DOMAINS["strings"], tmp_path / "d")
     path = tmp_path / "d" / "items.npy"
     np.save(path, np.array([print], object), allow_pickle=True)
-    facts = json.loads((tmp_path / "d" / "domain.json").read_text())
-    facts["arrays"]["items"]["bytes"] = path.stat().st_size
-    describe(tmp_path / "d", facts)
+    manifest = json.loads((tmp_path / "d" / "domain.json").read_text())
+    manifest["arrays"]["items"]["bytes"] = path.stat().st_size
+    describe(tmp_path / "d", manifest)
     with pytest.raises(ValueError, match=r"is damaged: items\.npy holds \|O"):
         load_domain(tmp_path / "d")
 

@@ -103,8 +103,8 @@ def test_mixed_line_ends(tmp_path, both, piece):
         domain = both(path, piece=piece, on_error="skip")
         stray = ends[0] in ("\n", "\r\n") and ("\r" in ends[1:] or "\r\r\n" in ends[1:])
         if stray:
-            told = domain if isinstance(domain, str) else str(domain.report)
-            assert "carriage return in the row" in told
+            reported = domain if isinstance(domain, str) else str(domain.report)
+            assert "carriage return in the row" in reported
             assert isinstance(domain, str) or domain.report.rejected
         else:
             assert rows_of(domain) == [("a", "x", 1), ("b", "y", 2), ("c", "z", 3)]
@@ -371,7 +371,7 @@ def test_whole_numbers_of_more_than_64_bits(tmp_path, both):
 
 
 @pytest.mark.parametrize("text", ["2020/01/31", "2020.01.31 10:00"])
-def test_a_date_without_hyphens_is_told_how_to_be_written(tmp_path, both, text):
+def test_a_date_without_hyphens_gets_an_error_with_advice(tmp_path, both, text):
     message = both(write(tmp_path, "d.csv", f"user,item,time\na,x,{text}\n"))
     assert f"{text!r} is neither a finite number nor an ISO date: write it with hyphens, as in 2020-01-31" in message
 
