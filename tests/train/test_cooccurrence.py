@@ -1,4 +1,4 @@
-"""Training the co-occurrence scorer: what each method does, who the query users are, and that it is a function of the seed."""
+"""Training the co-occurrence scorer: what each method does, its query users, and that a run is a function of its seed."""
 
 import dataclasses
 import json
@@ -365,7 +365,7 @@ def made(monkeypatch):
     return made
 
 
-def test_folds_ask_everyone_once_by_the_others(made):
+def test_each_user_is_a_query_user_of_one_fold(made):
     train = packed([[1, 2, 3]] * 11 + [[]] + [[4, 5]] * 2, 6)
     users = np.flatnonzero(train.lengths > 0)
     folds(train, users, 5, seed=(0, 2))
@@ -381,14 +381,14 @@ def test_more_folds_than_users_and_users_of_one_event():
     assert sorted(fold.query_users.tolist() for fold in made) == [[0], [2]]
 
 
-def test_statistics_of_a_fold_count_nothing_of_those_whom_it_asks():
+def test_statistics_of_a_fold_leave_its_query_users_out():
     for fold in trainer().folds:
         others = np.setdiff1d(np.arange(len(TARGET.train)), fold.query_users)
         expected = np.bincount(np.concatenate([TARGET.train[u] for u in others]), minlength=30)
         assert fold.statistics.counts.tolist() == expected.tolist()
 
 
-def test_a_source_counts_as_many_users_as_asked_and_asks_others(made):
+def test_a_source_counts_as_many_users_as_asked_for_and_queries_others(made):
     train = packed([[1, 2, 3]] * 100, 5)
     source_episodes(train, 20, (0.5, 1.0, 2.0, 50.0), seed=(0, 1))
     assert [len(counted) for counted, _ in made] == [10, 20, 40, 90]  # of the users, some are left to be query users
