@@ -1,4 +1,4 @@
-"""Training the co-occurrence scorer: what each method does, its query users, and that a run is a function of its seed."""
+"""Training the co-occurrence scorer: what each method does, its query users, and that a run repeats by its seed."""
 
 import dataclasses
 import json
