@@ -45,8 +45,10 @@ from metarec_fast.report.transfer import html, transfer_report
 from metarec_fast.text import printable
 from metarec_fast.train import run_folder
 from metarec_fast.train.cooccurrence import CooccurrenceTrainer
-from metarec_fast.train.stop import StopRequested
-from metarec_fast.train.trainer import Interrupted, Reporter, Trainer
+from metarec_fast.train.encoder import EncoderTrainer
+from metarec_fast.train.history import History, MixtureHistory, TransitionWeight
+from metarec_fast.train.loop import Reporter
+from metarec_fast.train.stop import Interrupted, StopRequested
 
 MOST_NAMED = 10  # unknown ids of one call
 TRANSITION_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
@@ -103,7 +105,7 @@ class MetaRec:
     """A recommender of one target domain, trained with the help of source domains.
 
     Made by ``fit`` or ``from_pretrained``. ``model`` is the torch module, ``split`` the target's split, ``config``
-    every option, ``history`` what training found out: among it "transfer_report" on what the sources gave.
+    every option, ``history`` what training found out: among it ``transfer_report`` on what the sources gave.
     """
 
     def __init__(
@@ -115,14 +117,14 @@ class MetaRec:
         cooccurrence: CooccurrenceScorer | None = None,
         cooccurrence_weight: float = 0.0,
         encoder_weight: float = 1.0,
-        history: dict | None = None,
+        history: History | None = None,
     ) -> None:
         self.model, self.split, self.config = model, split, config
         self.cooccurrence: CooccurrenceScorer | TransitionTerms | None = cooccurrence
         self.cooccurrence_weight, self.encoder_weight = cooccurrence_weight, encoder_weight
         if cooccurrence is None and cooccurrence_weight:
             self.cooccurrence = TransitionTerms(split.train)
-        self.history = history or {}
+        self.history = history or History()
 
     @property
     def domain(self) -> Domain:
@@ -146,7 +148,7 @@ class MetaRec:
         """Train on ``sources`` and ``target``; the best model by validation NDCG@10 on the target is returned.
 
         With sources, a target-only model is trained too, with as many steps: if the one with sources is not better on
-        validation, the target-only one is returned, and ``history["transfer_report"]`` says so in words
+        validation, the target-only one is returned, and ``history.transfer_report`` says so in words
         (``train.compare_target_only=False`` leaves this out).
 
         run_dir: receives config, checkpoints, the model and report.html; the target-only run in target_only/.
@@ -239,7 +241,7 @@ class MetaRec:
             start = self.cooccurrence.scorer if isinstance(self.cooccurrence, CooccurrenceScorer) else None
             with run.claimed("adapt", config, [], domain, overwrite=overwrite):
                 adapted = self._train(model, {}, split, config, run, start=start, origin=self._origin(start))
-                adapted.history["adapted_from"] = self.domain.name
+                adapted.history.adapted_from = self.domain.name
                 if compare_target_only:
                     adapted = adapted._or_target_only(run, [])
                 run.keep(adapted)
@@ -278,12 +280,12 @@ class MetaRec:
     ) -> MetaRec:
         """Train ``model`` as ``config`` says, or go on with it, then what stands beside it, from ``start`` if given."""
         started = time.perf_counter()
-        trainer = Trainer(
+        trainer = EncoderTrainer(
             model,
             sources,
             split,
             config,
-            folder=run.folder / "checkpoint" if run.folder is not None else None,
+            folder=run.checkpoint("encoder"),
             origin=origin,
             reporter=run.reporter,
             should_stop=run.should_stop,
@@ -296,22 +298,14 @@ class MetaRec:
             write_atomically(run.folder / "config.json", config.to_json().encode())
         if config.train.compile:
             model.compile_encoder()
-        progress = trainer.run()
+        trainer.run()
         trainer.save()
-        trained = cls(model, split, config)
-        trained.history = {
-            "best_validation_ndcg@10": progress.best,
-            "best_at": progress.best_at,
-            "skipped_steps": progress.skipped,
-            "skipped_by_stage": dict(progress.left_out.by_stage),
-            "stages_not_run": list(progress.left_out.not_run),
-            "transfer": progress.trace,
-        }
+        trained = cls(model, split, config, history=trainer.history())
         if config.model.cooccurrence == "transitions":
             trained._choose_cooccurrence_weight()
         elif config.model.cooccurrence == "learned":
-            trained._train_cooccurrence(sources, run, start=start)
-        trained.history["seconds"] = time.perf_counter() - started
+            trained._train_cooccurrence(sources, run, start=start, origin=origin)
+        trained.history.seconds = time.perf_counter() - started
         return trained
 
     def _or_target_only(self, run: _Run, sources: Sequence[str]) -> MetaRec:
@@ -322,13 +316,14 @@ class MetaRec:
         alone = self._train(build(config, [self.split]), {}, self.split, config, run.inside("target_only"))
         report = self.report_transfer(alone, sources, replaces=True)
         chosen = self if report["returned"] == "transferred" else alone
-        chosen.history |= {
-            "transfer": self.history["transfer"],
-            "transfer_report": report,
-            "seconds": self.history["seconds"] + alone.history["seconds"],
+        chosen.history = dataclasses.replace(
+            chosen.history,
+            transfer=self.history.transfer,
+            transfer_report=report,
+            seconds=self.history.seconds + alone.history.seconds,
             # of both: what is returned need not be what had them
-            "skipped_steps": self.history["skipped_steps"] + alone.history["skipped_steps"],
-        }
+            skipped_steps=self.history.skipped_steps + alone.history.skipped_steps,
+        )
         return chosen
 
     def report_transfer(self, alone: MetaRec, sources: Sequence[str], *, replaces: bool = False) -> dict[str, Any]:
@@ -342,36 +337,45 @@ class MetaRec:
             method=self.config.train.method,
             sources=sources,
             mixtures={"transferred": self._mixture(), "target_only": alone._mixture()},
-            left_out={"transferred": self._left_out(), "target_only": alone._left_out()},
-            trace=self.history["transfer"],
-            cooccurrence=self.history.get("cooccurrence"),
+            left_out={"transferred": self.history.to_dict(), "target_only": alone.history.to_dict()},
+            trace=self.history.transfer,
+            cooccurrence=self.history.to_dict().get("cooccurrence"),
             codes=codes,
             codebook_size=self.config.model.codebook_size,
             replaces=replaces,
         )
-
-    def _left_out(self) -> dict[str, Any]:
-        """Training steps that were not finite."""
-        return {name: self.history[name] for name in ("skipped_by_stage", "stages_not_run")}
 
     def _mixture(self) -> dict[str, Any]:
         """What scores are made of."""
         weights = {"encoder": self.encoder_weight, "cooccurrence": self.cooccurrence_weight}
         return {"beside": self.config.model.cooccurrence, **weights}
 
-    def _train_cooccurrence(self, sources: dict[str, Split], run: _Run, *, start: CooccurrenceNetwork | None) -> None:
+    def _train_cooccurrence(
+        self, sources: dict[str, Split], run: _Run, *, start: CooccurrenceNetwork | None, origin: str | None
+    ) -> None:
         """Train the co-occurrence scorer, and mix it with the encoder by maximum likelihood of the validation targets.
 
         Statistics leave out the users of the cases, as they will leave out later users.
         """
         trainer = CooccurrenceTrainer(
-            sources, self.split, self.config, start=start, reporter=run.reporter, should_stop=run.should_stop
+            sources,
+            self.split,
+            self.config,
+            start=start,
+            folder=run.checkpoint("cooccurrence"),
+            origin=origin,
+            reporter=run.reporter,
+            should_stop=run.should_stop,
         )
-        self.cooccurrence = trainer.run()
-        self.history["cooccurrence"] = found = trainer.result.to_dict()
-        for name in ("skipped_steps", "stages_not_run"):
-            self.history[name] += found[name]
-        self.history["skipped_by_stage"] |= found["skipped_by_stage"]
+        if run.resume:
+            trainer.restore()
+        trainer.run()
+        trainer.save()
+        self.cooccurrence = trainer.result
+        self.history.cooccurrence = found = trainer.history()
+        self.history.skipped_steps += found.skipped_steps
+        self.history.stages_not_run += found.stages_not_run
+        self.history.skipped_by_stage |= found.skipped_by_stage
         self.model.eval()
         encoder = ModelScorer(self.model, self.domain.name)
         scored_cases = [
@@ -385,12 +389,12 @@ class MetaRec:
         self.encoder_weight, self.cooccurrence_weight = (
             (fitted.encoder / fitted.cooccurrence, 1.0) if fitted.cooccurrence else (1.0, 0.0)
         )
-        self.history["mixture"] = {
-            "encoder": self.encoder_weight,
-            "cooccurrence": self.cooccurrence_weight,
-            "fitted": {"encoder": fitted.encoder, "cooccurrence": fitted.cooccurrence},
-            "validation_loss": {"cooccurrence": fitted.cooccurrence_loss, "mixture": fitted.loss},
-        }
+        self.history.mixture = MixtureHistory(
+            self.encoder_weight,
+            self.cooccurrence_weight,
+            fitted={"encoder": fitted.encoder, "cooccurrence": fitted.cooccurrence},
+            validation_loss={"cooccurrence": fitted.cooccurrence_loss, "mixture": fitted.loss},
+        )
 
     def _choose_cooccurrence_weight(self) -> None:
         """How much the domain's own transitions count beside the encoder: whatever validation likes best."""
@@ -407,10 +411,9 @@ class MetaRec:
             )
             tried[weight] = metrics.ndcg[10]
         self.cooccurrence_weight = max(tried, key=lambda weight: (tried[weight], -weight))
-        self.history["cooccurrence_weight"] = {
-            "chosen": self.cooccurrence_weight,
-            "validation_ndcg@10": {str(weight): ndcg for weight, ndcg in tried.items()},
-        }
+        self.history.transition_weight = TransitionWeight(
+            self.cooccurrence_weight, {str(weight): ndcg for weight, ndcg in tried.items()}
+        )
 
     def scorer(self, *, cooccurrence: bool = True) -> Scorer:
         """Scores over the target's catalogue; ``cooccurrence=False`` leaves what stands beside the encoder out."""
@@ -545,7 +548,7 @@ class MetaRec:
         if isinstance(self.cooccurrence, CooccurrenceScorer):
             parts["cooccurrence"] = self.cooccurrence.scorer
         weights = {"cooccurrence_weight": self.cooccurrence_weight, "encoder_weight": self.encoder_weight}
-        manifest = {"config": dataclasses.asdict(self.config), **weights, "history": self.history}
+        manifest = {"config": dataclasses.asdict(self.config), **weights, "history": self.history.to_dict()}
         save_model(folder, parts, self.domain, manifest, overwrite=overwrite)
 
     @classmethod
@@ -564,10 +567,9 @@ class MetaRec:
         cooccurrence = None
         if "cooccurrence" in loaded.parts:
             cooccurrence = CooccurrenceScorer(loaded.parts["cooccurrence"].eval(), CooccurrenceStatistics(split.train))
+        history = History.from_dict(loaded.manifest["history"])
         weights = {name: loaded.manifest[name] for name in ("cooccurrence_weight", "encoder_weight")}
-        return cls(
-            model.eval(), split, config, cooccurrence=cooccurrence, history=loaded.manifest["history"], **weights
-        )
+        return cls(model.eval(), split, config, cooccurrence=cooccurrence, history=history, **weights)
 
 
 def _ids(name: str, given: Iterable[Any]) -> list[Any]:
@@ -596,6 +598,9 @@ class _Run:
     def inside(self, name: str) -> _Run:
         """Another run, in a folder of this one."""
         return dataclasses.replace(self, folder=self.folder / name if self.folder is not None else None)
+
+    def checkpoint(self, objective: str) -> Path | None:
+        return self.folder / run_folder.CHECKPOINTS[objective] if self.folder is not None else None
 
     def refuse(self, overwrite: bool) -> None:
         """Raises ValueError, before any work, for a folder that holds a run which is neither to go on nor to go."""
@@ -632,7 +637,7 @@ class _Run:
 
 def write_report(model: MetaRec, folder: Path) -> None:
     """``report.html`` from the transfer report of a model that has one."""
-    report = model.history.get("transfer_report")
+    report = model.history.transfer_report
     if report is not None:
         text = html(report, title=f"Transfer to {model.domain.name}")
         write_atomically(folder / "report.html", text.encode())
@@ -800,7 +805,7 @@ def compare(
             for method, model in models.items() if own else ():
                 if method != "target_only":
                     names = [source.name for source in sources]
-                    model.history["transfer_report"] = model.report_transfer(models["target_only"], names)
+                    model.history.transfer_report = model.report_transfer(models["target_only"], names)
                     run.inside(method).keep(model)
         return [baseline, *rows], models
 
@@ -836,5 +841,5 @@ def _fit_each(
         models[method] = model
         replaced = model.config.train.method != method
         name = f"{METHODS[method]} (target only returned)" if replaced else METHODS[method]
-        rows.append(Row(name, model.evaluate(), seconds=model.history["seconds"]))
+        rows.append(Row(name, model.evaluate(), seconds=model.history.seconds))
     return rows, models

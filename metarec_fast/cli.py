@@ -401,7 +401,7 @@ def show_transfer(console: Console, model: MetaRec, out: Path) -> None:
     from metarec_fast.api import METHODS
     from metarec_fast.report.transfer import lines
 
-    report = model.history.get("transfer_report")
+    report = model.history.transfer_report
     if report is None:
         return
     text = [
@@ -432,7 +432,7 @@ def run_folder_record(config: Config, rows: Sequence, models: dict) -> dict:
             for r in rows
         ],
         "protocol": rows[0].metrics.protocol,
-        "history": {name: model.history for name, model in models.items()},
+        "history": {name: model.history.to_dict() for name, model in models.items()},
         "seed": config.train.seed,
         "versions": {
             "metarec_fast": __version__,
@@ -466,8 +466,7 @@ def train_and_show(
     from metarec_fast.profiling.steps import StepProfiler
     from metarec_fast.report import profile as profile_report
     from metarec_fast.report.table import COLUMNS, markdown
-    from metarec_fast.train.stop import StopRequested
-    from metarec_fast.train.trainer import Interrupted
+    from metarec_fast.train.stop import Interrupted, StopRequested
 
     profiler = StepProfiler() if profile else None
     console = plain_console()
@@ -605,8 +604,7 @@ def adapt(command: Adapt) -> int:
     from metarec_fast.api import METHODS, MetaRec, baseline_row, check_device
     from metarec_fast.report.table import Row
     from metarec_fast.train import run_folder
-    from metarec_fast.train.stop import StopRequested
-    from metarec_fast.train.trainer import Interrupted
+    from metarec_fast.train.stop import Interrupted, StopRequested
 
     if command.out is not None:
         run_folder.refuse(command.out, resume=command.resume, overwrite=command.overwrite)
@@ -645,11 +643,11 @@ def adapt(command: Adapt) -> int:
             tell_how_to_go_on(console, reason, out)
             return 130
     name = METHODS[adapted.config.train.method]
-    if "adapted_from" in adapted.history:
+    if adapted.history.adapted_from is not None:
         name += f", adapted from {model.domain.name}"
     rows = [
         baseline_row(adapted.split, mask_history=config.data.mask_history, catalogue=config.data.catalogue),
-        Row(name, adapted.evaluate(), seconds=adapted.history["seconds"]),
+        Row(name, adapted.evaluate(), seconds=adapted.history.seconds),
     ]
     show_rows(console, rows, f"target {target.name}")
     show_transfer(console, adapted, out)
@@ -750,8 +748,7 @@ def run_study(
     """Run what is left of a study, a line a cell, and write its tables and plots: the exit status, and the results."""
     from metarec_fast.study import Results, run
     from metarec_fast.study.results import figure
-    from metarec_fast.train.stop import StopRequested
-    from metarec_fast.train.trainer import Interrupted
+    from metarec_fast.train.stop import Interrupted, StopRequested
 
     console, status = plain_console(), 0
 

@@ -35,7 +35,8 @@ from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.persistence import load_model
 from metarec_fast.statistics.descriptors import item_descriptors
 from metarec_fast.statistics.spectral import moments, turned
-from metarec_fast.train.trainer import Interrupted, Silent
+from metarec_fast.train.loop import Silent
+from metarec_fast.train.stop import Interrupted
 from tests.killed import fails_with_little_room, killed
 from tests.tiny import DOMAINS, config, shop
 
@@ -171,7 +172,7 @@ def test_a_model_survives_a_save_that_is_killed(fitted, with_transitions, copy, 
     if swap == "two renames":
         monkeypatch.setattr("metarec_fast.files._exchange", lambda *_: False)
     seen, at, died = set(), 0, True
-    histories = {json.dumps(m.history): name for name, m in (("old", fitted), ("new", with_transitions))}
+    histories = {json.dumps(m.history.to_dict()): name for name, m in (("old", fitted), ("new", with_transitions))}
     while died:
         at += 9
         died = killed(lambda: with_transitions.save_pretrained(copy, overwrite=True), at)
@@ -184,7 +185,7 @@ def test_a_model_survives_a_save_that_is_killed(fitted, with_transitions, copy, 
 def test_a_model_survives_a_full_disk(fitted, with_transitions, copy):
     reported = fails_with_little_room(lambda: with_transitions.save_pretrained(copy, overwrite=True), 2000)
     assert str(copy) in reported and "partial" not in reported
-    assert load_model(copy).manifest["history"] == fitted.history and os.listdir(copy.parent) == ["copy"]
+    assert load_model(copy).manifest["history"] == fitted.history.to_dict() and os.listdir(copy.parent) == ["copy"]
 
 
 def test_every_malformed_field_is_named_and_nothing_is_allocated_for_it(copy):
@@ -320,7 +321,7 @@ def test_where_training_holds_every_item_the_catalogue_changes_no_bit_of_trainin
         assert torch.equal(ours, theirs)
     ours, theirs = (model.cooccurrence.scorer.state_dict() for model in models)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert models[0].history["mixture"] == models[1].history["mixture"]
+    assert models[0].history.mixture == models[1].history.mixture
 
 
 def test_with_all_items_validation_chooses_among_all_of_them():
@@ -328,7 +329,7 @@ def test_with_all_items_validation_chooses_among_all_of_them():
     options = config(train={"method": "target_only"}, data={"catalogue": "all"})
     model = MetaRec.fit([], shop(), config=options)
     found = model.evaluate("valid", cooccurrence=False)
-    assert found.ndcg[10] == model.history["best_validation_ndcg@10"] and found.catalogue == "all"
+    assert found.ndcg[10] == model.history.best_validation_ndcg and found.catalogue == "all"
     assert model.evaluate("valid", cooccurrence=False, catalogue="training").outside > found.outside == 0
 
 
@@ -444,12 +445,12 @@ def test_the_history_of_the_user_is_masked_on_request(fitted):
 
 
 def test_the_mixture_says_what_it_was_made_by(fitted):
-    found = fitted.history["mixture"]
-    fit, weights = found["fitted"], (found["encoder"], found["cooccurrence"])
+    found = fitted.history.mixture
+    fit, weights = found.fitted, (found.encoder, found.cooccurrence)
     assert weights == (fitted.encoder_weight, fitted.cooccurrence_weight) == (fit["encoder"] / fit["cooccurrence"], 1.0)
-    assert found["validation_loss"]["mixture"] <= found["validation_loss"]["cooccurrence"]
+    assert found.validation_loss["mixture"] <= found.validation_loss["cooccurrence"]
     # without co-occurrence it is the encoder's own score, by which its steps were chosen
-    assert fitted.evaluate("valid", cooccurrence=False).ndcg[10] == fitted.history["best_validation_ndcg@10"]
+    assert fitted.evaluate("valid", cooccurrence=False).ndcg[10] == fitted.history.best_validation_ndcg
 
 
 @pytest.mark.parametrize(
@@ -477,7 +478,7 @@ def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitte
 
 def test_the_weight_of_cooccurrence_is_the_best_on_validation(with_transitions):
     fitted = with_transitions
-    tried = fitted.history["cooccurrence_weight"]["validation_ndcg@10"]
+    tried = fitted.history.transition_weight.validation_ndcg
     assert fitted.evaluate("valid").ndcg[10] == max(tried.values())
     assert tried["0.0"] == fitted.evaluate("valid", cooccurrence=False).ndcg[10]
 
@@ -586,10 +587,10 @@ class Recorder:
 
 def test_fit_with_sources_reports_what_they_gave(straight):
     model, folder = straight
-    report = model.history["transfer_report"]
+    report = model.history.transfer_report
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert set(report["sources"]) == {"source0", "source1"} and report["method"] == "metarec"
-    assert [entry["step"] for entry in report["over_time"]] == [10, 20] and model.history["transfer"]
+    assert [entry["step"] for entry in report["over_time"]] == [10, 20] and model.history.transfer
     assert report["noise_floor"]["draws"] == 2 * 18 and 0 < report["noise_floor"]["similarity"] < 2
     for source in report["sources"].values():
         assert 0 < source["weight"] < 1 and source["late_entries"] == 1 and source["leaving_out_costs"] is not None
@@ -606,7 +607,7 @@ def test_fit_with_sources_reports_what_they_gave(straight):
 def test_the_report_shows_the_cooccurrence_scorer_beside_the_encoder(tmp_path):
     options = config(train={"meta_steps": 10}, cooccurrence={"meta_steps": 20})
     model = MetaRec.fit(SOURCES, TARGET, config=options, run_dir=tmp_path)
-    report, found = model.history["transfer_report"], model.history["mixture"]
+    report, found = model.history.transfer_report, model.history.mixture
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     cooccurrence = report["cooccurrence"]
     assert [entry["step"] for entry in cooccurrence["over_time"]] == [10, 20] and cooccurrence["noise_floor"][
@@ -617,7 +618,7 @@ def test_the_report_shows_the_cooccurrence_scorer_beside_the_encoder(tmp_path):
     assert {stage for stage, *_ in cooccurrence["validation_loss"]} == {"warmup", "meta", "finetune"}
     assert cooccurrence["best"] == min(loss for *_, loss in cooccurrence["validation_loss"])
     # what is returned is made of what the history of the same model says
-    expected = {"beside": "learned", "encoder": found["encoder"], "cooccurrence": found["cooccurrence"]}
+    expected = {"beside": "learned", "encoder": found.encoder, "cooccurrence": found.cooccurrence}
     assert report["mixture"][report["returned"]] == expected
     text = (tmp_path / "report.html").read_text()
     assert report["returned_parts"] in text
@@ -635,7 +636,7 @@ def test_the_target_only_run_beside_has_the_same_budget():
     assert {stage for at, stage in seen.steps if at == 1} == {"finetune", "co-occurrence: target"}
     seen = Recorder()
     model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}), reporter=seen)
-    assert not seen.begun and "transfer_report" not in model.history
+    assert not seen.begun and model.history.transfer_report is None
 
 
 @pytest.mark.parametrize(
@@ -656,7 +657,7 @@ def test_what_is_not_better_on_validation_gives_way_to_target_only(monkeypatch, 
 
     monkeypatch.setattr(MetaRec, "evaluate", known)
     model = MetaRec.fit(SOURCES, TARGET, config=config(model={"cooccurrence": "none"}), run_dir=tmp_path)
-    report = model.history["transfer_report"]
+    report = model.history.transfer_report
     assert model.config.train.method == method
     assert report["returned"] == ("transferred" if method == "metarec" else "target_only")
     assert report["verdict"].startswith(words)
@@ -676,7 +677,7 @@ def test_sources_that_teach_are_kept_and_random_ones_that_teach_nothing_are_not(
     options = config(model={"init": "random", "cooccurrence": "none", "dropout": 0.1}, train=train)
     source = domains.sources[0] if helps else random_items(domains.sources[0], seed=0)
     model = MetaRec.fit(source, domains.target, config=options)
-    report = model.history["transfer_report"]
+    report = model.history.transfer_report
     assert report["returned"] == ("transferred" if helps else "target_only")
     gain = report["validation"]["difference"] * (1 if helps else -1)
     assert gain > 0.1 and report["validation"]["p"] < 0.001
@@ -705,7 +706,7 @@ def test_a_run_stopped_in_either_half_goes_on_as_if_it_had_not_been(straight, tm
     torch.set_num_threads(before)
     assert sum("co-occurrence" not in stage for _, stage in seen.steps) < 58 - kept + 2
     for name in ("transfer_report", "cooccurrence", "mixture"):
-        assert model.history[name] == want.history[name]
+        assert getattr(model.history, name) == getattr(want.history, name)
     assert model.config == want.config
     for name, tensor in want.model.state_dict().items():
         assert torch.equal(model.model.state_dict()[name], tensor), name
@@ -719,16 +720,16 @@ def test_compare_reports_against_its_own_target_only_row(tmp_path):
     methods = ("pretrain", "target_only", "metarec")
     rows, models = compare(SOURCES, TARGET, config=LONG, methods=methods, run_dir=tmp_path, reporter=seen)
     assert seen.begun == [row.method for row in rows[1:]] == ["pretrain, then fine-tune", "target only", "MetaRec"]
-    assert "transfer_report" not in models["target_only"].history
+    assert models["target_only"].history.transfer_report is None
     alone = models["target_only"].evaluate("valid").ndcg[10]
     for method in ("pretrain", "metarec"):
-        report = models[method].history["transfer_report"]
+        report = models[method].history.transfer_report
         assert (report["method"], report["returned"]) == (method, "transferred")
         assert report["validation"]["target_only"] == alone
         assert report["validation"]["transferred"] == models[method].evaluate("valid").ndcg[10]
         assert (tmp_path / method / "report.html").exists()
-        assert MetaRec.from_pretrained(tmp_path / method / "model").history["transfer_report"] == report
-    assert models["pretrain"].history["transfer_report"]["noise_floor"] is None
+        assert MetaRec.from_pretrained(tmp_path / method / "model").history.transfer_report == report
+    assert models["pretrain"].history.transfer_report["noise_floor"] is None
 
 
 def test_compare_without_a_target_only_row_names_the_model_that_took_the_place(monkeypatch):
@@ -752,8 +753,8 @@ def test_adapt_needs_no_source_and_leaves_the_model_as_it_was(saved, tmp_path):
     assert len(adapted.model.table("target").weight) == 35
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor, kept[name]), name
-    assert adapted.history["adapted_from"] == "target" and "transfer_report" not in adapted.history
-    assert adapted.history["mixture"]["encoder"] == adapted.encoder_weight
+    assert adapted.history.adapted_from == "target" and adapted.history.transfer_report is None
+    assert adapted.history.mixture.encoder == adapted.encoder_weight
     assert model.cooccurrence.scorer is not adapted.cooccurrence.scorer and adapted.cooccurrence.num_items == 35
     assert len(adapted.recommend(users=[next(iter(NEW.users))], k=3)[0]) == 3
     loaded = MetaRec.from_pretrained(tmp_path / "model")
@@ -768,8 +769,8 @@ def test_adapting_starts_from_the_cooccurrence_scorer_of_the_model(fitted):
     adapted = fitted.adapt(NEW, config=still)
     for name, tensor in fitted.cooccurrence.scorer.state_dict().items():
         assert torch.equal(adapted.cooccurrence.scorer.state_dict()[name], tensor), name
-    assert adapted.history["cooccurrence"]["best_at"] == "start 0"
-    json.dumps(adapted.history, allow_nan=False)
+    assert adapted.history.cooccurrence.best_at == "start 0"
+    json.dumps(adapted.history.to_dict(), allow_nan=False)
 
 
 def test_adapting_starts_from_the_shared_parameters_and_the_structure_of_the_new_domain(fitted):
@@ -784,7 +785,7 @@ def test_adapting_starts_from_the_shared_parameters_and_the_structure_of_the_new
     again = turned(rows, moments(rows, item_descriptors(adapted.split.train)), frame)
     torch.testing.assert_close(again, rows, rtol=0, atol=1e-4)
     moved = fitted.adapt(NEW, config=fitted.config.replace(train={"finetune_steps": 20, "finetune_lr": 0.05}))
-    assert moved.history["best_validation_ndcg@10"] >= adapted.history["best_validation_ndcg@10"]
+    assert moved.history.best_validation_ndcg >= adapted.history.best_validation_ndcg
     frozen = fitted.config.replace(train={"finetune_scope": "table", "finetune_lr": 0.05})
     kept = fitted.adapt(NEW, config=frozen).model.shared.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in fitted.model.shared.state_dict().items())
@@ -812,7 +813,7 @@ def test_a_stopped_adaptation_goes_on(fitted, tmp_path):
             fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, should_stop=after(calls))
         assert (folder / "target_only").exists() == (calls == 12)
         got = fitted.adapt(NEW, config=options, compare_target_only=True, run_dir=folder, resume=True)
-        assert got.history["transfer_report"] == want.history["transfer_report"]
+        assert got.history.transfer_report == want.history.transfer_report
         assert got.evaluate().ndcg == want.evaluate().ndcg
     torch.set_num_threads(threads)
 
@@ -822,14 +823,14 @@ def test_adapting_never_worse_on_request(fitted, monkeypatch, rank):
     def known(self, split="test", **_):
         users = self.split.valid.users
         return Metrics(
-            "", False, 35, users, np.full(len(users), rank if "adapted_from" in self.history else 1), 0 * users
+            "", False, 35, users, np.full(len(users), rank if self.history.adapted_from is not None else 1), 0 * users
         )
 
     monkeypatch.setattr(MetaRec, "evaluate", known)
     chosen = fitted.adapt(NEW, compare_target_only=True)
-    report = chosen.history["transfer_report"]
+    report = chosen.history.transfer_report
     assert report["sources"] == {} and report["noise_floor"] is None
-    assert ("adapted_from" in chosen.history) == (rank == 0)
+    assert (chosen.history.adapted_from is not None) == (rank == 0)
     assert (chosen.config.train.method == "target_only") == (rank == 3)
 
 
@@ -838,7 +839,7 @@ def test_whatever_made_a_model_adapting_it_is_fine_tuning(method):
     made = MetaRec.fit(SOURCES, TARGET, config=config(train={"method": method, "compare_target_only": False}))
     frozen = made.config.replace(train={"finetune_scope": "table", "finetune_lr": 0.05})
     adapted = made.adapt(NEW, config=frozen)
-    assert adapted.history["best_at"].startswith("finetune table ") and adapted.config.train.method == "pretrain"
+    assert adapted.history.best_at.startswith("finetune table ") and adapted.config.train.method == "pretrain"
     for name, tensor in made.model.shared.state_dict().items():
         assert torch.equal(adapted.model.shared.state_dict()[name], tensor), name
 
@@ -1071,7 +1072,7 @@ def test_who_handles_ctrl_c_himself_keeps_it():
 def test_fit_works_outside_the_main_thread():
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(MetaRec.fit, [], TARGET, config=config(train={"method": "target_only"}), progress=True)
-        assert job.result().history["best_validation_ndcg@10"] > 0
+        assert job.result().history.best_validation_ndcg > 0
 
 
 def test_progress_is_shown_where_it_is_asked_for_or_seen(capsys, monkeypatch):

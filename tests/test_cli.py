@@ -166,7 +166,7 @@ def test_adapt_makes_a_model_of_another_domain(model, folder, tmp_path, capsys, 
     assert main(command) == 0
     shown = capsys.readouterr().out
     adapted = MetaRec.from_pretrained(tmp_path / "model")
-    assert adapted.domain.name == "books" and adapted.history["adapted_from"] == "shop"
+    assert adapted.domain.name == "books" and adapted.history.adapted_from == "shop"
     assert (adapted.config.train.finetune_steps, adapted.config.train.finetune_lr) == (6, 0.01)
     assert "MetaRec, adapted from shop" in shown and f"{adapted.evaluate().ndcg[10]:.4f}" in shown
     assert f"model: {tmp_path / 'model'}" in shown and "Transfer" not in shown
@@ -174,7 +174,7 @@ def test_adapt_makes_a_model_of_another_domain(model, folder, tmp_path, capsys, 
     assert len(json.loads(capsys.readouterr().out)["b-500"]) == 2
     assert main([*command, "--compare-target-only", "--resume"]) == 0
     shown = capsys.readouterr().out
-    report = MetaRec.from_pretrained(tmp_path / "model").history["transfer_report"]
+    report = MetaRec.from_pretrained(tmp_path / "model").history.transfer_report
     assert report["verdict"] in shown and (tmp_path / "report.html").exists()
 
 

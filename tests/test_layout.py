@@ -16,7 +16,6 @@ LAYERS = [
     "api",
     "report",
     "train",
-    "profiling",
     "persistence",
     "cooccurrence",
     "models",
@@ -26,6 +25,7 @@ LAYERS = [
     "statistics",
     "data",
     "vq",
+    "profiling",
     "ops",
 ]
 LEAVES = {"checks", "files", "text"}  # may be imported by all, and import nothing of ours

@@ -16,6 +16,7 @@ from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
 from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
 from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
+from metarec_fast.profiling.regions import in_region, region
 from metarec_fast.sampling.batch import PackedBatch
 from metarec_fast.statistics.descriptors import NUM_DESCRIPTORS, item_descriptors
 from metarec_fast.statistics.spectral import moments, spectral_table, turned
@@ -107,7 +108,8 @@ class SharedEncoder(nn.Module):
         if repeats is not None and repeats.row is not None:
             z_TD = F.embedding(repeats.row, z_TD)
         x_TD = self.norm(F.dropout(z_TD, self.config.dropout, self.training))
-        return self.encoder(x_TD, offsets), loss
+        with region("encoder"):
+            return self.encoder(x_TD, offsets), loss
 
 
 class Recommender(nn.Module):
@@ -135,6 +137,7 @@ class Recommender(nn.Module):
         """Run the encoder through torch.compile from now on, for packed lengths that change from step to step."""
         self.shared.encoder.compile(dynamic=True, **options)
 
+    @in_region("gather + VQ")
     def states(
         self, shared: Parameters, private: Parameters, items: Tensor, offsets: Tensor, *, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -148,6 +151,7 @@ class Recommender(nn.Module):
         z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
         return functional_call(self.shared, shared, (z_TD, offsets, repeats))
 
+    @in_region("loss")
     def loss(self, shared: Parameters, private: Parameters, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy of the next item over the batch's valid positions, plus the weighted VQ loss.
 

@@ -6,31 +6,22 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from metarec_fast.ops.peak import measured_peak
+from metarec_fast.profiling.regions import PREFIX, recording, region
 
 PARTS = ("data", "gather + VQ", "encoder", "scan", "loss", "optimizer", "other")
 EXP_FLOPS = 16  # of an exponential by a polynomial of degree six and the scaling around it
 ADAMW_BYTES = 28  # a parameter: reads itself, gradient and both averages, writes three of them
 
-_RANGE = "metarec_fast.profile/"
 _BACKWARD = "autograd::engine::evaluate_function"
-
-
-class Steps(Protocol):
-    """What is profiled: see ``train.trainer.Trainer``."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def train_step(self, stage: str, step: int) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -122,8 +113,8 @@ def account(events: list[Any], root: Any) -> dict[str, Part]:
             if event.cpu_parent is None or id(event.cpu_parent) not in homes:
                 continue  # of another thread
             part, backward = homes[id(event.cpu_parent)]
-            if event.name.startswith(_RANGE):
-                part = event.name.removeprefix(_RANGE)
+            if event.name.startswith(PREFIX):
+                part = event.name.removeprefix(PREFIX)
             elif event.name.startswith(_BACKWARD):
                 part, backward = made_in.get(event.sequence_nr, part), True
             elif event.name.startswith("metarec_fast::linear_scan"):
@@ -145,12 +136,12 @@ def account(events: list[Any], root: Any) -> dict[str, Part]:
     return parts
 
 
-def _in_range(run: Callable, part: str) -> Callable:
-    def ranged(*args: Any, **kwargs: Any) -> Any:
-        with record_function(_RANGE + part):
-            return run(*args, **kwargs)
+@dataclass
+class WatchedStep:
+    """What the loop reports of a step. taken: not left out. moved: how many parameters its optimizer moved."""
 
-    return ranged
+    taken: bool = True
+    moved: int = 0
 
 
 class StepProfiler:
@@ -173,51 +164,31 @@ class StepProfiler:
         self._clock.clear()
         self._traced.clear()
 
-    def step(self, trainer: Steps, stage: str, step: int) -> dict[str, Any]:
-        """``trainer.train_step``, watched if it is its turn."""
-        clock, traced = self._clock[stage], self._traced[stage]
+    @contextmanager
+    def step(self, stage: str) -> Iterator[WatchedStep]:
+        """A training step of a stage, within this context; watched if it is its turn."""
+        clock, traced, watched = self._clock[stage], self._traced[stage], WatchedStep()
         if len(clock) < self.skip + self.steps:
             begin = time.perf_counter()
-            metrics = trainer.train_step(stage, step)
-            if "skipped" not in metrics:  # which is shorter than a step that is taken
+            yield watched
+            if watched.taken:  # a step that is left out is shorter
                 clock.append(time.perf_counter() - begin)
-            return metrics
+            return
         if len(traced) == self.steps:
-            return trainer.train_step(stage, step)
+            yield watched
+            return
         tracer = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
-        with self._ranges(trainer), tracer, record_function(_RANGE + "step"):
-            metrics = trainer.train_step(stage, step)
-        if "skipped" in metrics:
-            return metrics
+        with recording(), tracer, region("step"):
+            yield watched
+        if not watched.taken:
+            return
         events = tracer.events()
-        root = next(event for event in events if event.name == _RANGE + "step")
+        root = next(event for event in events if event.name == PREFIX + "step")
         parts = account(list(events), root)
-        moved = [p for group in trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        parts["optimizer"].bytes += ADAMW_BYTES * sum(p.numel() for p in moved)
+        parts["optimizer"].bytes += ADAMW_BYTES * watched.moved
         traced.append(parts)
         if len(traced) == self.steps:
             self._finish(stage)
-        return metrics
-
-    @contextmanager
-    def _ranges(self, trainer: Steps) -> Iterator[None]:
-        """Named ranges around the parts of a step, by methods of these very objects."""
-        encoder = trainer.model.shared.encoder
-        ranges = [
-            (trainer, "_ready", "data"),
-            (trainer, "_update", "optimizer"),
-            (trainer.model, "loss", "loss"),
-            (trainer.model, "states", "gather + VQ"),
-        ]
-        if encoder._compiled_call_impl is None:  # a compiled one has its own
-            ranges.append((encoder, "forward", "encoder"))
-        for owner, method, part in ranges:
-            vars(owner)[method] = _in_range(getattr(owner, method), part)
-        try:
-            yield
-        finally:
-            for owner, method, _ in ranges:
-                del vars(owner)[method]
 
     def _finish(self, stage: str) -> None:
         traced = self._traced[stage]

@@ -51,7 +51,7 @@ class ConsoleReporter:
         self._last = 0.0
         self._stage: tuple[str, str] | None = None
         self._task: Any = None
-        self._ndcg = ""
+        self._validation = ""
         self._bars = Progress(
             TextColumn("{task.fields[title]}", markup=False),
             TextColumn("{task.description}", style="bold", markup=False),
@@ -88,14 +88,14 @@ class ConsoleReporter:
         self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def begin(self, title: str) -> None:
-        self.title, self._ndcg = title, ""
+        self.title, self._validation = title, ""
 
     def step(self, stage: str, step: int, total: int, metrics: dict[str, Any]) -> None:
         self._write({"stage": stage, "step": step, **metrics})
         if self._stage != (self.title, stage):
             self._stage = (self.title, stage)
             self._task = self._bars.add_task(stage, total=total, title=printable(self.title), metrics="")
-        text = describe(metrics) + self._ndcg
+        text = describe(metrics) + self._validation
         if metrics.get("skipped") == 1:  # the first of its stage, whatever else is shown
             reason = "a loss or gradient is not finite; such steps are left out and counted"
             self.console.print(
@@ -106,6 +106,6 @@ class ConsoleReporter:
             self._last = time.monotonic()
             self.tell(f"{printable(self.title)} {stage} {step}/{total}  {text}".lstrip())
 
-    def evaluation(self, stage: str, step: int, ndcg: float, best: float) -> None:
-        self._write({"stage": stage, "step": step, "validation_ndcg@10": ndcg, "best": best})
-        self._ndcg = f"  valid NDCG@10 {ndcg:.4f} (best {best:.4f})"
+    def evaluation(self, stage: str, step: int, metric: str, value: float, best: float) -> None:
+        self._write({"stage": stage, "step": step, f"validation_{metric.lower()}": value, "best": best})
+        self._validation = f"  valid {metric} {value:.4f} (best {best:.4f})"

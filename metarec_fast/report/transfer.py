@@ -39,7 +39,7 @@ def transfer_report(
     mixtures: what "transferred" and "target_only" are made of: "beside", what ``model.cooccurrence`` put beside the
         encoder, and the weights "encoder" and "cooccurrence" that validation chose.
     trace: of the encoder's meta stage (``Trainer.progress.trace``), empty without one.
-    cooccurrence: ``train.cooccurrence.CooccurrenceResult.to_dict`` of the scorer's training, None without a scorer.
+    cooccurrence: ``train.history.CooccurrenceHistory`` of the scorer's training as a dict, None without a scorer.
     codes: of each domain's items, [H, V] each; the target is the last.
     left_out: training steps of both models that were not finite: "skipped_by_stage", and "stages_not_run", those of
         which every step was.
@@ -169,7 +169,7 @@ def _cooccurrence(found: Mapping[str, Any], sources: Sequence[str]) -> dict[str,
         "first": found["sources"],
         **_meta_stage(found["transfer"], sources),
         "validation_loss": losses,
-        "best": found["best"] if math.isfinite(found["best"]) else None,
+        "best": found["best"],
         "best_at": found["best_at"],
         "skipped_steps": found["skipped_steps"],
     }

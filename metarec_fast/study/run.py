@@ -47,7 +47,8 @@ from metarec_fast.data import (
 from metarec_fast.evaluation import Metrics, Scorer, baselines, best_baseline, choice_catalogue, evaluate
 from metarec_fast.files import only_here, write_atomically
 from metarec_fast.study.grid import FORMAT, Cell, Study
-from metarec_fast.train.trainer import Interrupted, Silent
+from metarec_fast.train.loop import Silent
+from metarec_fast.train.stop import Interrupted
 
 RANKS = ("users", "greater", "equal", "greater, history masked", "equal, history masked")  # rows of a cell's .npy
 AMONG_ALL = tuple(f"{name}, all items" for name in RANKS[1:])  # the rows after them, of a cell that ranks fewer
@@ -243,12 +244,10 @@ def _fit_model(
             warnings.filterwarnings("ignore", message=".*looks like a copy of the target", category=RuntimeWarning)
             model = MetaRec.fit(sources, target, config=config, reporter=steps, should_stop=should_stop)
         valid = model.evaluate("valid")["ndcg@10"]
-        tried.append(
-            {"config": dataclasses.asdict(config), "valid_ndcg@10": valid, "seconds": model.history["seconds"]}
-        )
+        tried.append({"config": dataclasses.asdict(config), "valid_ndcg@10": valid, "seconds": model.history.seconds})
         if best is None or valid > best.valid:
-            history = {key: value for key, value in model.history.items() if key != "transfer"}
-            found = {"history": history, "transfer": late_means(model.history["transfer"])}
+            history = {key: value for key, value in model.history.to_dict().items() if key != "transfer"}
+            found = {"history": history, "transfer": late_means(model.history.transfer)}
             best = _Chosen(model.scorer(), model.split, config, valid, found)
     assert best is not None
     return best._replace(found=best.found | {"tried": tried})

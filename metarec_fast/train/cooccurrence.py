@@ -1,14 +1,15 @@
 """Training the co-occurrence scorer: warm-up on the sources, meta-transfer, fine-tuning on the target.
 
-Query users of a domain are those whose events its statistics leave out. Statistics of sources count as many users as
-the target has, so that the scorer learns from statistics as sparse as the target's.
+An objective of ``train.loop``. Query users of a domain are those whose events its statistics leave out. Statistics of
+sources count as many users as the target has, so that the scorer learns from statistics as sparse as the target's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceSc
 from metarec_fast.data import select_cases
 from metarec_fast.data.domain import Cases, Sequences, Split
 from metarec_fast.evaluation import choice_catalogue
-from metarec_fast.meta.signals import NoiseFloor, keep_trace, signals
-from metarec_fast.meta.step import GradientAverages, Source, flatten, outer_step, similarity, source_weights
-from metarec_fast.train.left_out import LeftOut, NonFiniteTrainingError, reason
-from metarec_fast.train.trainer import Interrupted, Reporter, Silent, clip_and_step, decayed_and_free
+from metarec_fast.meta.signals import StepMetrics, signals
+from metarec_fast.meta.step import Source, flatten, outer_step, similarity, source_weights
+from metarec_fast.train import checkpoint
+from metarec_fast.train.history import CooccurrenceHistory, SourceWeight
+from metarec_fast.train.left_out import NonFiniteTrainingError
+from metarec_fast.train.loop import Progress, Stage, Trainer, picked
+from metarec_fast.train.optimizer import clip_and_step, decayed_and_free
 
 QUERY_USERS = 4000  # users of a source, at most
 VALIDATED = 4000  # cases of the target, at most: the step is chosen by a mean over them
@@ -35,49 +39,45 @@ TITLES = {
     "warmup": "co-occurrence: sources",
     "meta": "co-occurrence: meta",
     "finetune": "co-occurrence: target",
+    "start": "co-occurrence: start",
 }
 
 
-@dataclass
-class CooccurrenceResult:
-    """What training found out.
+def stages(config: Config, users: int, *, sources: bool, fresh: bool) -> list[Stage]:
+    """The stages of a method, for a target with so many users; those without steps are left out.
 
-    losses: on validation, by stage and step; the best of them, and where. sources: each one's weight and its first
-    similarity to the target, with the deviation over starts. trace: similarities and weights of the meta stage.
+    fresh: the scorer starts from noise, without sources: the target then has their steps and learning rate too.
     """
+    e, method, found = config.cooccurrence, config.train.method, []
 
-    losses: list[tuple[str, int, float]] = field(default_factory=list)
-    best: float = math.inf
-    best_at: str = "start"
-    sources: dict[str, dict[str, float]] = field(default_factory=dict)
-    left_out: LeftOut = field(default_factory=LeftOut)  # steps, for numbers that are not finite
-    trace: list[dict[str, Any]] = field(default_factory=list)  # as ``meta.keep_trace`` keeps it
-    untraced: list[dict[str, Any]] = field(default_factory=list)
+    def add(name: str, steps: int, lr: float = 0.0, **options: Any) -> None:
+        if steps:
+            found.append(Stage(name, steps, lr, title=TITLES[name], **options))
 
-    @property
-    def skipped(self) -> int:
-        """Steps left out, of all stages."""
-        return sum(self.left_out.by_stage.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        losses = [list(entry) for entry in self.losses]  # as JSON has them
-        return {
-            "validation_loss": losses,
-            "best": self.best,
-            "best_at": self.best_at,
-            "sources": self.sources,
-            "skipped_steps": self.skipped,
-            "skipped_by_stage": dict(self.left_out.by_stage),
-            "stages_not_run": list(self.left_out.not_run),
-            "transfer": self.trace,
-        }
+    if sources:
+        meta = e.meta_steps if method == "metarec" else 0
+        if method == "metarec":
+            add("similarity", e.similarity_inits, evaluate_last=False, moves=False)
+        add("warmup", e.warmup_steps + e.meta_steps - meta, e.lr, linear_decay=True)
+        add("meta", meta, e.finetune_lr, linear_decay=True, evaluate_every=e.evaluate_every)
+    if method != "joint":
+        lr = e.lr if fresh else e.finetune_lr
+        steps = e.warmup_steps + e.meta_steps if fresh else 0
+        steps += max(e.finetune_steps, math.ceil(e.finetune_passes * users / e.batch_size))
+        patience = max(1, round(e.patience * e.finetune_lr / lr)) if lr else e.patience  # larger steps need fewer
+        add("finetune", steps, lr, evaluate_every=e.evaluate_every, patience=patience)
+    if not any(stage.evaluate_last for stage in found):
+        found.append(Stage("start", 0, title=TITLES["start"]))
+    return found
 
 
-class CooccurrenceTrainer:
-    """Trains an `CooccurrenceNetwork` for a target's split with the help of sources' splits.
+class CooccurrenceTrainer(Trainer):
+    """Trains a `CooccurrenceNetwork` for a target's split with the help of sources' splits; options as for `Trainer`.
 
     Raises ValueError if the target has fewer than two users to count, as there is then no query user.
     """
+
+    metric, higher_is_better = "loss", False
 
     def __init__(
         self,
@@ -86,187 +86,217 @@ class CooccurrenceTrainer:
         config: Config,
         *,
         start: CooccurrenceNetwork | None = None,
-        reporter: Reporter | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
+        **options: Any,
     ) -> None:
         """start: a scorer whose parameters to go on from, by default fresh ones."""
-        self.config, self.target, self.sources = config, target, sources
-        self.meta = replace(config.meta, source_loss_weight=config.cooccurrence.source_loss_weight)
-        self.reporter, self.should_stop = reporter or Silent(), should_stop
+        e, seed = config.cooccurrence, config.train.seed
+        super().__init__(sources, target, config, save_every=4 * e.evaluate_every, **options)
+        self.meta = replace(config.meta, source_loss_weight=e.source_loss_weight)
         self.statistics = CooccurrenceStatistics(target.train)
         users = np.flatnonzero(target.train.lengths > 0)
         if len(users) < 2:
             raise ValueError(f"co-occurrence needs two users with events at least, target has {len(users)}")
-        self.num_users = len(users)
-        seed = config.train.seed
         self.episodes = {
-            name: source_episodes(split.train, len(users), config.cooccurrence.sizes, seed=(seed, i))
+            name: source_episodes(split.train, len(users), e.sizes, seed=(seed, i))
             for i, (name, split) in enumerate(sources.items())
         }
-        self.folds = folds(target.train, users, config.cooccurrence.folds, seed=(seed, len(sources)))
+        self.folds = folds(target.train, users, e.folds, seed=(seed, len(sources)))
         self.catalogue = choice_catalogue(target, config.data.catalogue)
-        # as for later users, statistics leave out the users whose targets are scored
-        cases = np.random.default_rng((seed, len(sources) + 1)).permutation(len(target.valid))
-        if self.catalogue is not None:  # other targets cannot be reached, however items are scored
-            cases = cases[self.catalogue[target.valid.targets[cases]]]
-        cases = cases[:VALIDATED]
-        self.validation_cases = [
-            (
-                fold.statistics,
-                select_cases(target.valid, np.sort(cases[np.isin(target.valid.users[cases], fold.query_users)])),
-            )
-            for fold in self.folds
-        ]
-        if not any(
-            len(cases) for _, cases in self.validation_cases
-        ):  # of short histories alone: their own events count too
-            self.validation_cases = [(self.statistics, select_cases(target.valid, np.sort(cases)))]
+        self.validation_cases = self._validation_cases()
         torch.manual_seed(seed)
-        self.scorer = CooccurrenceNetwork(hidden=config.cooccurrence.hidden)
+        self.scorer = CooccurrenceNetwork(hidden=e.hidden)
         if start is not None:
             self.scorer.load_state_dict(start.state_dict())
-        self.fresh = start is None
-        self.averaged = views_of(self.scorer)  # what counts: parameters as they are, or where one is kept, an average
-        self.best = copy_of(self.averaged)
-        self.averages, self.noise = GradientAverages(config.meta.similarity_decay), NoiseFloor()
-        self.result = CooccurrenceResult()
+        self.similarities: list[Tensor] = []  # [S] of each initialisation
         self.weights = torch.full((len(sources),), 1 / max(len(sources), 1))
+        self.source_weights: dict[str, SourceWeight] = {}
+        self.stages = stages(config, len(users), sources=bool(sources), fresh=start is None and not sources)
+        self.begin_stage(self.stages[0])
 
-    def run(self) -> CooccurrenceScorer:
-        """Train to the end; the scorer of the least validation loss is left in place.
+    def _validation_cases(self) -> list[tuple[CooccurrenceStatistics, Cases]]:
+        """Cases of the target by fold: as for later users, statistics leave out the users whose targets are scored."""
+        valid, seed = self.target.valid, (self.config.train.seed, len(self.sources) + 1)
+        cases = np.random.default_rng(seed).permutation(len(valid))
+        if self.catalogue is not None:  # other targets cannot be reached, however items are scored
+            cases = cases[self.catalogue[valid.targets[cases]]]
+        cases = cases[:VALIDATED]
+        by_fold = [
+            (fold.statistics, select_cases(valid, np.sort(cases[np.isin(valid.users[cases], fold.query_users)])))
+            for fold in self.folds
+        ]
+        if any(len(cases) for _, cases in by_fold):
+            return by_fold
+        return [(self.statistics, select_cases(valid, np.sort(cases)))]  # of short histories: their own events count
 
-        Raises Interrupted if ``should_stop`` says so: the stages are short, and start again. Raises
-        NonFiniteTrainingError if IN_A_ROW steps one after the other, or all validation losses, are not finite.
-        """
-        e, method = self.config.cooccurrence, self.config.train.method
-        if self.sources:
-            if method == "metarec":
-                self._weigh_sources()
-            meta = e.meta_steps if method == "metarec" else 0
-            total = e.warmup_steps + e.meta_steps
-            self._stage("warmup", total - meta, lr=e.lr, linear_decay=True, joint=method == "joint")
-            self._stage("meta", meta, lr=e.finetune_lr, linear_decay=True)
-        if method != "joint":
-            fresh = self.fresh and not self.sources
-            steps = e.warmup_steps + e.meta_steps if fresh else 0
-            steps += max(e.finetune_steps, math.ceil(e.finetune_passes * self.num_users / e.batch_size))
-            self._stage("finetune", steps, lr=e.lr if fresh else e.finetune_lr)
-        if not self.result.losses:
-            self._keep_if_better("start", 0)
-        if not math.isfinite(self.result.best):
+    def run(self) -> Progress:
+        progress = super().run()
+        self.scorer.eval()
+        return progress
+
+    @property
+    def result(self) -> CooccurrenceScorer:
+        """The scorer as it is, with the statistics of all of the target's training events."""
+        return CooccurrenceScorer(self.scorer, self.statistics)
+
+    def history(self) -> CooccurrenceHistory:
+        p = self.progress
+        return CooccurrenceHistory(
+            **p.left_out_steps(),
+            validation_loss=[list(one) for one in p.evaluations],
+            best=p.best,
+            best_at=p.best_at,
+            sources=dict(self.source_weights),
+            transfer=p.trace,
+        )
+
+    # the objective
+
+    def begin_stage(self, stage: Stage) -> None:
+        parameters = decayed_and_free(list(self.scorer.parameters()), self.config.cooccurrence.weight_decay)
+        self.optimizer = torch.optim.AdamW(parameters, lr=stage.lr)
+        # what counts: parameters as they are, or where an average over steps is kept, that
+        self.averaged = copy_of(views_of(self.scorer)) if self._decay(stage.name) else views_of(self.scorer)
+        self._turns: Iterator[int] | None = None
+
+    def _decay(self, stage: str) -> float:
+        """Of the average over steps; 0: none is kept."""
+        return self.config.cooccurrence.average_decay if stage == "finetune" else 0.0
+
+    def gradients(self, stage: str, step: int) -> StepMetrics:
+        if stage == "similarity":
+            return self._compare_sources(step)
+        rate = self.stages[self.progress.stage].rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if stage == "meta":
+            return self._meta(step)
+        return self._plain(self.folds if stage == "finetune" else self._next_pool(step), stage, step)
+
+    def update(self, stage: str, losses: dict[str, float]) -> bool:
+        if stage == "similarity":
+            return self._keep_similarities()
+        clip, decay = self.config.train.clip, self._decay(stage)
+        if not clip_and_step(self.scorer.parameters(), [self.optimizer], losses.values(), clip=clip):
+            return False
+        if decay:
+            for name, value in views_of(self.scorer).items():
+                self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
+        return True
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean cross-entropy of the validation targets: less noisy than ranks where cases are few."""
+        losses = [
+            mean_loss(self.scorer, self.averaged, statistics, cases, catalogue=self.catalogue) * len(cases)
+            for statistics, cases in self.validation_cases
+        ]
+        return sum(losses) / max(1, sum(len(cases) for _, cases in self.validation_cases))
+
+    def end_stage(self, stage: Stage) -> None:
+        if stage.name == "similarity":
+            self._weigh_sources()
+
+    def state(self) -> dict[str, Tensor]:
+        return copy_of(self.averaged)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if not state:
             raise NonFiniteTrainingError(
                 "no validation loss of the co-occurrence scorer was finite: there is none to keep"
             )
-        self.scorer.load_state_dict(self.best)
-        return CooccurrenceScorer(self.scorer.eval(), self.statistics)
+        self.scorer.load_state_dict(state)
 
-    def _weigh_sources(self) -> None:
-        """Weights by how far the first descent directions of source and target agree, in scorers that know nothing yet.
+    def named_tensors(self) -> dict[str, Tensor | None]:
+        named = {f"the co-occurrence scorer's {name}": p for name, p in self.scorer.named_parameters()}
+        return named | {f"the gradient of {name}": p.grad for name, p in named.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"scorer.{name}": value for name, value in self.scorer.state_dict().items()}
+        tensors |= {f"averaged.{name}": value.clone() for name, value in self.averaged.items()}
+        if self.similarities:
+            tensors["similarities"] = torch.stack(self.similarities)
+        return tensors | checkpoint.optimizer_tensors(self.optimizer)
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.scorer.load_state_dict(picked("scorer", tensors))
+        if "similarities" in tensors:
+            self.similarities = list(tensors["similarities"])
+        if self.stages[0].name == "similarity" and self.progress.stage:
+            self._weigh_sources()
+        if self.finished:
+            return
+        checkpoint.restore_optimizer(self.optimizer, tensors)
+        if self._decay(self.stages[self.progress.stage].name):
+            self.averaged = picked("averaged", tensors)
+
+    # weights of sources
+
+    def _compare_sources(self, start: int) -> StepMetrics:
+        """How far the first descent directions of each source and the target agree, in a scorer that knows nothing yet.
 
         Later the directions no longer tell: where the sources' losses are least in sum their gradients cancel, and
         what is left says how far a domain's statistics may be trusted, which depends on its size. Only of the network
         over candidates, since the base, which reads popularity alone, would have its way in a full cosine. Each start
         takes the cases of a fold of the target's users, so that the spread over starts has the noise of few users.
         """
-        e, m = self.config.cooccurrence, self.config.meta
-        starts = []
-        for start in range(e.similarity_inits):
-            if self.should_stop():
-                raise Interrupted(f"stopped in {TITLES['similarity']} at start {start} of {e.similarity_inits}")
-            seed = np.random.SeedSequence((self.config.train.seed, STREAMS.index("similarity"), start))
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(seed.generate_state(1)[0]))
-                scorer = CooccurrenceNetwork(hidden=e.hidden)
-            parameters = dict(scorer.named_parameters())
-            read = {name: parameters[name] for name in CANDIDATE_WEIGHTS}
-            directions = []
-            for i, pool in enumerate([*self.episodes.values(), [self.folds[start % len(self.folds)]]]):
-                total = torch.zeros_like(flatten(read))
-                for batch in range(e.similarity_batches):
-                    features = self._draw(pool, "similarity", batch, start * (len(self.sources) + 1) + i)
-                    loss = scorer.loss(parameters, {}, features)
-                    gradients = torch.autograd.grad(loss, list(read.values()))
-                    total += flatten(dict(zip(read, gradients, strict=True)))
-                directions.append(total)
-            *of_sources, of_target = directions
-            found = torch.stack([similarity(d, of_target, like=read, config=m) for d in of_sources])
-            if found.isfinite().all():
-                starts.append(found)
-            else:
-                count = self.result.left_out.by_stage.get(TITLES["similarity"], 0)
-                self.result.left_out.by_stage[TITLES["similarity"]] = count + 1
-        self.result.left_out.end(TITLES["similarity"], e.similarity_inits)
-        if not starts:
-            return  # as heavy as each other
-        drawn = torch.stack(starts)
-        self.weights = weights_of(drawn, config=m)
-        for i, name in enumerate(self.episodes):
-            self.result.sources[name] = {
-                "weight": float(self.weights[i]),
-                "similarity": float(drawn[:, i].mean()),
-                "deviation": float(drawn[:, i].std(correction=0)),
-            }
-
-    def _stage(self, stage: str, steps: int, *, lr: float, linear_decay: bool = False, joint: bool = False) -> None:
-        if not steps:
-            return
         e = self.config.cooccurrence
-        optimizer = torch.optim.AdamW(decayed_and_free(list(self.scorer.parameters()), e.weight_decay), lr=lr)
-        decay = e.average_decay if stage == "finetune" else 0.0
-        self.averaged = copy_of(views_of(self.scorer)) if decay else views_of(self.scorer)
-        domains = len(self.episodes) + 1
-        turn = weighted_round_robin([1 / domains] * domains if joint else self.weights.tolist())
-        patience = max(1, round(e.patience * e.finetune_lr / lr)) if lr else e.patience  # larger steps need fewer
-        waited = taken = 0
-        for step in range(steps):
-            if self.should_stop():
-                raise Interrupted(f"stopped in {TITLES[stage]} at step {step} of {steps}")
-            if stage != "warmup" and step % e.evaluate_every == 0:
-                waited = 0 if self._keep_if_better(stage, step) else waited + 1
-                if stage == "finetune" and waited >= patience:
-                    break
-            metrics = self._step(stage, step, turn, optimizer)
-            taken = step + 1
-            if decay and "skipped" not in metrics:
-                for name, value in views_of(self.scorer).items():
-                    self.averaged[name] = torch.lerp(value, self.averaged[name], decay)
-            if linear_decay:
-                optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * (1 - step / (steps + 20))
-            self.reporter.step(TITLES[stage], step + 1, steps, metrics)
-        else:
-            self._keep_if_better(stage, steps)
-        self.result.left_out.end(TITLES[stage], taken)
+        seed = np.random.SeedSequence((self.config.train.seed, STREAMS.index("similarity"), start))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed.generate_state(1)[0]))
+            scorer = CooccurrenceNetwork(hidden=e.hidden)
+        parameters = dict(scorer.named_parameters())
+        read = {name: parameters[name] for name in CANDIDATE_WEIGHTS}
+        directions, losses = [], {}
+        names = [*self.episodes, self.target.domain.name]
+        for i, pool in enumerate([*self.episodes.values(), [self.folds[start % len(self.folds)]]]):
+            total, mean = torch.zeros_like(flatten(read)), 0.0
+            for batch in range(e.similarity_batches):
+                features = self._draw(pool, "similarity", batch, start * (len(self.sources) + 1) + i)
+                loss = scorer.loss(parameters, {}, features)
+                gradients = torch.autograd.grad(loss, list(read.values()))
+                total += flatten(dict(zip(read, gradients, strict=True)))
+                mean += float(loss.detach()) / e.similarity_batches
+            directions.append(total)
+            losses[names[i]] = mean
+        *of_sources, of_target = directions
+        self._found = torch.stack([similarity(d, of_target, like=read, config=self.config.meta) for d in of_sources])
+        return {"losses": losses}
 
-    def _step(self, stage: str, step: int, turn: Iterator[int], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """One optimizer step; left out, and counted, if a loss or gradient is not finite."""
-        averages, noise = self.averages.copy(), self.noise.copy()
-        if stage == "meta":
-            metrics = self._meta(step)
-        else:
-            pools = [*self.episodes.values(), self.folds]
-            metrics = self._plain(self.folds if stage == "finetune" else pools[next(turn)], stage, step)
-        clip = self.config.train.clip
-        if not clip_and_step(self.scorer.parameters(), [optimizer], metrics["losses"].values(), clip=clip):
-            self.averages, self.noise = averages, noise  # one bad step would stay in them for ever
-            metrics["skipped"] = self.result.left_out.add(TITLES[stage], step, self._reason(metrics["losses"]))
-            return metrics
-        self.result.left_out.took()
-        if stage == "meta":
-            keep_trace(step + 1, metrics, trace=self.result.trace, untraced=self.result.untraced)
-        return metrics
+    def _keep_similarities(self) -> bool:
+        if not self._found.isfinite().all():
+            return False
+        self.similarities.append(self._found)
+        return True
 
-    def _reason(self, losses: dict[str, float]) -> str:
-        named = {f"the co-occurrence scorer's {name}": p for name, p in self.scorer.named_parameters()}
-        return reason(losses, named | {f"the gradient of {name}": p.grad for name, p in named.items()})
+    def _weigh_sources(self) -> None:
+        """Weights from the similarities of all initialisations; without any that was finite, all sources alike."""
+        if not self.similarities:
+            return
+        drawn = torch.stack(self.similarities)
+        self.weights = weights_of(drawn, config=self.config.meta)
+        for i, name in enumerate(self.episodes):
+            mean, deviation = float(drawn[:, i].mean()), float(drawn[:, i].std(correction=0))
+            self.source_weights[name] = SourceWeight(float(self.weights[i]), mean, deviation)
 
-    def _plain(self, pool: list[CooccurrenceEpisode], stage: str, step: int) -> dict[str, Any]:
+    # gradients
+
+    def _next_pool(self, step: int) -> list[CooccurrenceEpisode]:
+        """Of warm-up: sources as often as they weigh, or in joint training all domains alike."""
+        pools = [*self.episodes.values(), self.folds]
+        if self._turns is None:
+            joint = self.config.train.method == "joint"
+            weights = [1 / len(pools)] * len(pools) if joint else self.weights.tolist()
+            self._turns = islice(weighted_round_robin(weights), step, None)
+        return pools[next(self._turns)]
+
+    def _plain(self, pool: list[CooccurrenceEpisode], stage: str, step: int) -> StepMetrics:
         """Gradients of one domain's loss."""
         loss = self.scorer.loss(dict(self.scorer.named_parameters()), {}, self._draw(pool, stage, step))
         self.scorer.zero_grad(set_to_none=True)
         loss.backward()
-        return {"losses": {"co-occurrence": float(loss.detach())}}
+        return {"losses": {"co-occurrence": loss.detach()}}
 
-    def _meta(self, step: int) -> dict[str, Any]:
+    def _meta(self, step: int) -> StepMetrics:
         """Gradients of one meta step."""
         m = self.meta
         count = 1 if m.same_batch else m.inner_steps
@@ -290,7 +320,7 @@ class CooccurrenceTrainer:
         for name, parameter in shared.items():
             parameter.grad = result.shared_grad[name]
         return {
-            "losses": {"co-occurrence": float(result.target_losses.mean())},
+            "losses": {"co-occurrence": result.target_losses.mean()},
             **signals(result, self.noise, before=before, config=m),
         }
 
@@ -298,24 +328,6 @@ class CooccurrenceTrainer:
         seed = (self.config.train.seed, STREAMS.index(stage), stream, step)
         episode = pool[int(np.random.default_rng(seed).integers(len(pool)))]
         return episode.batch(self.config.cooccurrence.batch_size, seed=(*seed, 1))
-
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean cross-entropy of the validation targets: less noisy than ranks where cases are few."""
-        losses = [
-            mean_loss(self.scorer, self.averaged, statistics, cases, catalogue=self.catalogue) * len(cases)
-            for statistics, cases in self.validation_cases
-        ]
-        return sum(losses) / max(1, sum(len(cases) for _, cases in self.validation_cases))
-
-    def _keep_if_better(self, stage: str, step: int) -> bool:
-        loss = self.validation_loss()
-        self.result.losses.append((stage, step, loss))
-        if not (math.isfinite(loss) and loss < self.result.best):
-            return False
-        self.result.best, self.result.best_at = loss, f"{stage} {step}"
-        self.best = copy_of(self.averaged)
-        return True
 
 
 def source_episodes(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,3 +146,44 @@ class TableAdamW(torch.optim.Optimizer):
         rows = table.index_select(0, ids).mul_(1 - lr * group["weight_decay"])
         table.index_copy_(0, ids, rows.addcdiv_(m, denominator, value=-lr / (1 - beta1**step)))
         state["last"][ids] = step
+
+
+def decayed_and_free(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, vectors do not."""
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def clip_and_step(
+    parameters: Iterable[Tensor],
+    optimizers: Iterable[torch.optim.Optimizer],
+    losses: Iterable[float],
+    *,
+    clip: float,
+) -> bool:
+    """Clip the gradients of ``parameters`` to norm ``clip`` and step.
+
+    No step, and False, if a loss or any gradient is not finite, also of parameters that are moved and not clipped.
+    """
+    parameters, optimizers = list(parameters), list(optimizers)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    clipped = {id(p) for p in parameters}
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is not None and id(p) not in clipped:
+                values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                norm = norm + 0 * torch.linalg.vector_norm(values)
+    if not all(map(math.isfinite, [float(norm), *losses])):
+        return False
+    for optimizer in optimizers:
+        optimizer.step()
+    return True
+
+
+def dropout_seed(seed: int, stage: int, step: int) -> int:
+    """Below 2**64, for torch: dropout is a function of where the run stands. seed: below 2**63. step: below 2**32."""
+    if seed < 2**24:
+        return (seed << 40) + (stage << 32) + step
+    return int(np.random.SeedSequence((seed, stage, step)).generate_state(1, np.uint64)[0])

@@ -35,7 +35,8 @@ FORMAT = 1
 DESCRIPTION = "run.json"
 METHOD_FOLDERS = ("target_only", "pretrain", "joint", "metarec")
 PARTS = (*(f"{method}/target_only" for method in METHOD_FOLDERS), *METHOD_FOLDERS)  # folders of runs within a run's
-LOSABLE = ("checkpoint", "model", "metrics.json", "table.md", "report.html")  # what work has gone into
+CHECKPOINTS = {"encoder": "checkpoint", "cooccurrence": "checkpoint_cooccurrence"}  # folders, by objective
+LOSABLE = (*CHECKPOINTS.values(), "model", "metrics.json", "table.md", "report.html")  # what work has gone into
 OWN = (*LOSABLE, "config.json", "log.jsonl", "profile.json", "profile.svg", DESCRIPTION)
 TEXT_OR_NULL = Field("a string or null", lambda v: v is None or TEXT.fits(v))
 FIELDS = {
@@ -183,8 +184,9 @@ def _other_than_a_run(folder: Path) -> str | None:
     """A name that a run would write or remove, and that somebody else's file or folder has; None if there is none."""
     at_work = (folder / DESCRIPTION).exists()
     for part in ("", *PARTS):
-        state, model = folder / part / "checkpoint", folder / part / "model"
-        for path, whole, owns in ((state, checkpoint.is_in(state), checkpoint.owns), (model, MODEL.is_in(model), None)):
+        states, model = [folder / part / name for name in CHECKPOINTS.values()], folder / part / "model"
+        kept = [(state, checkpoint.is_in(state), checkpoint.owns) for state in states]
+        for path, whole, owns in (*kept, (model, MODEL.is_in(model), None)):
             at_work = at_work or whole
             if whole or not path.exists():
                 continue

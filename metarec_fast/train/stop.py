@@ -9,6 +9,10 @@ import threading
 from collections.abc import Sequence
 
 
+class Interrupted(Exception):
+    """The run was to stop; everything up to here is saved."""
+
+
 class StopRequested:
     """Whether a signal asked to stop, for ``should_stop``; a second one ends at once, by KeyboardInterrupt.
 

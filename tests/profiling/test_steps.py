@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.profiler import profile
 
+from metarec_fast.profiling.regions import PREFIX, recording, region
 from metarec_fast.profiling.steps import PARTS, StepProfiler, account, work
 from tests.tiny import config
-from tests.train.test_trainer import assert_same_state, one_thread, trainer  # noqa: F401
+from tests.train.test_encoder import assert_same_state, one_thread, trainer  # noqa: F401
 
 OPTIONS = config(train={"warmup_steps": 6, "meta_steps": 6, "finetune_steps": 12, "evaluate_every": 50})
 
@@ -49,36 +51,36 @@ def test_parts_hold_the_operators_that_belong_to_them(found):
         assert parts["other"].ms < 0.5 * stage.step_ms
 
 
-def test_the_traced_total_is_the_time_of_the_traced_step(monkeypatch):
+def test_the_traced_total_is_the_time_of_the_traced_step():
     """The parts sum to what the clock says of a traced step, within 5 % (plus the start of the range)."""
     import time
 
-    run = trainer(OPTIONS)
-    seconds, inner = [], run.train_step
-
-    def timed(stage, step):
-        begin = time.perf_counter()
-        metrics = inner(stage, step)
-        seconds.append(time.perf_counter() - begin)
-        return metrics
-
-    monkeypatch.setattr(run, "train_step", timed)
+    run, seconds = trainer(OPTIONS), []
     profiler = StepProfiler(skip=1, steps=1)
     profiler.begin("run")
     for step in range(3):
-        profiler.step(run, "warmup", step)
-    run._stop_prefetch()
+        with profiler.step("warmup"):
+            begin = time.perf_counter()
+            run.train_step("warmup", step)
+            seconds.append(time.perf_counter() - begin)
+    run.close()
     assert profiler.stages[0].traced_ms == pytest.approx(1e3 * seconds[-1], rel=0.05)
 
 
-def test_a_profiled_run_gives_the_same_model_and_takes_its_ranges_away(found):
+def test_a_profiled_run_gives_the_same_model(found):
     _, run, progress = found
     plain = trainer(OPTIONS)
     assert plain.run() == progress
     assert_same_state(run.model.state_dict(), plain.model.state_dict())
-    for owner, name in ((run, "_ready"), (run, "_update"), (run.model, "loss"), (run.model, "states")):
-        assert name not in vars(owner)
-    assert "forward" not in vars(run.model.shared.encoder)
+
+
+def test_regions_are_recorded_within_a_profile_alone():
+    with profile() as outside, region("loss"):
+        torch.ones(2) + 1
+    with profile() as within, recording(), region("loss"):
+        torch.ones(2) + 1
+    names = [{event.name for event in one.events()} for one in (outside, within)]
+    assert [PREFIX + "loss" in of for of in names] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_facts_in_one_line():
 
 def run(reporter: ConsoleReporter) -> None:
     reporter.begin("MetaRec")
-    reporter.evaluation("finetune", 0, 0.25, 0.25)
+    reporter.evaluation("finetune", 0, "NDCG@10", 0.25, 0.25)
     for step in (1, 2):
         reporter.step("finetune", step, 2, FACTS)
 

@@ -255,7 +255,7 @@ def test_without_a_meta_stage_or_codes_nothing_is_made_up():
     )
     assert titles_of(html(found, title="t"))[1:] == ["Co-occurrence scorer: validation loss by step and stage"]
     # and nothing that could be drawn
-    bad = {"validation_loss": [["start", 0, float("nan")]], "best": float("inf"), "best_at": "start"}
+    bad = {"validation_loss": [["start", 0, float("nan")]], "best": None, "best_at": ""}
     found = report(trace=[], codes=None, cooccurrence={**FOUND, **bad, "transfer": [], "sources": {}})
     assert found["cooccurrence"]["best"] is None and len(lines(found)) == 1
     assert len(titles_of(html(found, title="t"))) == 1

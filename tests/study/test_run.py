@@ -21,7 +21,7 @@ from metarec_fast.evaluation import best_baseline, evaluate
 from metarec_fast.files import only_here
 from metarec_fast.study import Arm, Cell, Domains, Study, run
 from metarec_fast.study.run import AMONG_ALL, RANKS, _load, cell_path, late_means, run_cell, sources_of
-from metarec_fast.train.trainer import Interrupted
+from metarec_fast.train.stop import Interrupted
 from tests.study.problems import ARMS, study
 from tests.tiny import DOMAINS
 

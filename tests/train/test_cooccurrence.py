@@ -27,10 +27,11 @@ from metarec_fast.train.cooccurrence import (
     weighted_round_robin,
     weights_of,
 )
-from metarec_fast.train.trainer import Interrupted
+from metarec_fast.train.loop import Stage
+from metarec_fast.train.stop import Interrupted
 from tests.statistics.test_transitions import packed
 from tests.tiny import DOMAINS, config
-from tests.train.test_trainer import Recorder, after, assert_same_state, one_thread  # noqa: F401
+from tests.train.test_encoder import Recorder, after, assert_same_state, one_thread  # noqa: F401
 
 TARGET = leave_one_out(DOMAINS.target)
 SOURCES = {d.name: leave_one_out(d) for d in DOMAINS.sources}
@@ -38,6 +39,11 @@ SOURCES = {d.name: leave_one_out(d) for d in DOMAINS.sources}
 
 def trainer(options=None, sources=SOURCES, target=TARGET, **kwargs) -> CooccurrenceTrainer:
     return CooccurrenceTrainer(sources, target, options or config(), **kwargs)
+
+
+def trained(run: CooccurrenceTrainer) -> CooccurrenceScorer:
+    run.run()
+    return run.result
 
 
 def stages_of(seen):
@@ -51,10 +57,10 @@ def stages_of(seen):
 def test_a_run_is_a_function_of_the_seed():
     runs = [trainer(), trainer(), trainer(config(train={"seed": 1}))]
     torch.rand(5)  # what else was drawn does not matter
-    states = [run.run().scorer.state_dict() for run in runs]
+    states = [trained(run).scorer.state_dict() for run in runs]
     assert_same_state(states[1], states[0])
-    assert runs[0].result == runs[1].result
-    assert runs[0].result.losses != runs[2].result.losses
+    assert runs[0].progress == runs[1].progress
+    assert runs[0].progress.evaluations != runs[2].progress.evaluations
     assert not torch.equal(states[0]["linear.weight"], states[2]["linear.weight"])
 
 
@@ -71,11 +77,11 @@ def test_a_run_is_a_function_of_the_seed():
 def test_the_stages_of_a_method(method, sources, expected):
     seen = Recorder()
     run = trainer(config(train={"method": method}, cooccurrence={"patience": 99}), sources, reporter=seen)
-    path = run.run()
+    path = trained(run)
     assert stages_of(seen) == expected
     assert isinstance(path, CooccurrenceScorer) and path.statistics is run.statistics and not path.scorer.training
-    assert all(0 < metrics["losses"]["co-occurrence"] < 20 for *_, metrics in seen.steps)
-    found = run.result.to_dict()
+    assert all(0 < loss < 20 for *_, metrics in seen.steps for loss in metrics["losses"].values())
+    found = dataclasses.asdict(run.history())
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["best"] == min(loss for *_, loss in found["validation_loss"])
     assert found["best_at"] in {f"{stage} {step}" for stage, step, _ in found["validation_loss"]}
@@ -86,9 +92,9 @@ def test_sources_are_traced_with_the_noise_of_their_gradients():
     seen = Recorder()
     run = trainer(config(cooccurrence={"meta_steps": 23}), reporter=seen)
     run.run()
-    trace, steps = run.result.trace, [metrics for stage, *_, metrics in seen.steps if stage == "co-occurrence: meta"]
+    trace, steps = run.progress.trace, [metrics for stage, *_, metrics in seen.steps if stage == "co-occurrence: meta"]
     assert [(entry["step"], entry["draws"]) for entry in trace] == [(10, 16), (20, 20)]  # two steps begin
-    assert len(run.result.untraced) == 3
+    assert len(run.progress.untraced) == 3
     for entry, part in zip(trace, (steps[2:10], steps[10:20]), strict=True):
         assert entry["similarity"] == part[-1]["similarities"] and entry["weight"] == part[-1]["weights"]
         assert set(entry["weight"]) == set(entry["descent_without"]) == set(SOURCES)
@@ -96,7 +102,7 @@ def test_sources_are_traced_with_the_noise_of_their_gradients():
         draws = [draw for metrics in part for draw in metrics["noise"].values()]
         assert entry["noise"] == pytest.approx(np.sqrt(np.mean(np.square(draws)))) and 0 < entry["noise"] < 1
         assert entry["descent"] == pytest.approx(np.mean([metrics["descents"][0] for metrics in part]))
-    assert json.loads(json.dumps(run.result.to_dict(), allow_nan=False)) == run.result.to_dict()
+    assert json.loads(json.dumps(found := dataclasses.asdict(run.history()), allow_nan=False)) == found
 
 
 @pytest.mark.parametrize(("method", "pools"), [("joint", 3), ("pretrain", 2)])
@@ -150,8 +156,10 @@ def test_starts_that_are_not_finite_are_left_out(monkeypatch):
         factors = chain(repeat(math.nan, lost), repeat(1.0))
         monkeypatch.setattr(CooccurrenceNetwork, "loss", lambda *given, f=factors: loss(*given) * next(f))
         run = trainer()
-        run._weigh_sources()
-        assert run.weights.sum() == pytest.approx(1) and bool(run.result.sources) == weighed
+        for step in range(5):
+            run.train_step("similarity", step)
+        run.end_stage(run.stages[0])
+        assert run.weights.sum() == pytest.approx(1) and bool(run.source_weights) == weighed
         assert (run.weights.tolist() == [0.5, 0.5]) != weighed
 
 
@@ -165,16 +173,16 @@ def test_a_copy_of_the_target_weighs_more_than_random_sources():
     options = config(cooccurrence={"similarity_inits": 5, "similarity_batches": 4, "batch_size": 64, "meta_steps": 10})
     run = trainer(options, {name: leave_one_out(domain) for name, domain in sources.items()})
     run.run()
-    weights = {name: metrics["weight"] for name, metrics in run.result.sources.items()}
+    weights = {name: of.weight for name, of in run.source_weights.items()}
     assert sum(weights.values()) == pytest.approx(1) and weights["copy"] > weights["related"] > 2 * weights["random"]
-    assert run.result.trace[-1]["weight"] == pytest.approx(weights)
-    assert all(metrics["deviation"] > 0 for metrics in run.result.sources.values())
+    assert run.progress.trace[-1]["weight"] == pytest.approx(weights)
+    assert all(of.deviation > 0 for of in run.source_weights.values())
 
 
 def test_only_metarec_weighs_sources():
     run = trainer(config(train={"method": "pretrain"}))
     run.run()
-    assert run.weights.tolist() == [0.5, 0.5] and run.result.sources == {}
+    assert run.weights.tolist() == [0.5, 0.5] and run.source_weights == {}
 
 
 def test_warm_up_takes_sources_as_often_as_they_weigh(monkeypatch):
@@ -210,12 +218,12 @@ def test_the_best_of_what_was_tried_is_left_in_place():
         train={"method": "pretrain"}, cooccurrence={"finetune_lr": 0.3, "average_decay": 0.0, "finetune_steps": 6}
     )
     run = trainer(options)
-    path = run.run()
-    after_target = [loss for stage, step, loss in run.result.losses if stage == "finetune" and step]
-    assert len(after_target) == 3 and all(run.result.best < loss < math.inf for loss in after_target)
-    assert run.result.best_at.startswith("warmup") and path.scorer is run.scorer
+    path = trained(run)
+    after_target = [loss for stage, step, loss in run.progress.evaluations if stage == "finetune" and step]
+    assert len(after_target) == 3 and all(run.progress.best < loss < math.inf for loss in after_target)
+    assert run.progress.best_at.startswith("warmup") and path.scorer is run.scorer
     run.averaged = views_of(path.scorer)
-    assert run.validation_loss() == run.result.best
+    assert run.validate() == run.progress.best
 
 
 def test_the_scorer_has_a_source_loss_weight_of_its_own():
@@ -239,21 +247,23 @@ def test_what_counts_are_the_parameters_themselves_but_on_the_target_their_avera
             on = decay if stage == "co-occurrence: target" else 0.0
             average.update({name: torch.lerp(now[name], average[name], on) for name in now})
 
+        def evaluation(self, stage, step, metric, value, best):
+            seen.append((stage.removeprefix("co-occurrence: "), step))
+
     run = trainer(config(cooccurrence={"average_decay": decay, "patience": 99}), reporter=Watched())
     average.update(copy_of(views_of(run.scorer)))
-    keep = run._keep_if_better
+    keep = run.keep_if_better
 
-    def watched(stage, step):
-        if step == 0:
+    def watched(stage):
+        if run.progress.step == 0:
             average.update(copy_of(views_of(run.scorer)))
         assert_same_state(run.averaged, average)
-        seen.append((stage, step))
-        return keep(stage, step)
+        keep(stage)
 
-    monkeypatch.setattr(run, "_keep_if_better", watched)
-    path = run.run()
-    assert seen == [("warmup", 4), ("meta", 0), ("meta", 2), ("finetune", 0), ("finetune", 2), ("finetune", 4)]
-    assert seen[-1] == tuple(run.result.losses[-1][:2]) and run.result.best_at == "finetune 4"
+    monkeypatch.setattr(run, "keep_if_better", watched)
+    path = trained(run)
+    assert seen == [("sources", 4), ("meta", 0), ("meta", 2), ("target", 0), ("target", 2), ("target", 4)]
+    assert run.progress.evaluations[-1][:2] == ("finetune", 4) and run.progress.best_at == "finetune 4"
     assert_same_state(path.scorer.state_dict(), average)  # kept, and not the parameters of a later step
 
 
@@ -283,25 +293,29 @@ def test_a_step_that_is_not_finite_is_left_out(stage, at, monkeypatch):
     monkeypatch.setattr(CooccurrenceTrainer, "_draw", poisoned)
     seen = Watched()
     run = trainer(config(cooccurrence={"meta_steps": 4, "patience": 99}), reporter=seen)
-    path = run.run()
+    path = trained(run)
     skipped = [i for i, (*_, metrics) in enumerate(seen.steps) if "skipped" in metrics]
     assert len(seen.steps) == 12 and [seen.steps[i][1] for i in skipped] == [at + 1]
-    assert run.result.skipped == run.result.to_dict()["skipped_steps"] == 1
-    assert len(run.result.untraced) == (1 if stage == "meta" else 2)  # two steps begin
+    assert run.progress.skipped == run.history().skipped_steps == 1
+    assert len(run.progress.untraced) == (1 if stage == "meta" else 2)  # two steps begin
     (i,) = skipped
     for got, want in zip(states[i], states[i - 1], strict=True):
         assert_same_state(got, want)
     assert not torch.equal(states[i + 1][0]["linear.weight"], states[i][0]["linear.weight"])
     assert all(torch.isfinite(value).all() for value in path.scorer.state_dict().values())
-    assert json.loads(json.dumps(run.result.to_dict(), allow_nan=False)) == run.result.to_dict()
+    assert json.loads(json.dumps(found := dataclasses.asdict(run.history()), allow_nan=False)) == found
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(monkeypatch):
     losses = iter([5.0, math.nan, 4.0, math.nan, -math.inf])
     run = trainer()
-    monkeypatch.setattr(run, "validation_loss", lambda: next(losses))
-    assert [run._keep_if_better("meta", step) for step in range(5)] == [True, False, True, False, False]
-    assert run.result.best == 4.0 and run.result.best_at == "meta 2"
+    monkeypatch.setattr(run, "validate", lambda: next(losses))
+    waited = []
+    for run.progress.step in range(5):
+        run.keep_if_better(Stage("meta", 5))
+        waited.append(run.progress.waited)
+    assert waited == [0, 1, 0, 1, 2]
+    assert run.progress.best == 4.0 and run.progress.best_at == "meta 2"
 
 
 def test_training_on_the_target_stops_when_it_gets_no_better():
@@ -311,19 +325,45 @@ def test_training_on_the_target_stops_when_it_gets_no_better():
     run.run()
     # at steps 0, 2 and 4 the parameters are those that came from the sources
     assert stages_of(seen)["co-occurrence: target"] == 4
-    assert run.result.best_at.startswith("warmup")
-    assert [step for stage, step, _ in run.result.losses if stage == "finetune"] == [0, 2, 4]
+    assert run.progress.best_at.startswith("warmup")
+    assert [step for stage, step, _ in run.progress.evaluations if stage == "finetune"] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
     ("calls", "where"),
-    [(2, "weights at start 2"), (5, "sources at step 0"), (10, "meta at step 1"), (14, "target at step 3")],
+    [(2, "weights at step 2"), (5, "sources at step 0"), (10, "meta at step 1"), (14, "target at step 3")],
 )
 def test_a_stop_is_heard_before_every_step(calls, where):
     seen = Recorder()
     with pytest.raises(Interrupted, match=f"stopped in co-occurrence: {where}"):
         trainer(reporter=seen, should_stop=after(calls)).run()
-    assert len(seen.steps) == max(calls - 5, 0)  # the starts of the weights are no steps
+    assert len(seen.steps) == max(calls - 5, 0)  # comparing sources moves nothing
+
+
+@pytest.mark.parametrize("calls", [0, 2, 5, 7, 9, 10, 12, 14])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, calls):
+    """weights: steps 0-4, sources: 5-8, meta: 9-10, target: 11-14"""
+    options = config(cooccurrence={"patience": 99})
+    straight = trainer(options)
+    state = trained(straight).scorer.state_dict()
+    with pytest.raises(Interrupted, match="stopped in co-occurrence"):
+        trainer(options, folder=tmp_path, should_stop=after(calls)).run()
+    resumed = trainer(options, folder=tmp_path, reporter=(seen := Recorder()))
+    assert resumed.restore()
+    assert_same_state(trained(resumed).scorer.state_dict(), state)
+    assert resumed.progress == straight.progress and resumed.source_weights == straight.source_weights
+    assert resumed.history() == straight.history() and len(seen.steps) == 10 - max(calls - 5, 0)
+    resumed.save()
+    again = trainer(options, folder=tmp_path, reporter=(seen := Recorder()))
+    again.restore()
+    assert_same_state(trained(again).scorer.state_dict(), state)
+    assert not seen.steps and again.history() == straight.history()
+
+
+def test_another_configuration_is_refused(tmp_path):
+    trainer(folder=tmp_path).save()
+    with pytest.raises(ValueError, match=r"another configuration: cooccurrence.lr is 0.5"):
+        trainer(config(cooccurrence={"lr": 0.5}), folder=tmp_path).restore()
 
 
 def test_a_start_is_gone_on_from_and_left_as_it_was():
@@ -331,13 +371,14 @@ def test_a_start_is_gone_on_from_and_left_as_it_was():
     start = CooccurrenceNetwork(hidden=8)
     kept = copy_of(views_of(start))
     still = trainer(config(cooccurrence={"finetune_steps": 0}), {}, start=start)
-    assert_same_state(still.run().scorer.state_dict(), kept)
-    assert still.result.losses == [("start", 0, still.result.best)] and 0 < still.result.best < 20
+    assert_same_state(trained(still).scorer.state_dict(), kept)
+    assert still.progress.evaluations == [("start", 0, still.progress.best)] and 0 < still.progress.best < 20
     seen = Recorder()
     run = trainer(config(cooccurrence={"finetune_lr": 0.01}), {}, start=start, reporter=seen)
-    moved = run.run().scorer
+    moved = trained(run).scorer
     assert stages_of(seen) == {"co-occurrence: target": 4}  # not the steps of one that starts afresh
-    assert run.result.losses[0] == ("finetune", 0, still.result.best) and run.result.best <= still.result.best
+    assert run.progress.evaluations[0] == ("finetune", 0, still.progress.best)
+    assert run.progress.best <= still.progress.best
     assert moved is not start
     assert_same_state(views_of(start), kept)
 
@@ -410,7 +451,7 @@ def test_validation_asks_each_user_by_statistics_that_leave_them_out():
         for statistics, cases in run.validation_cases
         for i in range(len(cases))
     ]
-    assert run.validation_loss() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert run.validate() == pytest.approx(np.mean(losses), rel=1e-5)
     statistics, cases = run.validation_cases[0]
     whole = mean_loss(run.scorer, run.averaged, statistics, cases)
     assert mean_loss(run.scorer, run.averaged, statistics, cases, batch=3) == pytest.approx(whole, rel=1e-5)
@@ -433,9 +474,9 @@ def test_what_sources_teach_holds_on_the_target(method):
     )
     sources = {} if method == "target_only" else {d.name: leave_one_out(d) for d in domains.sources}
     run = trainer(options, sources, leave_one_out(domains.target))
-    before = run.validation_loss()
+    before = run.validate()
     run.run()
-    assert run.result.best < min(before, math.log(50)) - 0.3
+    assert run.progress.best < min(before, math.log(50)) - 0.3
 
 
 @pytest.mark.parametrize("lengths", [[3], [1, 4], [2, 1, 1, 1]], ids=str)

@@ -15,8 +15,9 @@ from metarec_fast.models.recommender import Recommender
 from metarec_fast.profiling.steps import StepProfiler
 from metarec_fast.report.console import ConsoleReporter
 from metarec_fast.train.cooccurrence import CooccurrenceTrainer
+from metarec_fast.train.encoder import EncoderTrainer
 from metarec_fast.train.left_out import IN_A_ROW, LeftOut, NonFiniteTrainingError, not_finite, reason
-from metarec_fast.train.trainer import Trainer, clip_and_step
+from metarec_fast.train.optimizer import clip_and_step
 from tests.tiny import DOMAINS, config
 
 
@@ -109,11 +110,11 @@ def test_a_target_that_is_not_finite_is_named_where_it_is_validated(monkeypatch)
 def test_where_no_meta_step_ran_the_verdict_is_none_and_the_history_tells(monkeypatch, tmp_path):
     poisoned_build(monkeypatch, "source0")
     model = MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=config(), run_dir=tmp_path)
-    report = model.history["transfer_report"]
+    report = model.history.transfer_report
     assert report["verdict"].startswith("No verdict on transfer: with sources no step of warmup, meta was finite.")
     assert report["returned"] == "target_only" == model.config.train.method and report["validation"]["p"] is None
     assert report["left_out"] == {"transferred": {"warmup": 3, "meta": 4}, "target_only": {}}
-    assert model.history["skipped_steps"] == 7 and json.loads(json.dumps(report, allow_nan=False)) == report
+    assert model.history.skipped_steps == 7 and json.loads(json.dumps(report, allow_nan=False)) == report
     page = (tmp_path / "report.html").read_text()
     assert "No verdict on transfer" in page and "warmup 3, meta 4" in page
     assert MetaRec.from_pretrained(tmp_path / "model").history == model.history
@@ -125,7 +126,9 @@ def test_a_run_that_goes_on_has_counted_what_was_before(monkeypatch, tmp_path):
     def trainer(calls=None):
         left = iter(range(calls or 10**6))
         model = api.build(config(), [*sources.values(), split])
-        return Trainer(model, sources, split, config(), folder=tmp_path, should_stop=lambda: next(left, None) is None)
+        return EncoderTrainer(
+            model, sources, split, config(), folder=tmp_path, should_stop=lambda: next(left, None) is None
+        )
 
     poisoned_build(monkeypatch, "source0")
     first = trainer(5)
@@ -149,8 +152,8 @@ def test_the_cooccurrence_scorer_counts_and_ends_in_the_same_way(monkeypatch):
     options = config(train={"compare_target_only": False})
     history = MetaRec.fit(DOMAINS.sources, DOMAINS.target, config=options).history
     found = {"co-occurrence: weights": 5, "co-occurrence: sources": 4, "co-occurrence: meta": 2}
-    assert history["skipped_by_stage"] == history["cooccurrence"]["skipped_by_stage"] == found
-    assert history["stages_not_run"] == list(found) and history["skipped_steps"] == 11
+    assert history.skipped_by_stage == history.cooccurrence.skipped_by_stage == found
+    assert history.stages_not_run == list(found) and history.skipped_steps == 11
     stages = ("finetune",)
     long = config(train={"compare_target_only": False}, cooccurrence={"finetune_steps": 40, "patience": 99})
     with pytest.raises(
@@ -160,7 +163,7 @@ def test_the_cooccurrence_scorer_counts_and_ends_in_the_same_way(monkeypatch):
 
 
 def test_a_scorer_without_a_finite_validation_loss_is_not_kept(monkeypatch):
-    monkeypatch.setattr(CooccurrenceTrainer, "validation_loss", lambda self: math.nan)
+    monkeypatch.setattr(CooccurrenceTrainer, "validate", lambda self: math.nan)
     with pytest.raises(NonFiniteTrainingError, match="no validation loss of the co-occurrence scorer was finite"):
         MetaRec.fit([], DOMAINS.target, config=config(train={"method": "target_only"}))
 

@@ -13,7 +13,7 @@ from metarec_fast.data import Domain, Sequences, Vocabulary
 from metarec_fast.data.identity import identity
 from metarec_fast.files import only_here
 from metarec_fast.train import run_folder
-from metarec_fast.train.trainer import Interrupted
+from metarec_fast.train.stop import Interrupted
 from tests.tiny import DOMAINS, config
 
 SOURCE, TARGET = DOMAINS.sources[0], DOMAINS.target

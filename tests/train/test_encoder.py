@@ -13,8 +13,10 @@ from metarec_fast.api import build
 from metarec_fast.data import leave_one_out
 from metarec_fast.meta import FixedStep
 from metarec_fast.sampling import BatchShape
-from metarec_fast.train import trainer as trainer_module
-from metarec_fast.train.trainer import TABLE, Interrupted, Trainer, dropout_seed, stages
+from metarec_fast.train import encoder as encoder_module
+from metarec_fast.train.encoder import TABLE, EncoderTrainer, stages
+from metarec_fast.train.optimizer import dropout_seed
+from metarec_fast.train.stop import Interrupted
 from tests.tiny import DOMAINS, config
 
 
@@ -27,10 +29,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def trainer(options, **kwargs) -> Trainer:
+def trainer(options, **kwargs) -> EncoderTrainer:
     sources = {} if options.train.method == "target_only" else {d.name: leave_one_out(d) for d in DOMAINS.sources}
     target = leave_one_out(DOMAINS.target)
-    return Trainer(build(options, [*sources.values(), target]), sources, target, options, **kwargs)
+    return EncoderTrainer(build(options, [*sources.values(), target]), sources, target, options, **kwargs)
 
 
 def after(calls: int):
@@ -48,8 +50,8 @@ class Recorder:
     def step(self, stage, step, total, metrics):
         self.steps.append((stage, step, total, metrics))
 
-    def evaluation(self, stage, step, ndcg, best):
-        self.evaluations.append((stage, step, ndcg, best))
+    def evaluation(self, stage, step, metric, value, best):
+        self.evaluations.append((stage, step, value, best))
 
 
 def assert_same_state(got, want) -> None:
@@ -135,7 +137,7 @@ def test_nothing_to_restore(tmp_path):
 def at_stage(stage):
     run = trainer(config())
     run.progress.stage = [s.name for s in run.stages].index(stage)
-    run._start_optimizers()
+    run.begin_stage(run.stages[run.progress.stage])
     run.train_step(stage, 0)
     return run
 
@@ -256,21 +258,21 @@ NDCG = {(TABLE, 0): 0.1, (TABLE, 2): 0.3, (TABLE, 4): 0.2, ("finetune", 2): 0.25
 
 
 def reported(monkeypatch, run):
-    """Every validation has the figure above; the stages, steps and states at which one was asked for."""
-    asked = []
+    """Every validation has the figure above; the stages, steps and states at which one was made."""
+    evaluated = []
 
     def validate():
         at = run.stages[run.progress.stage].name, run.progress.step
-        asked.append((at, {k: v.clone() for k, v in run.model.state_dict().items()}))
+        evaluated.append((at, {k: v.clone() for k, v in run.model.state_dict().items()}))
         return NDCG[at]
 
     monkeypatch.setattr(run, "validate", validate)
-    return asked
+    return evaluated
 
 
 def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_best_table(monkeypatch):
     run = trainer(GRADUAL.replace(train={"finetune_lr": 5e-3}), reporter=(seen := Recorder()))
-    asked, train_step, starts, rates = reported(monkeypatch, run), run.train_step, {}, {}
+    evaluated, train_step, starts, rates = reported(monkeypatch, run), run.train_step, {}, {}
 
     def watched(stage, step):
         starts.setdefault(stage, {k: v.clone() for k, v in run.model.state_dict().items()})
@@ -280,9 +282,9 @@ def test_gradual_fine_tuning_moves_the_table_alone_and_then_everything_from_the_
     monkeypatch.setattr(run, "train_step", watched)
     progress = run.run()
     assert (progress.best, progress.best_at) == (0.4, "finetune 4")
-    assert [at for at, _ in asked] == list(NDCG)  # what is known of the best table is not asked again
+    assert [at for at, _ in evaluated] == list(NDCG)  # the best table is not validated again
     target = f"tables.{run.model.domains.index('target')}."
-    states = [state for _, state in asked]
+    states = [state for _, state in evaluated]
     for now, after in itertools.pairwise(states[:3]):
         for name, tensor in now.items():
             assert torch.equal(tensor, after[name]) != name.startswith(target), name
@@ -421,7 +423,7 @@ def test_large_tables_are_trained_by_rows_with_the_results_of_dense_steps(monkey
     options = config(train=SAMPLED, model={"dropout": 0.0}).replace(**changes)
     dense = trainer(options)
     progress = dense.run()
-    monkeypatch.setattr(trainer_module, "LARGE_TABLE", 1)
+    monkeypatch.setattr(encoder_module, "LARGE_TABLE", 1)
     by_rows = trainer(options)
     assert dense.table_optimizer is None and by_rows.table_optimizer is not None
     assert by_rows.run().best == pytest.approx(progress.best, rel=1e-3)
@@ -431,7 +433,7 @@ def test_large_tables_are_trained_by_rows_with_the_results_of_dense_steps(monkey
 
 @pytest.mark.parametrize("calls", [2, 9, 13, 17])
 def test_a_stopped_run_by_rows_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path, calls):
-    monkeypatch.setattr(trainer_module, "LARGE_TABLE", 35)  # the sources' tables of 40 items, not the target's of 30
+    monkeypatch.setattr(encoder_module, "LARGE_TABLE", 35)  # the sources' tables of 40 items, not the target's of 30
     options = config(train=SAMPLED)
     straight = trainer(options)
     progress = straight.run()
@@ -445,7 +447,7 @@ def test_a_stopped_run_by_rows_goes_on_as_if_it_had_not_been(monkeypatch, tmp_pa
 
 
 def test_tables_stay_dense_where_every_row_is_touched(monkeypatch):
-    monkeypatch.setattr(trainer_module, "LARGE_TABLE", 1)
+    monkeypatch.setattr(encoder_module, "LARGE_TABLE", 1)
     assert trainer(config()).table_optimizer is None
 
 
@@ -464,7 +466,7 @@ def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, optio
             taken.append(self.target_shape)
             return super().__call__(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "CapturedStep", Counted)
+    monkeypatch.setattr(encoder_module, "CapturedStep", Counted)
     ends = []
     for capture in (False, True):
         given = config(
@@ -477,19 +479,19 @@ def test_steps_on_batches_of_a_fixed_size_train_as_plain_ones(monkeypatch, optio
         for stage in ("warmup", "meta"):
             for step in range(4):
                 run.train_step(stage, step)
-        run._stop_prefetch()
+        run.close()
         ends.append((run.model.state_dict(), run.averages.steps))
     assert len(taken) == 4
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=1e-10)
 
 
 def test_a_batch_too_large_to_be_captured_is_stepped_plainly(monkeypatch):
-    monkeypatch.setattr(trainer_module, "CapturedStep", FixedStep)
+    monkeypatch.setattr(encoder_module, "CapturedStep", FixedStep)
     run = trainer(capturing(config()))
     run._captured.target_shape = BatchShape(1, 1, 12)
     monkeypatch.setattr(FixedStep, "__call__", None)
     metrics = run.train_step("meta", 0)
-    run._stop_prefetch()
+    run.close()
     assert len(metrics["losses"]) == len(run.sources) + 1
 
 
@@ -504,7 +506,7 @@ def test_a_captured_run_learns_what_a_plain_one_learns():
     for capture in (False, True):
         run = trainer(config(model={"dropout": 0.0}, train={"capture": capture, "device": "cuda"}))
         losses.append([run.train_step("meta", step)["losses"] for step in range(6)])
-        run._stop_prefetch()
+        run.close()
     for plain, captured in zip(*losses, strict=True):  # float32, and steps build on each other
         assert captured == pytest.approx(plain, rel=1e-2)
 
