@@ -20,7 +20,7 @@ import torch
 from metarec_fast.checks import POSITIVE_COUNT, check_choice, check_count, check_flag
 from metarec_fast.config import Config
 from metarec_fast.cooccurrence.features import CooccurrenceStatistics
-from metarec_fast.cooccurrence.mixture import ScoreMixture, fit_mixture
+from metarec_fast.cooccurrence.mixture import ENCODER_ALONE, MixtureWeights, ScoreMixture, fit_mixture
 from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer, TransitionTerms
 from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, time_cut
 from metarec_fast.data.copies import copied
@@ -114,16 +114,12 @@ class MetaRec:
         split: Split,
         config: Config,
         *,
-        cooccurrence: CooccurrenceScorer | None = None,
-        cooccurrence_weight: float = 0.0,
-        encoder_weight: float = 1.0,
+        cooccurrence: CooccurrenceScorer | TransitionTerms | None = None,
+        weights: MixtureWeights = ENCODER_ALONE,
         history: History | None = None,
     ) -> None:
         self.model, self.split, self.config = model, split, config
-        self.cooccurrence: CooccurrenceScorer | TransitionTerms | None = cooccurrence
-        self.cooccurrence_weight, self.encoder_weight = cooccurrence_weight, encoder_weight
-        if cooccurrence is None and cooccurrence_weight:
-            self.cooccurrence = TransitionTerms(split.train)
+        self.cooccurrence, self.weights = cooccurrence, weights
         self.history = history or History()
 
     @property
@@ -347,8 +343,7 @@ class MetaRec:
 
     def _mixture(self) -> dict[str, Any]:
         """What scores are made of."""
-        weights = {"encoder": self.encoder_weight, "cooccurrence": self.cooccurrence_weight}
-        return {"beside": self.config.model.cooccurrence, **weights}
+        return {"beside": self.config.model.cooccurrence, **dataclasses.asdict(self.weights)}
 
     def _train_cooccurrence(
         self, sources: dict[str, Split], run: _Run, *, start: CooccurrenceNetwork | None, origin: str | None
@@ -386,12 +381,9 @@ class MetaRec:
         fitted = fit_mixture(
             [(ScoreMixture(encoder, path), cases) for path, cases in scored_cases], catalogue=trainer.catalogue
         )
-        self.encoder_weight, self.cooccurrence_weight = (
-            (fitted.encoder / fitted.cooccurrence, 1.0) if fitted.cooccurrence else (1.0, 0.0)
-        )
+        self.weights = fitted.weights()
         self.history.mixture = MixtureHistory(
-            self.encoder_weight,
-            self.cooccurrence_weight,
+            **dataclasses.asdict(self.weights),
             fitted={"encoder": fitted.encoder, "cooccurrence": fitted.cooccurrence},
             validation_loss={"cooccurrence": fitted.cooccurrence_loss, "mixture": fitted.loss},
         )
@@ -401,7 +393,7 @@ class MetaRec:
         self.cooccurrence = TransitionTerms(self.split.train)
         tried, catalogue = {}, choice_catalogue(self.split, self.config.data.catalogue)
         for weight in TRANSITION_WEIGHTS:
-            self.cooccurrence_weight = weight
+            self.weights = MixtureWeights(1.0, weight)
             metrics = evaluate(
                 self.scorer(),
                 self.split.valid,
@@ -410,22 +402,15 @@ class MetaRec:
                 catalogue=catalogue,
             )
             tried[weight] = metrics.ndcg[10]
-        self.cooccurrence_weight = max(tried, key=lambda weight: (tried[weight], -weight))
-        self.history.transition_weight = TransitionWeight(
-            self.cooccurrence_weight, {str(weight): ndcg for weight, ndcg in tried.items()}
-        )
+        chosen = max(tried, key=lambda weight: (tried[weight], -weight))
+        self.weights = MixtureWeights(1.0, chosen)
+        self.history.transition_weight = TransitionWeight(chosen, {str(w): ndcg for w, ndcg in tried.items()})
 
     def scorer(self, *, cooccurrence: bool = True) -> Scorer:
         """Scores over the target's catalogue; ``cooccurrence=False`` leaves what stands beside the encoder out."""
         self.model.eval()
-        encoder = ModelScorer(self.model, self.domain.name)
-        if not cooccurrence or self.cooccurrence is None or not self.cooccurrence_weight:
-            return encoder
-        if isinstance(self.cooccurrence, CooccurrenceScorer):
-            return ScoreMixture(encoder, self.cooccurrence, encoder_weight=self.encoder_weight)
-        return ModelScorer(
-            self.model, self.domain.name, cooccurrence=self.cooccurrence, cooccurrence_weight=self.cooccurrence_weight
-        )
+        beside = self.cooccurrence if cooccurrence else None
+        return ScoreMixture(ModelScorer(self.model, self.domain.name), beside, weights=self.weights)
 
     def evaluate(
         self,
@@ -547,8 +532,11 @@ class MetaRec:
         parts: dict[str, torch.nn.Module] = {"shared": self.model.shared, "table": self.model.tables[index]}
         if isinstance(self.cooccurrence, CooccurrenceScorer):
             parts["cooccurrence"] = self.cooccurrence.scorer
-        weights = {"cooccurrence_weight": self.cooccurrence_weight, "encoder_weight": self.encoder_weight}
-        manifest = {"config": dataclasses.asdict(self.config), **weights, "history": self.history.to_dict()}
+        manifest = {
+            "config": dataclasses.asdict(self.config),
+            "weights": dataclasses.asdict(self.weights),
+            "history": self.history.to_dict(),
+        }
         save_model(folder, parts, self.domain, manifest, overwrite=overwrite)
 
     @classmethod
@@ -567,9 +555,10 @@ class MetaRec:
         cooccurrence = None
         if "cooccurrence" in loaded.parts:
             cooccurrence = CooccurrenceScorer(loaded.parts["cooccurrence"].eval(), CooccurrenceStatistics(split.train))
-        history = History.from_dict(loaded.manifest["history"])
-        weights = {name: loaded.manifest[name] for name in ("cooccurrence_weight", "encoder_weight")}
-        return cls(model.eval(), split, config, cooccurrence=cooccurrence, history=history, **weights)
+        elif config.model.cooccurrence == "transitions":
+            cooccurrence = TransitionTerms(split.train)
+        weights, history = MixtureWeights(**loaded.manifest["weights"]), History.from_dict(loaded.manifest["history"])
+        return cls(model.eval(), split, config, cooccurrence=cooccurrence, weights=weights, history=history)
 
 
 def _ids(name: str, given: Iterable[Any]) -> list[Any]:

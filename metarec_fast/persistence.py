@@ -42,13 +42,13 @@ from metarec_fast.models.recommender import ItemTable, SharedEncoder
 FORMAT = 5
 TENSORS = "model.safetensors"
 MODEL_FILES = (TENSORS, "domain/domain.json")  # which names the domain's arrays and their checksums
+WEIGHTS = {"encoder": FINITE, "cooccurrence": FINITE}
 MODEL_FIELDS = {
     "format": COUNT,
     "target": TEXT,
     "saved": TEXT,
     "config": OBJECT,
-    "cooccurrence_weight": FINITE,
-    "encoder_weight": FINITE,
+    "weights": OBJECT,
     "history": OBJECT,
     "versions": OBJECT,
     "files": OBJECT,
@@ -93,7 +93,7 @@ def save_model(
 ) -> None:
     """Write the tensors of ``parts``, shared, table and perhaps co-occurrence, and the domain; whole, or not at all.
 
-    manifest: config, cooccurrence_weight, encoder_weight and history, of MODEL_FIELDS.
+    manifest: config, weights and history, of MODEL_FIELDS.
     Raises as ``files.replacing`` does.
     """
     from safetensors.torch import save
@@ -144,6 +144,7 @@ def load_model(folder: str | Path, *, verify: bool = True) -> Loaded:
         manifest = read_json(folder, MODEL.last)
         check_format(manifest, FORMAT, str(folder), older="train again, or load it with the version that saved it")
         check_fields(manifest, MODEL_FIELDS, MODEL.last)
+        check_fields(manifest["weights"], WEIGHTS, f"{MODEL.last}: 'weights'")
         check_fields(manifest["files"], dict.fromkeys(MODEL_FILES, OBJECT), f"{MODEL.last}: 'files'")
         for name, described in manifest["files"].items():
             check_fields(described, FILE, f"{MODEL.last}: {name!r} of 'files'")

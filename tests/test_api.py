@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 
 from metarec_fast import MetaRec, api
 from metarec_fast.api import compare
-from metarec_fast.cooccurrence.mixture import FittedMixture
+from metarec_fast.cooccurrence.mixture import FittedMixture, MixtureWeights
 from metarec_fast.data import (
     Domain,
     Sequences,
@@ -79,7 +79,7 @@ def test_a_saved_model_is_the_model(fitted, saved):
     assert loaded.recommend(users, k=5) == fitted.recommend(users, k=5)
     assert loaded.config == fitted.config
     assert loaded.history == fitted.history
-    assert (loaded.cooccurrence_weight, loaded.encoder_weight) == (fitted.cooccurrence_weight, fitted.encoder_weight)
+    assert loaded.weights == fitted.weights
     assert loaded.domain.name == "target"
 
 
@@ -91,7 +91,7 @@ def test_a_saved_model_has_the_cooccurrence_that_it_was_made_with(
     if cooccurrence == "none":
         options = config(model={"cooccurrence": "none"}, train={"method": "target_only"})
         model = MetaRec.fit([], TARGET, config=options)
-    monkeypatch.setattr(model, "cooccurrence_weight", 1.25 if cooccurrence == "transitions" else 0.0)
+    monkeypatch.setattr(model, "weights", MixtureWeights(1.0, 1.25 if cooccurrence == "transitions" else 0.0))
     model.save_pretrained(tmp_path)
     loaded = MetaRec.from_pretrained(tmp_path)
     assert (loaded.cooccurrence is None) == (cooccurrence == "none")
@@ -202,7 +202,7 @@ def test_every_malformed_field_is_named_and_nothing_is_allocated_for_it(copy):
             refused({k: v for k, v in whole.items() if k != key}, key)
             refused({**whole, key: True}, key)
     refused({**whole, "colour": "red"}, "colour")
-    refused({**whole, "encoder_weight": float("nan")}, "encoder_weight")
+    refused({**whole, "weights": {"encoder": float("nan"), "cooccurrence": 1.0}}, "encoder")
     refused({**whole, "target": "other"}, "target")
     refused({**whole, "files": {**whole["files"], "../x": {}}}, "files")
     for section, options in whole["config"].items():
@@ -383,7 +383,7 @@ def test_an_empty_history_is_answered_by_popularity_and_bias_and_does_not_touch_
     assert items_of(fitted.recommend(histories=[history], k=k))[0] == items_of(beside)[0]
     items = TARGET.items.encode([item for item, _ in alone])
     scores = torch.tensor([score for _, score in alone])
-    rest = scores - fitted.encoder_weight * fitted.model.table("target").bias.detach()[items]
+    rest = scores - fitted.weights.encoder * fitted.model.table("target").bias.detach()[items]
     levels = fitted.cooccurrence.statistics.level_of[items].numpy()
     for level in np.unique(levels):  # one score for all items of a popularity and place in order
         same = rest[levels == level]
@@ -447,7 +447,7 @@ def test_the_history_of_the_user_is_masked_on_request(fitted):
 def test_the_mixture_says_what_it_was_made_by(fitted):
     found = fitted.history.mixture
     fit, weights = found.fitted, (found.encoder, found.cooccurrence)
-    assert weights == (fitted.encoder_weight, fitted.cooccurrence_weight) == (fit["encoder"] / fit["cooccurrence"], 1.0)
+    assert weights == astuple(fitted.weights) == (fit["encoder"] / fit["cooccurrence"], 1.0)
     assert found.validation_loss["mixture"] <= found.validation_loss["cooccurrence"]
     # without co-occurrence it is the encoder's own score, by which its steps were chosen
     assert fitted.evaluate("valid", cooccurrence=False).ndcg[10] == fitted.history.best_validation_ndcg
@@ -465,7 +465,7 @@ def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitte
 
     monkeypatch.setattr(api, "fit_mixture", fit)
     model = MetaRec.fit(SOURCES, TARGET, config=config(train={"compare_target_only": False}))
-    assert (model.encoder_weight, model.cooccurrence_weight) == pytest.approx(weights)
+    assert astuple(model.weights) == pytest.approx(weights)
     histories, N = model.split.test.histories, TARGET.num_items
     parts = (ModelScorer(model.model, TARGET.name), model.cooccurrence)
     expected = sum(w * part.prepare(histories)(0, N) for w, part in zip(weights, parts, strict=True))
@@ -754,7 +754,7 @@ def test_adapt_needs_no_source_and_leaves_the_model_as_it_was(saved, tmp_path):
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor, kept[name]), name
     assert adapted.history.adapted_from == "target" and adapted.history.transfer_report is None
-    assert adapted.history.mixture.encoder == adapted.encoder_weight
+    assert adapted.history.mixture.encoder == adapted.weights.encoder
     assert model.cooccurrence.scorer is not adapted.cooccurrence.scorer and adapted.cooccurrence.num_items == 35
     assert len(adapted.recommend(users=[next(iter(NEW.users))], k=3)[0]) == 3
     loaded = MetaRec.from_pretrained(tmp_path / "model")

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec_fast.data import csr
 from metarec_fast.data.domain import Sequences
 from metarec_fast.ops.gather_cooccurrence import CooccurrenceGraph, gather_cooccurrence
 from metarec_fast.statistics.item_order import item_order
@@ -186,7 +185,7 @@ class CooccurrenceEpisode:
     """
 
     def __init__(self, train: Sequences, *, statistics: np.ndarray, query_users: np.ndarray) -> None:
-        self.statistics = CooccurrenceStatistics(train.take(statistics))
+        self.statistics = CooccurrenceStatistics(train.take(statistics, times=False))
         self.train, self.query_users = train, query_users[train.lengths[query_users] >= 2]
         if not len(self.query_users):
             raise ValueError("query_users must have a user of at least two events")
@@ -199,6 +198,5 @@ class CooccurrenceEpisode:
         cut = rng.integers(np.maximum(1, lengths - 4), lengths)
         begins = self.train.offsets[:-1][users]
         taken = np.minimum(cut, AGES[-1])
-        events = csr.positions(begins + cut - taken, taken)
-        histories = Sequences(csr.offsets(taken), self.train.items[events], self.train.num_items)
+        histories = self.train.slices(begins + cut - taken, taken, times=False)
         return self.statistics.cases(histories, self.train.items[begins + cut])

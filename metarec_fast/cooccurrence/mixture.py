@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarec_fast.cooccurrence.scorer import CooccurrenceScorer
+from metarec_fast.cooccurrence.scorer import CooccurrenceScorer, TransitionTerms
 from metarec_fast.data.domain import Cases, Sequences
 from metarec_fast.evaluation.catalogue import inside
 from metarec_fast.evaluation.evaluate import batches
@@ -20,6 +20,17 @@ from metarec_fast.models.scorer import ModelScorer
 _LOGITS = 1 << 19  # of a part at a time: few enough for caches, and several cases a pass over a large table
 _BATCH, _HELD = 1024, 4096  # cases prepared at a time, and those kept; of more, each pass prepares the others again
 _STEPS, _HALVINGS, _ENOUGH = 20, 10, 1e-6  # of Newton's method, and the gain of the mean loss that ends it
+
+
+@dataclass(frozen=True)
+class MixtureWeights:
+    """What scores count for in a mixture; by default the encoder alone."""
+
+    encoder: float = 1.0
+    cooccurrence: float = 0.0
+
+
+ENCODER_ALONE = MixtureWeights()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +44,12 @@ class MixedScores:
     cooccurrence: LinearScores
     table: Tensor
 
-    def weighted(self, weight: float) -> LinearScores:
-        """The co-occurrence scores plus ``weight`` times the encoder's."""
-        bias = None if self.encoder.bias is None else weight * self.encoder.bias
-        states = torch.cat((weight * self.encoder.states, self.cooccurrence.states), 1)
-        return LinearScores(states, self.table, bias, self.cooccurrence.added)
+    def weighted(self, weights: MixtureWeights) -> LinearScores:
+        a, b = weights.encoder, weights.cooccurrence
+        bias = None if self.encoder.bias is None else a * self.encoder.bias
+        states = torch.cat((a * self.encoder.states, b * self.cooccurrence.states), 1)
+        offsets, items, terms = self.cooccurrence.added
+        return LinearScores(states, self.table, bias, (offsets, items, b * terms))
 
 
 class MixtureScorer(Protocol):
@@ -52,29 +64,49 @@ class MixtureScorer(Protocol):
 
 
 class ScoreMixture:
-    """logit = the co-occurrence scorer's, plus ``encoder_weight`` times the encoder's."""
+    """logit = weights.encoder * the encoder's + weights.cooccurrence * what ``cooccurrence`` gives.
 
-    def __init__(self, encoder: ModelScorer, cooccurrence: CooccurrenceScorer, *, encoder_weight: float = 1.0) -> None:
-        if encoder.num_items != cooccurrence.num_items:
-            raise ValueError(
-                f"encoder and co-occurrence must rank as many items, got {encoder.num_items} and "
-                f"{cooccurrence.num_items}"
-            )
-        if encoder.cooccurrence is not None:
-            raise ValueError("encoder must have no co-occurrence terms of its own, got one that has")
-        self.encoder, self.cooccurrence, self.encoder_weight = encoder, cooccurrence, encoder_weight
+    cooccurrence: a learned scorer, the terms of transitions, which come on top of the encoder's own logits, or None.
+    """
+
+    def __init__(
+        self,
+        encoder: ModelScorer,
+        cooccurrence: CooccurrenceScorer | TransitionTerms | None = None,
+        *,
+        weights: MixtureWeights = ENCODER_ALONE,
+    ) -> None:
+        self.encoder, self.cooccurrence, self.weights = encoder, cooccurrence, weights
         self.num_items = encoder.num_items
-        weight = encoder.table.weight.detach()
-        self._table = torch.cat((weight, cooccurrence.items.to(weight)), 1)
+        if isinstance(cooccurrence, CooccurrenceScorer):
+            if self.num_items != cooccurrence.num_items:
+                raise ValueError(
+                    f"encoder and co-occurrence must rank as many items, got {encoder.num_items} and "
+                    f"{cooccurrence.num_items}"
+                )
+            weight = encoder.table.weight.detach()
+            self._table = torch.cat((weight, cooccurrence.items.to(weight)), 1)
+        elif cooccurrence is not None and weights.encoder != 1:
+            raise ValueError(f"weights.encoder must be 1 beside transitions, got {weights.encoder}")
 
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
-        if not self.encoder_weight:
+        if self.cooccurrence is None or not self.weights.cooccurrence:
+            return self.encoder.prepare(histories)
+        if isinstance(self.cooccurrence, TransitionTerms):
+            return self._with_terms(histories)
+        if self.weights == MixtureWeights(0.0, 1.0):
             return self.cooccurrence.prepare(histories)
-        return self.parts(histories).weighted(self.encoder_weight)
+        return self.parts(histories).weighted(self.weights)
+
+    def _with_terms(self, histories: Sequences) -> LinearScores:
+        encoder = self.encoder.prepare(histories)
+        offsets, items, terms = (x.to(encoder.states.device) for x in self.cooccurrence(histories))
+        terms = self.weights.cooccurrence * terms.to(encoder.states)
+        return LinearScores(encoder.states, encoder.table, encoder.bias, (offsets, items, terms))
 
     @torch.no_grad()
     def parts(self, histories: Sequences) -> MixedScores:
-        """The scores of both, before they are weighted."""
+        """The scores of encoder and learned scorer, before they are weighted."""
         encoder, cooccurrence = self.encoder.prepare(histories), self.cooccurrence.prepare(histories)
         states, terms = (x.to(encoder.states) for x in (cooccurrence.states, cooccurrence.added[2]))
         offsets, items = (x.to(states.device) for x in cooccurrence.added[:2])
@@ -90,6 +122,12 @@ class FittedMixture:
     cooccurrence: float
     loss: float
     cooccurrence_loss: float
+
+    def weights(self) -> MixtureWeights:
+        """Scaled to co-occurrence at weight 1, which leaves ranks as they are; the encoder alone where that is 0."""
+        if not self.cooccurrence:
+            return ENCODER_ALONE
+        return MixtureWeights(self.encoder / self.cooccurrence, 1.0)
 
 
 @torch.no_grad()

@@ -43,11 +43,18 @@ class Sequences:
     def num_events(self) -> int:
         return len(self.items)
 
-    def take(self, rows: np.ndarray) -> Sequences:
-        """The sequences of these numbers, in this order, without their times."""
-        lengths = self.lengths[rows]
-        events = csr.positions(self.offsets[:-1][rows], lengths)
-        return Sequences(csr.offsets(lengths), self.items[events], self.num_items)
+    def slices(self, begins: np.ndarray, lengths: np.ndarray, *, times: bool = True) -> Sequences:
+        """Parts of this as sequences of their own: events begins[i], ..., begins[i] + lengths[i] - 1, of all users'.
+
+        times: keep them, where there are any.
+        """
+        events = csr.positions(begins, lengths)
+        kept = self.times[events] if times and self.times is not None else None
+        return Sequences(csr.offsets(lengths), self.items[events], self.num_items, kept)
+
+    def take(self, rows: np.ndarray, *, times: bool = True) -> Sequences:
+        """The sequences of these numbers, in this order."""
+        return self.slices(self.offsets[:-1][rows], self.lengths[rows], times=times)
 
     def pairs(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
         """All pairs of items ``lag`` >= 1 events apart in one sequence: the earlier [N] and the later [N], in order."""

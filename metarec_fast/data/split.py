@@ -21,7 +21,7 @@ def leave_one_out(domain: Domain, *, max_history: int | None = None) -> Split:
     sequences = domain.sequences
     lengths = sequences.lengths
     users = np.flatnonzero(lengths >= 3)
-    train = _slices(sequences, sequences.offsets[:-1], np.where(lengths >= 3, lengths - 2, lengths))
+    train = sequences.slices(sequences.offsets[:-1], np.where(lengths >= 3, lengths - 2, lengths))
     valid = _cases(sequences, users, lengths[users] - 2, max_history)
     test = _cases(sequences, users, lengths[users] - 1, max_history)
     words = (
@@ -78,7 +78,7 @@ def time_cut(
     before_test = _count_before(sequences, test_from)
     if not before_valid.any():
         raise ValueError(f"nothing to train on: no event of {domain.name!r} is before valid_from={valid_from}")
-    train = _slices(sequences, sequences.offsets[:-1], before_valid)
+    train = sequences.slices(sequences.offsets[:-1], before_valid)
     in_valid = np.flatnonzero(before_test > before_valid)
     in_test = np.flatnonzero(sequences.lengths > before_test)
     words = (
@@ -113,7 +113,7 @@ def limit_users(split: Split, fraction: float, *, seed: int) -> Split:
     shuffled = users[np.argsort(np.random.Philox(key=seed).random_raw(len(users)), kind="stable")]
     kept = np.zeros(len(train), bool)
     kept[shuffled[: max(1, round(fraction * len(users)))]] = True
-    limited = _slices(train, train.offsets[:-1], np.where(kept, train.lengths, 0))
+    limited = train.slices(train.offsets[:-1], np.where(kept, train.lengths, 0))
     valid = select_cases(split.valid, np.flatnonzero(kept[split.valid.users]))
     words = (
         f"{split.protocol}; training and validation limited to {int(kept.sum()):,} of {len(users):,} users "
@@ -127,31 +127,17 @@ def _check_max_history(max_history: int | None) -> None:
         check_count(max_history, "max_history", POSITIVE_COUNT)
 
 
-def _slices(sequences: Sequences, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
-    """The sequences items[starts[i] : starts[i] + lengths[i]]."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    at = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    times = None if sequences.times is None else sequences.times[at]
-    return Sequences(offsets, sequences.items[at], sequences.num_items, times)
-
-
 def _cases(sequences: Sequences, users: np.ndarray, seen: np.ndarray, max_history: int | None) -> Cases:
     """After their first seen[i] events, what did users[i] choose?"""
     starts = sequences.offsets[users]
     used = seen if max_history is None else np.minimum(seen, max_history)
-    histories = _slices(sequences, starts + seen - used, used)
+    histories = sequences.slices(starts + seen - used, used)
     return Cases(users.astype(np.int64), histories, sequences.items[starts + seen].astype(np.int64))
 
 
 def select_cases(cases: Cases, which: np.ndarray) -> Cases:
     """The cases of these numbers."""
-    histories = cases.histories
-    return Cases(
-        cases.users[which],
-        _slices(histories, histories.offsets[:-1][which], histories.lengths[which]),
-        cases.targets[which],
-    )
+    return Cases(cases.users[which], cases.histories.take(which), cases.targets[which])
 
 
 def _count_before(sequences: Sequences, moment: float) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,26 +20,11 @@ def pack_recent(histories: Sequences, max_length: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(items.astype(np.int64)), torch.from_numpy(offsets)
 
 
-SparseTerms = Callable[[Sequences], tuple[Tensor, Tensor, Tensor]]
-"""Histories -> CSR (offsets [B+1], items, values): terms of the items that have any, ascending in each case."""
-
-
 class ModelScorer:
-    """logit = state . item row + item bias, plus ``cooccurrence_weight`` times the terms of ``cooccurrence``, if given.
+    """logit = state . item row + item bias. A user without history is scored by item bias alone."""
 
-    A user without history is scored by item bias alone.
-    """
-
-    def __init__(
-        self,
-        model: Recommender,
-        domain: str,
-        *,
-        cooccurrence: SparseTerms | None = None,
-        cooccurrence_weight: float = 0.0,
-    ) -> None:
+    def __init__(self, model: Recommender, domain: str) -> None:
         self.model, self.domain = model, domain
-        self.cooccurrence, self.cooccurrence_weight = cooccurrence, cooccurrence_weight
         self.table = model.table(domain)
         self.num_items = self.table.weight.shape[0]
 
@@ -60,8 +43,4 @@ class ModelScorer:
 
     @torch.no_grad()
     def prepare(self, histories: Sequences, users: np.ndarray | None = None) -> LinearScores:
-        states, weight, bias = self.states(histories), self.table.weight.detach(), self.table.bias.detach()
-        if self.cooccurrence is None or not self.cooccurrence_weight:
-            return LinearScores(states, weight, bias)
-        offsets, items, cooccurrence = (x.to(weight.device) for x in self.cooccurrence(histories))
-        return LinearScores(states, weight, bias, (offsets, items, self.cooccurrence_weight * cooccurrence.to(weight)))
+        return LinearScores(self.states(histories), self.table.weight.detach(), self.table.bias.detach())

@@ -58,7 +58,8 @@ class Stage:
     title: what people read of it, by default its name. evaluate_every: steps between validations, the first of them
     before any step; None: none. evaluate_first: False where the first figure is known from the stage before.
     evaluate_last: validate after the last step. patience: validations without a better one that end the stage.
-    from_best: what comes after starts from the best parameters so far. moves: its steps are an optimizer's, and reported.
+    from_best: what comes after starts from the best parameters so far. moves: its steps move parameters, and are
+    reported.
     """
 
     name: str

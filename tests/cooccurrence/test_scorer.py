@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from metarec_fast.cooccurrence.features import CooccurrenceStatistics
-from metarec_fast.cooccurrence.mixture import ScoreMixture
-from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer
+from metarec_fast.cooccurrence.mixture import MixtureWeights, ScoreMixture
+from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer, TransitionTerms
 from metarec_fast.data import leave_one_out
+from metarec_fast.evaluation import evaluate
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
 from tests.statistics.test_transitions import packed
@@ -143,7 +144,7 @@ def test_a_mixture_is_cooccurrence_plus_the_weighted_encoder(encoder, scorer, we
     split = leave_one_out(DOMAINS.target)
     path = CooccurrenceScorer(scorer, CooccurrenceStatistics(split.train))
     asked, N = packed([[], *(split.valid.histories[u].tolist() for u in range(12))], 30), 30
-    mixture = ScoreMixture(encoder, path, encoder_weight=weight)
+    mixture = ScoreMixture(encoder, path, weights=MixtureWeights(weight, 1.0))
     assert mixture.num_items == N
     expected = path.prepare(asked)(0, N) + weight * encoder.prepare(asked)(0, N)
     scores = mixture.prepare(asked)
@@ -157,9 +158,9 @@ def test_parts_mix_with_any_weight(encoder, scorer, weight):
     split = leave_one_out(DOMAINS.target)
     path = CooccurrenceScorer(scorer, CooccurrenceStatistics(split.train))
     asked = packed([[], *(split.valid.histories[u].tolist() for u in range(12))], 30)
-    parts = ScoreMixture(encoder, path, encoder_weight=1.0).parts(asked)
+    parts = ScoreMixture(encoder, path).parts(asked)
     expected = weight * encoder.prepare(asked)(0, 30) + path.prepare(asked)(0, 30)
-    mixed = parts.weighted(weight)
+    mixed = parts.weighted(MixtureWeights(weight, 1.0))
     torch.testing.assert_close(mixed(0, 30), expected, rtol=1e-5, atol=1e-5)
     for begin, end in ((0, 1), (3, 9), (10, 20)):  # past the last case there is none
         torch.testing.assert_close(mixed.rows(begin, end)(0, 30), mixed(0, 30)[begin:end])
@@ -167,4 +168,43 @@ def test_parts_mix_with_any_weight(encoder, scorer, weight):
 
 def test_another_catalogue_is_refused(encoder, scorer, statistics):
     with pytest.raises(ValueError, match="encoder and co-occurrence must rank as many items, got 30 and 60"):
-        ScoreMixture(encoder, CooccurrenceScorer(scorer, statistics), encoder_weight=1.0)
+        ScoreMixture(encoder, CooccurrenceScorer(scorer, statistics))
+
+
+# transitions beside an encoder
+
+TARGET = leave_one_out(DOMAINS.target)
+
+
+def test_ranks_are_those_of_the_scores_as_they_are_given_in_tiles(encoder):
+    cases = TARGET.test
+    scorer = ScoreMixture(encoder, TransitionTerms(TARGET.train), weights=MixtureWeights(1.0, 2.0))
+
+    class InTiles:
+        num_items = scorer.num_items
+
+        def prepare(self, histories, users=None):
+            scores = scorer.prepare(histories, users)
+            assert len(scores.added[1]) > 0
+            return lambda begin, end: scores(begin, end)
+
+    for masked in (False, True):
+        ours, tiles = (evaluate(s, cases, mask_history=masked, protocol="") for s in (scorer, InTiles()))
+        assert ours.greater.tolist() == tiles.greater.tolist()
+        assert ours.equal.tolist() == tiles.equal.tolist()
+
+
+def test_transition_terms_are_added_by_their_weight(encoder):
+    queries, cooccurrence = packed([[1, 2, 3], [4, 5]], 30), TransitionTerms(TARGET.train)
+    plain = encoder.prepare(queries)(0, 30)
+    scorer = ScoreMixture(encoder, cooccurrence, weights=MixtureWeights(1.0, 2.0))
+    offsets, items, values = cooccurrence(queries)
+    found = torch.zeros(2, 30)
+    found[torch.arange(2).repeat_interleave(offsets.diff()), items] = values
+    assert (found > 0).any() and (found >= 0).all()
+    torch.testing.assert_close(scorer.prepare(queries)(0, 30), plain + 2 * found)
+    torch.testing.assert_close(scorer.prepare(queries)(10, 20), (plain + 2 * found)[:, 10:20])
+    silent = ScoreMixture(encoder, cooccurrence, weights=MixtureWeights(1.0, 0.0))
+    assert torch.equal(silent.prepare(queries)(0, 30), plain)
+    with pytest.raises(ValueError, match=r"weights.encoder must be 1 beside transitions, got 0.5"):
+        ScoreMixture(encoder, cooccurrence, weights=MixtureWeights(0.5, 1.0))

@@ -1,17 +1,13 @@
-"""Scores of a trained model: states after the last event, bias, and co-occurrence of transitions."""
+"""Scores of a trained model: states after the last event, and bias."""
 
 import numpy as np
 import pytest
 import torch
 
-from metarec_fast.cooccurrence.scorer import TransitionTerms
-from metarec_fast.data import Sequences, leave_one_out
-from metarec_fast.evaluation import evaluate
+from metarec_fast.data import Sequences
 from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer, pack_recent
 from tests.tiny import DOMAINS, config
-
-TARGET = leave_one_out(DOMAINS.target)
 
 
 def histories(*rows) -> Sequences:
@@ -37,11 +33,11 @@ def test_the_most_recent_events_are_kept():
 
 
 def test_scores_are_state_times_row_plus_bias_in_any_tiles(model):
-    asked = histories([1, 2, 3], [4, 5])
+    queries = histories([1, 2, 3], [4, 5])
     scorer = ModelScorer(model, "target")
-    states, table = scorer.states(asked), model.table("target")
+    states, table = scorer.states(queries), model.table("target")
     want = states @ table.weight.T + table.bias
-    score_tile = scorer.prepare(asked)
+    score_tile = scorer.prepare(queries)
     torch.testing.assert_close(score_tile(0, 30), want)
     torch.testing.assert_close(torch.cat([score_tile(b, b + 10) for b in (0, 10, 20)], 1), want)
     # a state belongs to its history alone, whoever stands beside it
@@ -59,35 +55,3 @@ def test_without_history_the_bias_decides(model, rows):
     scores = ModelScorer(model, "target").prepare(histories(*rows))(0, 30)
     for row, score in zip(rows, scores, strict=True):
         assert torch.equal(score, model.table("target").bias) == (not row)
-
-
-def test_ranks_are_those_of_the_scores_as_they_are_given_in_tiles(model):
-    cases = TARGET.test
-    scorer = ModelScorer(model, "target", cooccurrence=TransitionTerms(TARGET.train), cooccurrence_weight=2.0)
-
-    class InTiles:
-        num_items = scorer.num_items
-
-        def prepare(self, histories, users=None):
-            scores = scorer.prepare(histories, users)
-            assert len(scores.added[1]) > 0
-            return lambda begin, end: scores(begin, end)
-
-    for masked in (False, True):
-        ours, tiles = (evaluate(s, cases, mask_history=masked, protocol="") for s in (scorer, InTiles()))
-        assert ours.greater.tolist() == tiles.greater.tolist()
-        assert ours.equal.tolist() == tiles.equal.tolist()
-
-
-def test_cooccurrence_is_added_by_its_weight(model):
-    asked, cooccurrence = histories([1, 2, 3], [4, 5]), TransitionTerms(TARGET.train)
-    plain = ModelScorer(model, "target").prepare(asked)(0, 30)
-    scorer = ModelScorer(model, "target", cooccurrence=cooccurrence, cooccurrence_weight=2.0)
-    offsets, items, values = cooccurrence(asked)
-    found = torch.zeros(2, 30)
-    found[torch.arange(2).repeat_interleave(offsets.diff()), items] = values
-    assert (found > 0).any() and (found >= 0).all()
-    torch.testing.assert_close(scorer.prepare(asked)(0, 30), plain + 2 * found)
-    torch.testing.assert_close(scorer.prepare(asked)(10, 20), (plain + 2 * found)[:, 10:20])
-    silent = ModelScorer(model, "target", cooccurrence=cooccurrence, cooccurrence_weight=0.0)
-    assert torch.equal(silent.prepare(asked)(0, 30), plain)
