@@ -70,6 +70,14 @@ def module_of(name: str) -> str:
     return name if name in MODULES else name.rpartition(".")[0]
 
 
+def test_models_quantize_by_the_public_functions_of_vq():
+    for path, part in FILES.items():
+        if part == "models":
+            names = {name.rpartition(".")[2] for name in imports(path) if name.startswith("metarec_fast.ops")}
+            assert not {name for name in names if name.startswith(("vq_", "nearest_", "gradient_estimators"))}, path
+    assert "metarec_fast.vq.functional.quantize_learned" in imports(PACKAGE / "models/recommender.py")
+
+
 def test_every_part_has_its_place():
     assert set(FILES.values()) == set(ALLOWED)
 

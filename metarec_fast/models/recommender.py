@@ -14,12 +14,12 @@ from metarec_fast.config import ModelConfig
 from metarec_fast.data.domain import Sequences
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
-from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy, vq_commit
-from metarec_fast.ops.gradient_estimators import GRADIENT_ESTIMATORS
+from metarec_fast.ops import linear_cross_entropy, sampled_cross_entropy
 from metarec_fast.profiling.regions import in_region, region
 from metarec_fast.sampling.batch import PackedBatch
 from metarec_fast.statistics.descriptors import NUM_DESCRIPTORS, item_descriptors
 from metarec_fast.statistics.spectral import moments, spectral_table, turned
+from metarec_fast.vq.functional import quantize_learned
 
 Parameters = dict[str, Tensor]
 
@@ -44,13 +44,6 @@ def _each_once(
         row, items = items, torch.arange(num_items, device=items.device)
     valid = valid.to(dtype)
     return items, Repeats(valid.new_zeros(len(items)).index_add(0, row, valid), row)
-
-
-def _mean_square_error(x_HTd: Tensor, y_HTd: Tensor, counts: Tensor | None) -> Tensor:
-    """The mean over rows that count ``counts`` [T] times, by default once."""
-    if counts is None:
-        return F.mse_loss(x_HTd, y_HTd)
-    return ((x_HTd - y_HTd).square().mean((0, 2)) * counts).sum() / counts.sum()
 
 
 class ItemTable(nn.Module):
@@ -93,10 +86,8 @@ class SharedEncoder(nn.Module):
         """
         H = self.codebook.shape[0]
         z_HTd = z_TD.unflatten(1, (H, -1)).transpose(0, 1).contiguous()
-        q_HTd, indices, commitment = vq_commit(z_HTd, self.codebook, row_weight=counts)
-        loss = _mean_square_error(q_HTd, z_HTd.detach(), counts) + self.config.commitment_weight * commitment
-        estimate = GRADIENT_ESTIMATORS[self.config.vq_gradient](z_HTd, q_HTd.detach())
-        q_HTd = estimate + (q_HTd - q_HTd.detach())
+        options = {"gradient": self.config.vq_gradient, "commitment_weight": self.config.commitment_weight}
+        q_HTd, indices, loss = quantize_learned(z_HTd, self.codebook, row_weight=counts, **options)
         return q_HTd.transpose(0, 1).flatten(1), indices, loss
 
     def forward(self, z_TD: Tensor, offsets: Tensor, repeats: Repeats | None = None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from metarec_fast.ops import vq_commit
 from metarec_fast.ops.codebook_checks import Metric
@@ -32,7 +33,39 @@ def quantize(
     is mutated, so it may be used under torch.func and functional_call.
     Raises ValueError for an unknown ``gradient`` or ``metric`` and what vq_commit raises.
     """
-    if gradient not in GRADIENT_ESTIMATORS:
-        raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)}, got {gradient!r}")
+    _check_gradient(gradient)
     options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient, "metric": metric}
     return vq_commit(x, codebook, **options)
+
+
+def quantize_learned(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    gradient: Gradient = "rotation",
+    row_weight: Tensor | None = None,
+    commitment_weight: float = 0.25,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` for a codebook that is a parameter: it learns from the task, through ``quantized``, and from the loss.
+
+    Arguments and results as for `quantize`, but for the loss: the mean squared distance of codes to rows, which moves
+    codes alone, plus ``commitment_weight`` times that of rows to codes, which moves rows alone.
+    ``row_weight``: [N], not all 0.
+    """
+    _check_gradient(gradient)
+    quantized, indices, commitment = vq_commit(x, codebook, row_weight=row_weight)
+    loss = _mean_square_error(quantized, x.detach(), row_weight) + commitment_weight * commitment
+    estimate = GRADIENT_ESTIMATORS[gradient](x, quantized.detach())
+    return estimate + (quantized - quantized.detach()), indices, loss
+
+
+def _mean_square_error(x: Tensor, y: Tensor, row_weight: Tensor | None) -> Tensor:
+    if row_weight is None:
+        return F.mse_loss(x, y)
+    error = (x - y).square()
+    return (error.mean((0, 2) if x.dim() == 3 else 1) * row_weight).sum() / row_weight.sum()
+
+
+def _check_gradient(gradient: str) -> None:
+    if gradient not in GRADIENT_ESTIMATORS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENT_ESTIMATORS)}, got {gradient!r}")
