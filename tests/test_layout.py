@@ -70,6 +70,12 @@ def module_of(name: str) -> str:
     return name if name in MODULES else name.rpartition(".")[0]
 
 
+def test_parts_of_quantizers_are_read_by_vq_alone():
+    for path, part in FILES.items():
+        if part != "vq":
+            assert not {name for name in imports(path) if name.startswith("metarec_fast.vq.parts")}, path
+
+
 def test_models_quantize_by_the_public_functions_of_vq():
     for path, part in FILES.items():
         if part == "models":

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from metarec_fast.ops.portable_lookup import check_leaves_in_eval
 from metarec_fast.ops.register import check_is_tensor, forward_mode
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
-from metarec_fast.vq.affine_codebook import AffineCodebook
-from metarec_fast.vq.arguments import check_arguments
-from metarec_fast.vq.codebook import Codebook, EmaWeight
-from metarec_fast.vq.composed_step import Call, Step, composed_step, mean_square
 from metarec_fast.vq.health import CodebookHealth
-from metarec_fast.vq.layout import Layout, and_finite, as_indices
-from metarec_fast.vq.orthogonality import orthogonality_loss
-from metarec_fast.vq.projection import project
-from metarec_fast.vq.recomputation import repeatable
+from metarec_fast.vq.parts.affine_codebook import AffineCodebook
+from metarec_fast.vq.parts.arguments import check_arguments
+from metarec_fast.vq.parts.codebook import Codebook, EmaWeight
+from metarec_fast.vq.parts.composed_step import Call, Step, composed_step, mean_square
+from metarec_fast.vq.parts.layout import Layout, and_finite, as_indices
+from metarec_fast.vq.parts.orthogonality import orthogonality_loss
+from metarec_fast.vq.parts.projection import project
+from metarec_fast.vq.parts.recomputation import repeatable
 
 
 class LossBreakdown(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metarec_fast.ops.register import define
 from metarec_fast.ops.vq_commit import Health as LookupHealth
-from metarec_fast.vq.recomputation import check_may_move, check_not_compiled_in_checkpoint
+from metarec_fast.vq.parts.recomputation import check_may_move, check_not_compiled_in_checkpoint
 
 
 class CodebookHealth(NamedTuple):

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from metarec_fast.ops.gradient_estimators import step_towards
 from metarec_fast.ops.portable_lookup import check_leaves_in_eval
 from metarec_fast.ops.register import check_is_tensor, traced_transform
-from metarec_fast.vq.beam_search import Beams
 from metarec_fast.vq.fast_vq import FastVQ
-from metarec_fast.vq.implicit_codebook import ImplicitCodebook
-from metarec_fast.vq.layout import Layout, and_finite, as_indices
-from metarec_fast.vq.projection import project
-from metarec_fast.vq.recomputation import repeatable
-from metarec_fast.vq.residual_chain import residual_chain
-from metarec_fast.vq.sampling import sum_over_ranks, world_size
+from metarec_fast.vq.parts.beam_search import Beams
+from metarec_fast.vq.parts.implicit_codebook import ImplicitCodebook
+from metarec_fast.vq.parts.layout import Layout, and_finite, as_indices
+from metarec_fast.vq.parts.projection import project
+from metarec_fast.vq.parts.recomputation import repeatable
+from metarec_fast.vq.parts.residual_chain import residual_chain
+from metarec_fast.vq.parts.sampling import sum_over_ranks, world_size
 
 _DIVEQ_VARIANCE = 5e-3
 

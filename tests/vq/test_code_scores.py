@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.reference.nearest_codeword import costs
-from metarec_fast.vq import FastVQ, code_scores
-from metarec_fast.vq.code_scores import CodeScores
+from metarec_fast.vq import FastVQ
+from metarec_fast.vq.parts import code_scores
+from metarec_fast.vq.parts.code_scores import CodeScores
 from tests.ops.test_nearest_codeword import DATA
 
 HEADS, ROWS, CODES, DIM = 2, 30, 13, 5

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.vq import FastResidualVQ, FastVQ
-from metarec_fast.vq.orthogonality import orthogonality_loss
-from metarec_fast.vq.sampling import draw_rows
+from metarec_fast.vq.parts.orthogonality import orthogonality_loss
+from metarec_fast.vq.parts.sampling import draw_rows
 
 
 @pytest.mark.parametrize("valid_rows,places", [(40, 7), (40, 40), (7, 40), (1, 3), (0, 3), (40, 0)])

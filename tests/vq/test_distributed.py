@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from metarec_fast.vq import FastResidualVQ, FastVQ
-from metarec_fast.vq.sampling import draw_rows
+from metarec_fast.vq.parts.sampling import draw_rows
 
 K = 20
 CASES = {

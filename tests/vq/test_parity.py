@@ -10,7 +10,7 @@ from torch import nn
 
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.vq import FastVQ
-from metarec_fast.vq.sampling import draw_rows
+from metarec_fast.vq.parts.sampling import draw_rows
 
 VectorQuantize = pytest.importorskip("vector_quantize_pytorch").VectorQuantize
 STEPS = 50

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from metarec_fast.vq import FastGroupedResidualVQ, FastResidualVQ, FastVQ, recomputation
+from metarec_fast.vq import FastGroupedResidualVQ, FastResidualVQ, FastVQ
+from metarec_fast.vq.parts import recomputation
 
 LEARNABLE = {"learnable_codebook": True, "ema_update": False}
 RVQ = {"dim": 8, "codebook_size": 16, "num_quantizers": 3}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarec_fast.vq.codebook import Codebook
 from metarec_fast.vq.fast_vq import FastVQ
-from metarec_fast.vq.implicit_codebook import ImplicitCodebook
-from metarec_fast.vq.layout import Layout
+from metarec_fast.vq.parts.codebook import Codebook
+from metarec_fast.vq.parts.implicit_codebook import ImplicitCodebook
+from metarec_fast.vq.parts.layout import Layout
 from metarec_fast.vq.residual_vq import FastGroupedResidualVQ, FastResidualVQ
 
 # what a VectorQuantize does that was written before it had the attribute

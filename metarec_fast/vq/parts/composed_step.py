@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from metarec_fast.ops import nearest_codeword
 from metarec_fast.ops.gradient_estimators import rotate_to, step_towards, straight_through
 from metarec_fast.ops.row_errors import mean_row_error, row_difference
-from metarec_fast.vq.code_scores import CodeScores
-from metarec_fast.vq.token_codes import TokenCodes, transformed_codes
+from metarec_fast.vq.parts.code_scores import CodeScores
+from metarec_fast.vq.parts.token_codes import TokenCodes, transformed_codes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metarec_fast.ops import nearest_codeword, vq_ema_update_, vq_statistics
 from metarec_fast.ops.register import define
-from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
+from metarec_fast.vq.parts.sampling import draw_rows, sum_over_ranks, world_size
 
 
 def init_by_kmeans_(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from metarec_fast.vq.recomputation import summed
+from metarec_fast.vq.parts.recomputation import summed
 
 
 def world_size() -> int:

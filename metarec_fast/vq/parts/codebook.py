@@ -16,10 +16,10 @@ from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.register import transformed
 from metarec_fast.ops.vq_commit import Health as LookupHealth
 from metarec_fast.vq.health import Health
-from metarec_fast.vq.kmeans import init_by_kmeans_, statistics, traced_init_by_kmeans_
-from metarec_fast.vq.projection import project
-from metarec_fast.vq.recomputation import before_moving
-from metarec_fast.vq.sampling import draw_rows, sum_over_ranks, world_size
+from metarec_fast.vq.parts.kmeans import init_by_kmeans_, statistics, traced_init_by_kmeans_
+from metarec_fast.vq.parts.projection import project
+from metarec_fast.vq.parts.recomputation import before_moving
+from metarec_fast.vq.parts.sampling import draw_rows, sum_over_ranks, world_size
 
 COSINE_EPS = 1e-6
 _HELD_BELOW = 100  # times eps: the cluster size below which the smoothing would draw an unused code to the origin

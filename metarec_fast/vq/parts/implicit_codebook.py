@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metarec_fast.vq.projection import compute_dtype, project
+from metarec_fast.vq.parts.projection import compute_dtype, project
 
 
 class ImplicitCodebook(nn.Module):

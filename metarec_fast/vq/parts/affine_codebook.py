@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from metarec_fast.ops.portable_lookup import leaves_python
-from metarec_fast.vq.codebook import Codebook
-from metarec_fast.vq.sampling import sum_over_ranks
+from metarec_fast.vq.parts.codebook import Codebook
+from metarec_fast.vq.parts.sampling import sum_over_ranks
 
 _LEAST_VARIANCE = 1e-5
 _CODES, _BATCH = ("codebook_mean", "codebook_variance"), ("batch_mean", "batch_variance")

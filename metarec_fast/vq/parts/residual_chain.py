@@ -13,7 +13,7 @@ from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.register import define
 from metarec_fast.ops.vq_backward import vq_backward
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
-from metarec_fast.vq.codebook import COSINE_EPS, Codebook
+from metarec_fast.vq.parts.codebook import COSINE_EPS, Codebook
 
 # A compiler moves what only backward needs into backward, where the codes have moved on. It leaves alone what the
 # lookup needs and an operator unknown to it gave.

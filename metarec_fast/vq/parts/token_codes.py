@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from metarec_fast.ops.exact_costs import exact_costs
 from metarec_fast.ops.portable_lookup import stable_order
-from metarec_fast.vq.code_scores import entropy, gumbel_noise, score_cross_entropy
+from metarec_fast.vq.parts.code_scores import entropy, gumbel_noise, score_cross_entropy
 
 _PAIRWISE_EPS = 1e-6  # added to each difference, as torch.nn.functional.pairwise_distance does
 

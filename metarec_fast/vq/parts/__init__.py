@@ -1,0 +1,1 @@
+"""What FastVQ and the residual quantizers are made of."""
