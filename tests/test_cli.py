@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from metarec_fast import cli
 from metarec_fast.api import MetaRec
-from metarec_fast.cli import COMMANDS, main
+from metarec_fast.cli import main, show
+from metarec_fast.cli import study as study_command
+from metarec_fast.cli.run import COMMANDS, parse
 from metarec_fast.config import Config
 from metarec_fast.data import DataWarning, Vocabulary, load_domain, read
 from tests.tiny import DOMAINS, config, shop
@@ -63,7 +64,7 @@ def run(folder):
     command = ["train", "--target=shop", "--source=books", f"--folder={folder}", f"--out={out}", *TINY]
     command += ["--train.finetune-steps=200", "--methods", "target_only", "metarec"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "metarec_fast.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "metarec_fast", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     log = out / "log.jsonl"
     until = time.monotonic() + 60
@@ -304,11 +305,11 @@ def test_what_is_skipped_and_ignored_is_reported(folder, study_file, tmp_path, c
     options = [f"--folder={tmp_path}", "--on-error=skip", f"--out={tmp_path / 'out'}"]
     if command in ("train", "adapt"):
         start = ["adapt", "model"] if command == "adapt" else ["train"]
-        parsed = cli.parse([*start, "--target=shop", *options])
-        cli.load_named(["shop", "books"], parsed)
+        parsed = parse([*start, "--target=shop", *options])
+        show.load_named(["shop", "books"], parsed)
     elif command == "audit-transfer":
         nothing = SimpleNamespace(complete=False)
-        monkeypatch.setattr(cli, "run_study", lambda *given, **options: (0, nothing))
+        monkeypatch.setattr(study_command, "run_study", lambda *given, **options: (0, nothing))
         assert main(["audit-transfer", "--target=shop", "--source=books", *options]) == 0
     else:
         assert main(["study", str(study_file), "--fractions", "0.5", "--arms", "popularity", *options]) == 0
@@ -358,7 +359,7 @@ def test_another_configuration_cannot_resume(run, capsys):
 
 
 def test_a_configuration_file_starts_and_options_change_it(run):
-    from metarec_fast.cli import config_of, parse
+    from metarec_fast.cli.options import config_of
 
     path = str(run[1] / "config.json")
     saved = Config.load(path)
@@ -580,9 +581,9 @@ def test_the_demo_replaces_a_demo_where_nobody_chose_the_folder_and_nothing_else
     ],
 )
 def test_an_error_names_the_flag(command, message, want):
-    from metarec_fast.cli import in_flags
+    from metarec_fast.cli.options import in_flags
 
-    assert in_flags(message, COMMANDS[command]) == want
+    assert in_flags(message, COMMANDS[command][0]) == want
 
 
 def test_invalid_options_are_said_before_data_is_read(folder, tmp_path, capsys):

@@ -34,6 +34,7 @@ ALLOWED = {layer: below | {layer, "config", *LEAVES} for layer, below in BELOW.i
 ALLOWED["report"].discard("train")  # a run reports; neither knows the other
 ALLOWED["meta"].discard("evaluation")
 ALLOWED["ops"] = {"ops", *LEAVES, "reference", "_C", "kernels"}
+ALLOWED["__main__"] = {"cli"}
 ALLOWED |= {"reference": {"reference"}, "kernels": {"kernels"}, "config": {"checks"}}
 ALLOWED |= {leaf: set() for leaf in LEAVES}
 THIRD_PARTY = {  # beyond torch and numpy

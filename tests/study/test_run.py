@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on(finished, tmp_path):
 
 def test_a_killed_run_leaves_nothing_half_written_and_goes_on(finished, tmp_path):
     (tmp_path / "s.json").write_text(small().to_json())
-    command = [sys.executable, "-m", "metarec_fast.cli", "study", str(tmp_path / "s.json"), f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "metarec_fast", "study", str(tmp_path / "s.json"), f"--out={tmp_path}"]
     process = subprocess.Popen([*command, "--processes=2"], stdout=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < until and len(list(tmp_path.glob("cells/*.json"))) < 3:
