@@ -73,7 +73,7 @@ setup(
     version=version,
     packages=[*find_packages(include=["metarec_fast", "metarec_fast.*"]), "metarec_fast.kernels"],
     package_dir={"metarec_fast.kernels": "kernels"},
-    package_data={"metarec_fast": ["py.typed"]},
+    package_data={"metarec_fast": ["py.typed", "study/descriptions/*.json"]},
     ext_modules=[CMakeExtension("metarec_fast._C")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -416,12 +416,11 @@ def test_a_study_prints_costs_and_verdicts_and_goes_on(study_file, folder, tmp_p
 
 
 def test_a_study_describes_itself(capsys):
-    from metarec_fast.study import Study, smoke
+    from metarec_fast.study import Study, preset
 
     assert main(["study", "smoke", "--describe"]) == 0
-    assert Study.from_json(capsys.readouterr().out).configs(next(smoke().cells())) == smoke().configs(
-        next(smoke().cells())
-    )
+    smoke = preset("smoke")
+    assert Study.from_json(capsys.readouterr().out).configs(next(smoke.cells())) == smoke.configs(next(smoke.cells()))
 
 
 def test_a_cell_that_fails_is_named_and_the_status_is_1(study_file, folder, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from metarec_fast.study.audit import audit_study, audit_verdict
 from metarec_fast.study.grid import Arm, Cell, Comparison, Study
-from metarec_fast.study.presets import PRESETS, published, smoke
+from metarec_fast.study.presets import PRESETS, preset
 from metarec_fast.study.results import Contrast, Results, consistent
 from metarec_fast.study.run import Domains, Failure, run
 
@@ -19,7 +19,6 @@ __all__ = [
     "audit_study",
     "audit_verdict",
     "consistent",
-    "published",
+    "preset",
     "run",
-    "smoke",
 ]

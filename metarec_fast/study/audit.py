@@ -9,10 +9,16 @@ from pathlib import Path
 from metarec_fast.config import Config
 from metarec_fast.evaluation import holm
 from metarec_fast.study.grid import SAFE, Arm, Comparison, Study
-from metarec_fast.study.presets import controls, ours
 from metarec_fast.study.results import LEVEL, Contrast, Results
 
 ALONE = "target-only"
+# sources that should not help, one that should help most, and all kinds together for their weights
+CONTROLS = (
+    Arm(name="shuffled-sources", group="control", sources=("shuffled",)),
+    Arm(name="random-sources", group="control", sources=("random",)),
+    Arm(name="target-copy", group="control", sources=("copy",)),
+    Arm(name="all-kinds", group="control", sources=("related", "shuffled", "random", "copy")),
+)
 
 
 def audit_study(
@@ -36,8 +42,8 @@ def audit_study(
         raise ValueError("leave_out needs at least two sources, got one: without it there is the target alone")
     arms = (
         Arm(name=ALONE, group="structure", options={"train": {"method": "target_only"}}),
-        ours(),
-        *controls()[: 4 if weights else 3],
+        Arm(name="ours", group="ours"),
+        *CONTROLS[: 4 if weights else 3],
     )
     compared = (
         *((arm.name, ALONE) for arm in arms[1:5]),

@@ -86,14 +86,11 @@ def test_only_keeps_a_part_and_the_comparisons_that_it_has():
 
 @pytest.mark.parametrize("made", [study, *PRESETS.values()])
 def test_json_gives_the_same_study(made):
-    again = Study.from_json(made().to_json())
-    cells = list(zip(made().cells(), again.cells(), strict=True))
-    assert cells and all(made().configs(a) == again.configs(b) for a, b in cells[:40])
-    assert (again.comparisons, again.targets, again.synthetic) == (
-        made().comparisons,
-        made().targets,
-        made().synthetic,
-    )
+    first = made()
+    again = Study.from_json(first.to_json())
+    cells = list(zip(first.cells(), again.cells(), strict=True))
+    assert cells and all(first.configs(a) == again.configs(b) for a, b in cells[:40])
+    assert again == first
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from metarec_fast.study import (
     audit_study,
     audit_verdict,
     consistent,
+    preset,
     run,
-    smoke,
 )
 from metarec_fast.study.results import COLUMNS, contrast_table, summary
 from tests.study.problems import study
@@ -373,11 +373,11 @@ def test_an_audit_needs_sources():
 
 @pytest.mark.slow
 def test_planted_transfer_is_found_and_controls_rank_below_it(tmp_path):
-    assert run(smoke(), tmp_path) == []
-    results = Results(smoke(), tmp_path)
+    assert run(preset("smoke"), tmp_path) == []
+    results = Results(preset("smoke"), tmp_path)
     figures = {row["arm"]: row["ndcg@10"] for row in results.rows()}
     for arm in ("ours", "pretrain", "target-copy"):
         assert figures[arm] > max(figures[control] for control in ("shuffled-sources", "random-sources"))
     assert figures["ours"] > 1.2 * figures["target-only"] and figures["ours"] > figures["pretrain"]
-    found = {(c.arm, c.against): results.contrasts(c)[0] for c in smoke().comparisons}
+    found = {(c.arm, c.against): results.contrasts(c)[0] for c in preset("smoke").comparisons}
     assert found["ours", ("lru-vq-structure", "target-only")].wins and found["ours", ("lru",)].wins
