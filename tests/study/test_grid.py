@@ -90,7 +90,7 @@ def test_json_gives_the_same_study(made):
     again = Study.from_json(first.to_json())
     cells = list(zip(first.cells(), again.cells(), strict=True))
     assert cells and all(first.configs(a) == again.configs(b) for a, b in cells[:40])
-    assert again == first
+    assert (again.comparisons, again.targets, again.synthetic) == (first.comparisons, first.targets, first.synthetic)
 
 
 @pytest.mark.parametrize(
