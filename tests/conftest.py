@@ -5,8 +5,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from metarec_fast.ops import register
+
+slow = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run tests marked slow, all examples and all steps of parity too")
+
+
+def pytest_configure(config):
+    import tests.examples  # noqa: F401  registers the profiles, before a test module asks for one
+
+    settings.load_profile("all" if config.getoption("--all") else "gate")
+    config.stash[slow] = 0
+
+
+@pytest.fixture(scope="session")
+def everything(request):
+    """Whether this is ``pytest --all``."""
+    return request.config.getoption("--all")
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +53,26 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords would have folders of that name too
                 item.add_marker(skip)
+    if config.getoption("--all"):
+        return
+    left = [item for item in items if item.get_closest_marker("slow")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    config.stash[slow] = len(left)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """With pytest-xdist the workers collect, each all tests."""
+    node.config.stash[slow] = max(node.config.stash[slow], getattr(node, "workeroutput", {}).get("slow", 0))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow"] = session.config.stash[slow]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[slow]:
+        terminalreporter.write_line(f"{config.stash[slow]} slow tests are left to make test-all (pytest --all)")

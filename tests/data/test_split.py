@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec_fast.data import Domain, Sequences, Vocabulary, leave_one_out, limit_users, time_cut
-
-DERANDOMIZED = settings(deadline=None, derandomize=True, max_examples=100)
+from tests.examples import examples
 
 # Per user, (item, time) events in any order of time; sorted below.
 EVENTS = st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12)), max_size=7), min_size=1, max_size=6)
@@ -35,7 +34,7 @@ def newest(items, max_history):
     return items if max_history is None else items[-max_history:]
 
 
-@DERANDOMIZED
+@examples(100)
 @given(EVENTS, HISTORY, st.booleans())
 def test_leave_one_out_is_what_it_says(users, max_history, timed):
     domain, users = domain_of(users, timed)
@@ -60,7 +59,7 @@ def test_leave_one_out_is_what_it_says(users, max_history, timed):
         assert split.train.times is None
 
 
-@DERANDOMIZED
+@examples(100)
 @given(EVENTS, HISTORY, st.tuples(st.integers(1, 12), st.integers(1, 12)).filter(lambda cuts: cuts[0] < cuts[1]))
 def test_time_cut_is_what_it_says(users, max_history, cuts):
     domain, users = domain_of(users)

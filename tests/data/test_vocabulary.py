@@ -2,13 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from metarec_fast.data import Vocabulary
+from tests.examples import examples
 
-DERANDOMIZED = settings(deadline=None, derandomize=True, max_examples=60)
 AWKWARD = ["007", "7", "", " 7", "7 ", "\u00e9", "e\u0301", "🛒", "👩‍👩‍👧", "日本", "a\0", "a", "\ufeffx", "a\tb\n"]
 
 
@@ -16,7 +16,7 @@ def stored(vocabulary):
     return Vocabulary.from_arrays(load(save(vocabulary.to_arrays())))
 
 
-@DERANDOMIZED
+@examples(60)
 @given(st.lists(st.text(), unique=True))
 def test_strings_survive_verbatim(ids):
     vocabulary = stored(Vocabulary(ids))
@@ -31,7 +31,7 @@ def test_awkward_strings_stay_apart():
     assert vocabulary.encode(AWKWARD[::-1]).tolist() == list(range(len(AWKWARD)))[::-1]
 
 
-@DERANDOMIZED
+@examples(60)
 @given(st.lists(st.integers(-(2**70), 2**70) | st.integers(-(2**63), 2**64 - 1), unique=True, min_size=1))
 def test_integers_are_exact_or_strings(ids):
     vocabulary = stored(Vocabulary(ids))
@@ -147,7 +147,7 @@ def test_damaged_arrays_are_refused(arrays):
         Vocabulary.from_arrays(arrays)
 
 
-@DERANDOMIZED
+@examples(60)
 @given(st.lists(st.text(), unique=True))
 def test_packed_strings_are_the_strings(ids):
     arrays = {key: value.copy() for key, value in Vocabulary(ids).to_arrays().items()}

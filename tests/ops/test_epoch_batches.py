@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec_fast.data.domain import Sequences
@@ -9,6 +9,7 @@ from metarec_fast.ops.epoch_batches import BatchBuffers, EpochBatches, draw_batc
 from metarec_fast.ops.sample_negatives import popularity_table, seen_items
 from metarec_fast.reference.batches import epoch_batch
 from metarec_fast.sampling.sampler import Sampler
+from tests.examples import examples
 
 
 @st.composite
@@ -49,7 +50,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(deadline=None, derandomize=True, max_examples=400)
+@examples(400)
 def test_a_batch_has_the_bits_of_the_reference(problem):
     data, options, distribution, last, step, sorted_copy = problem
     try:

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from metarec_fast.ops import epoch_order
 from metarec_fast.reference import permutation
+from tests.examples import examples
 
 
 @pytest.mark.parametrize("size", [*range(1, 34), 255, 256, 257, 1000, 70_001])
@@ -22,7 +23,7 @@ def test_visits_everything_once(size):
     stream=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 2**48 - 1),
 )
-@settings(deadline=None, derandomize=True, max_examples=60)
+@examples(60)
 def test_same_bits_as_reference(size, place, seed, stream, epoch):
     first = min(int(size * place), size - 1)
     count = min(9, size - first)

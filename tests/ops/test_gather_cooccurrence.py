@@ -3,11 +3,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec_fast import _C, reference
 from metarec_fast.ops.gather_cooccurrence import CooccurrenceGraph, gather_cooccurrence
+from tests.examples import examples
 
 
 def packed(rows):
@@ -65,7 +66,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(deadline=None, derandomize=True, max_examples=150)
+@examples(150)
 def test_equals_reference_in_every_corner(problem):
     assert_equals_reference(*problem)
 

@@ -3,13 +3,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from metarec_fast.ops import pack_windows
 from metarec_fast.reference import windows as reference
 from metarec_fast.sampling.windows import count_windows
+from tests.examples import examples
 
 
 def sequences(lengths, dtype=np.int32):
@@ -40,7 +41,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(deadline=None, derandomize=True, max_examples=150)
+@examples(150)
 def test_same_bits_as_reference(problem):
     offsets, items, rows, options = problem
     for got, expected in zip(

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec_fast.ops import pad_packed
 from metarec_fast.reference import windows as reference
+from tests.examples import examples
 
 
 @given(
@@ -15,7 +16,7 @@ from metarec_fast.reference import windows as reference
     count=st.sampled_from([None, 0, 1, 3]),
     dtype=st.sampled_from([torch.int64, torch.float32]),
 )
-@settings(deadline=None, derandomize=True, max_examples=100)
+@examples(100)
 def test_same_as_reference(lengths, length, side, count, dtype):
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     shape = (offsets[-1],) if count is None else (offsets[-1], count)

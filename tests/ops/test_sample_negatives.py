@@ -3,12 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from metarec_fast.ops import popularity_table, sample_negatives, sample_shared_negatives
 from metarec_fast.reference import negatives as reference
+from tests.examples import examples
 
 
 def sequences(users, dtype=np.int64):
@@ -44,7 +45,7 @@ def problems(draw, *, popular):
 
 
 @given(problems(popular=False))
-@settings(deadline=None, derandomize=True, max_examples=100)
+@examples(100)
 def test_uniform_has_the_bits_of_the_reference(problem):
     offsets, items, rows, _, options = problem
     negatives, logq = sample_negatives(offsets, items, rows, **options)
@@ -55,7 +56,7 @@ def test_uniform_has_the_bits_of_the_reference(problem):
 
 
 @given(problems(popular=True))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@examples(60)
 def test_popularity_has_the_bits_of_the_reference(problem):
     offsets, items, rows, counts, options = problem
     if not counts.any():

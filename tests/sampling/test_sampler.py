@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec_fast import _C
 from metarec_fast.data.domain import Sequences
 from metarec_fast.sampling.batch import BatchShape
 from metarec_fast.sampling.sampler import PackedBatch, Sampler
+from tests.examples import examples
 
 
 def make(lengths, num_items=500, dtype=np.int32, seed=0):
@@ -126,7 +127,7 @@ def test_shared_negatives(distribution):
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=20), seed=st.integers(0, 2**64 - 1))
-@settings(deadline=None, derandomize=True, max_examples=25)
+@examples(25)
 def test_small_random_domains(lengths, seed):
     data = make(lengths, num_items=12)
     if max(lengths) < 2:

@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from metarec_fast import reference
 from metarec_fast.ops import bounded_lookup, nearest_codeword
 from metarec_fast.vq import CodebookAssignments
+from tests.examples import examples
 
 INF, NAN = float("inf"), float("nan")
 
@@ -220,7 +221,7 @@ def test_threads_share_the_rows(threads):
     assert assignments.stats.searched < assignments.stats.rows / 3
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, derandomize=False, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_walk_over_a_small_lattice(no_pause, data):
     """Ties, equal codes and one-ulp differences in any order."""

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec_fast.data import import_file, load_domain, read
 from metarec_fast.data.io import importing
+from tests.examples import examples
 
-DERANDOMIZED = settings(deadline=None, derandomize=True, max_examples=150)
 FOUND = ("user_id", "item_id", "timestamp")
 
 
@@ -171,7 +171,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_an_imported_file_is_the_file_read(tmp_path_factory, monkeypatch, name):
-    @DERANDOMIZED
+    @examples(150)
     @given(
         content=FILES[name],
         gz=st.booleans(),

@@ -9,12 +9,12 @@ from datetime import date, datetime, timedelta, timezone
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from metarec_fast.data import import_file, read
+from tests.examples import examples
 
-DERANDOMIZED = settings(deadline=None, derandomize=True, max_examples=60)
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
 
 
@@ -279,7 +279,7 @@ def test_parquet_columns(file):
 ID_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1)
 
 
-@DERANDOMIZED
+@examples(60)
 @given(rows=st.lists(st.tuples(ID_TEXT, ID_TEXT, st.integers(-(2**63), 2**63 - 1)), min_size=1))
 @pytest.mark.parametrize("kind", ["csv", "tsv", "quoted", "jsonl", "parquet"])
 def test_any_ids_survive(tmp_path_factory, kind, rows):
@@ -515,7 +515,7 @@ def test_ids_of_rejected_rows_are_unknown(file):
     assert list(domain.items) == ["y"]
 
 
-@DERANDOMIZED
+@examples(60)
 @given(st.binary(max_size=200) | st.text(st.sampled_from(' \t,"\n\r\0ab17é\ufeff{}:'), max_size=80).map(str.encode))
 @pytest.mark.parametrize("name", ["d.inter", "d.csv", "d.jsonl", "d.parquet"])
 def test_any_bytes_are_rows_or_rejects(tmp_path_factory, name, noise):
