@@ -13,22 +13,24 @@ demo: .venv/base.done
 JOBS ?= 2
 test: .venv/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
-	$(MAKE) sanitize
+	OMP_NUM_THREADS=1 $(MAKE) sanitize SANITIZE_OPTIONS="-n$(JOBS)"
 
-# The same in one process of two threads, as most people run it
+# Slow tests, all examples and all instruction sets under the sanitizers too; in one process of two threads, as most
+# people run it
 test-all: .venv/test.done
-	$(BIN)/pytest
-	$(MAKE) sanitize
+	$(BIN)/pytest --all
+	$(MAKE) sanitize SANITIZE_OPTIONS="--every-isa --all"
 
 # The extension with AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that reach it (or TESTS="...").
 # Optimized lightly: that builds in half a minute, and the faults are the same.
+SANITIZE_OPTIONS ?= --every-isa
 sanitize: .venv/sanitize.done
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -Wno-dev \
 	  -DMETAREC_SANITIZE=ON -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/build/sanitize" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
-	$(BIN)/python tests/sanitized/run.py $(TESTS)
+	$(BIN)/python tests/sanitized/run.py $(SANITIZE_OPTIONS) $(TESTS)
 
 lint: .venv/lint.done
 	$(BIN)/ruff check .

@@ -13,7 +13,9 @@ slow = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="run tests marked slow, all examples and all steps of parity too")
+    parser.addoption(
+        "--all", action="store_true", help="run tests marked slow, all examples and all steps of parity too"
+    )
 
 
 def pytest_configure(config):

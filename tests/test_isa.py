@@ -44,6 +44,8 @@ def python(*arguments, isa):
 def test_core_operators_equal_the_reference(isa):
     if isa not in _C.supported_isas():
         pytest.skip(f"this processor does not support {isa}")
+    if isa == _C.active_isa():
+        pytest.skip(f"the run around this one uses {isa}")
     which = python("-c", "from metarec_fast import _C; print(_C.active_isa())", isa=isa)
     assert which.stdout.strip() == isa, which.stderr
     run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *CORE, isa=isa)

@@ -24,6 +24,8 @@ from tests.ops.test_nearest_codeword import DATA, UNIT
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_interpreter.py instead"
 
+slow = pytest.mark.slow
+
 # NaN, infinity and overflow are there on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
@@ -84,9 +86,16 @@ SHAPES = [
 ]
 
 
+KINDS = [
+    (torch.float32, "distance"),
+    (torch.float16, "product"),
+    pytest.param(torch.float32, "product", marks=slow),
+    pytest.param(torch.float16, "distance", marks=slow),
+]
+
+
 @pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("metric", ["distance", "product"])
+@pytest.mark.parametrize(("dtype", "metric"), KINDS)
 def test_nearest_codeword(path, H, N, K, D, dtype, metric):
     rows = min(N, 7) if path == "refined" else N  # one at a time there, which is slow to interpret
     x, codebook = torch.randn(H, rows, D).to(dtype), torch.randn(H, K, D).to(dtype)
@@ -96,7 +105,8 @@ def test_nearest_codeword(path, H, N, K, D, dtype, metric):
 
 @pytest.mark.parametrize("data", UNIT)
 @pytest.mark.parametrize(
-    ("K", "D", "dtype"), [(70, 8, torch.float32), (40, 70, torch.float32), (70, 16, torch.float16)]
+    ("K", "D", "dtype"),
+    [(70, 8, torch.float32), (70, 16, torch.float16), pytest.param(40, 70, torch.float32, marks=slow)],
 )
 def test_largest_product_whatever_the_lengths(path, data, K, D, dtype):
     x, codebook = (t[None].to(dtype) for t in DATA[data](6 if path == "refined" else 40, K, D))
@@ -130,7 +140,7 @@ def test_duplicates_of_the_nearest_code(path):
     check(torch.randn(1, 9, 24), codebook)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-22, 1e15, 1e25, 3e37])
+@pytest.mark.parametrize("scale", [1e-38, 3e37, *(pytest.param(scale, marks=slow) for scale in (1e-22, 1e15, 1e25))])
 def test_extreme_scales(path, scale):
     for metric in ("distance", "product"):
         check(torch.randn(1, 8, 6) * scale, torch.randn(1, 30, 6) * scale, metric)
@@ -165,7 +175,9 @@ def test_offset_far_beyond_the_spread(undecided):
     torch.testing.assert_close(margin, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("D", "dtype"), [(64, torch.float32), (100, torch.float32), (64, torch.float16)])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(64, torch.float32), (64, torch.float16), pytest.param(100, torch.float32, marks=slow)]
+)
 def test_screen_decides_all_but_close_rows(undecided, D, dtype):
     # integers, so that the halfway points below are the same in float16
     codebook = torch.randint(-4, 5, (1, 64, D)).float()
@@ -197,8 +209,7 @@ def test_scores_stay_within_the_stated_error(monkeypatch, screened):
 
 
 @pytest.mark.parametrize(("H", "N", "K", "D"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("metric", ["distance", "product"])
+@pytest.mark.parametrize(("dtype", "metric"), KINDS)
 def test_vq_commit(screened, H, N, K, D, dtype, metric):
     x, codebook = torch.randn(H, N, D).to(dtype), torch.randn(H, K, D)
     quantized, indices, row_error, *_ = vq_commit.vq_commit(x, codebook, metric=metric)
@@ -311,7 +322,7 @@ def test_target_ranks_count_what_is_not_finite():
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("width", [1, 5, 70])
 @pytest.mark.parametrize("lengths", [(3, 1, 5), (0, 2, 0, 4, 0), (0,), (), (40, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=slow)])
 def test_linear_scan(dtype, lengths, width, reverse):
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     a = (torch.rand(2, width, dtype=dtype) - 0.5).requires_grad_()

@@ -22,9 +22,18 @@ def release(package):
     release("triton") < (3, 7) and release("numpy") >= (2, 4),
     reason="the interpreter of Triton before 3.7 cannot loop to a run-time bound with NumPy 2.4 or newer",
 )
-def test_kernels_under_the_interpreter():
+def test_kernels_under_the_interpreter(everything):
     tests = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(tests),
+        *(["--all"] if everything else []),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,9 +1,10 @@
 """Runs tests over the extension that ``make sanitize`` built, with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitized/run.py [pytest arguments]
+    python tests/sanitized/run.py [--every-isa] [pytest arguments]
 
-Without arguments: what reaches every kernel, once for each instruction set of this processor, and the sampler. Each
-instruction set begins with overruns.py, which fails unless the sanitizers are there and stop the process.
+Runs on this processor's best instruction set, or on each one. Without tests among the arguments: what reaches every
+kernel, and the sampler. Each run begins with overruns.py, which fails unless the sanitizers are there and stop the
+process.
 """
 
 from __future__ import annotations
@@ -60,17 +61,20 @@ def environment() -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
+    every_isa = "--every-isa" in arguments
+    options = [a for a in arguments if a.startswith("-") and a != "--every-isa"]
+    tests = [a for a in arguments if not a.startswith("-")]
     sanitized = environment()
     ask = "from metarec_fast import _C; print(_C.__file__, *_C.supported_isas(), sep=chr(10))"
     where, *isas = subprocess.run(
         [sys.executable, "-c", ask], cwd=ROOT, env=sanitized, check=True, stdout=subprocess.PIPE, text=True
     ).stdout.splitlines()
     assert Path(where).parent == ROOT / "build/sanitize", where
-    for isa in isas:
+    for isa in isas if every_isa else isas[-1:]:
         once = COMPILED_ONCE if isa == isas[-1] else ()
         # without -s, pytest would hold back what a sanitizer says before it ends the process
         command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
-        command += [str(HERE / "overruns.py"), *(arguments or (*KERNELS, *once))]
+        command += [*options, str(HERE / "overruns.py"), *(tests or (*KERNELS, *once))]
         begin = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, env={**sanitized, "METAREC_FAST_ISA": isa})
         print(f"sanitize: {isa}, {time.perf_counter() - begin:.0f} s", flush=True)
