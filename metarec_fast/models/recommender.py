@@ -31,14 +31,14 @@ class Repeats(NamedTuple):
     row: Tensor | None = None
 
 
-def _each_once(
-    items: Tensor, num_items: int, valid: Tensor, dtype: torch.dtype, *, look: bool
+def _unique_items(
+    items: Tensor, num_items: int, valid: Tensor, dtype: torch.dtype, *, compact: bool
 ) -> tuple[Tensor, Repeats]:
     """The items of a batch, each once, and how they repeat over the positions that ``valid`` [T] marks.
 
-    look: find out how many there are, for which the host has to wait; otherwise take all items.
+    compact: only the items that occur, whose number the host waits for; otherwise all items of the catalogue.
     """
-    if look:
+    if compact:
         items, row = items.unique(return_inverse=True)
     else:
         row, items = items, torch.arange(num_items, device=items.device)
@@ -47,7 +47,7 @@ def _each_once(
 
 
 class ItemTable(nn.Module):
-    """What a domain keeps for itself: item rows, item biases, and the norm that brings its rows to a common scale."""
+    """Private parameters of a domain: item rows, item biases, and the norm that brings its rows to a common scale."""
 
     def __init__(self, num_items: int, dim: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ItemTable(nn.Module):
 
 
 class SharedEncoder(nn.Module):
-    """What all domains share: normalised item rows [T, D] -> codes -> states [T, D]."""
+    """The parameters that all domains share: normalised item rows [T, D] -> codes -> states [T, D]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SharedEncoder(nn.Module):
         self.config = config
         if config.vq != "none":
             self.codebook = nn.Parameter(torch.randn(H, config.codebook_size, D // H))
-        if config.init == "aligned":  # moments of the first domain, to which the others are turned
+        if config.init == "aligned":  # moments of the first domain, towards which the others are rotated
             self.register_buffer("frame", torch.zeros(D, NUM_DESCRIPTORS))
         self.norm = nn.LayerNorm(D)
         if config.encoder == "lru":
@@ -79,9 +79,9 @@ class SharedEncoder(nn.Module):
             )
 
     def quantize(self, z_TD: Tensor, *, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The codes of rows, one a head: quantized [T, D], indices [H, T] and the VQ loss.
+        """The codes of rows, one a head: quantized [T, D], indices int64 [H, T], VQ loss (`vq.quantize_learned`).
 
-        Codes move to rows, rows commit to codes, and both learn from the task through ``quantized``.
+        z_TD: normalised item rows [T, D], of which head h takes columns h D / H to (h + 1) D / H.
         counts: [T], how often each row counts in the loss, a mean; by default once.
         """
         H = self.codebook.shape[0]
@@ -137,7 +137,7 @@ class Recommender(nn.Module):
         repeats = None if valid is None else Repeats(valid.to(weight.dtype))
         if once == "always" or (once == "auto" and len(items) > len(weight)):
             valid = torch.ones_like(items) if valid is None else valid
-            items, repeats = _each_once(items, len(weight), valid, weight.dtype, look=items.device.type == "cpu")
+            items, repeats = _unique_items(items, len(weight), valid, weight.dtype, compact=items.device.type == "cpu")
         rows_TD = F.embedding(items, weight)
         z_TD = F.layer_norm(rows_TD, (self.config.dim,), private["norm.weight"], private["norm.bias"])
         return functional_call(self.shared, shared, (z_TD, offsets, repeats))
@@ -164,12 +164,13 @@ class Recommender(nn.Module):
     def init_table(self, domain: str, train: Sequences, *, seed: int) -> None:
         """Item rows from the domain's own co-occurrence, item biases from its popularity.
 
-        Where ``config.init`` is aligned, rows are turned to the domain that started first.
+        Where ``config.init`` is aligned, rows are rotated towards the domain that was initialised first.
+        Raises ValueError if the rows are not finite.
         """
         table = self.table(domain)
         rows = spectral_table(train, self.config.dim, seed=seed)
         if not rows.isfinite().all():
-            raise ValueError(f"the spectral start of {domain!r} is not finite")
+            raise ValueError(f"the spectral initialisation of {domain!r} is not finite")
         if self.config.init == "aligned":
             own = moments(rows, item_descriptors(train))
             if self.shared.frame.any():
@@ -190,9 +191,10 @@ class Recommender(nn.Module):
 
     @torch.no_grad()
     def init_codebook(self, domains: Sequence[str], *, seed: int) -> None:
-        """Codes start as normalised item rows, drawn evenly from the domains, so that none starts dead.
+        """Set the codes to normalised item rows, drawn evenly from the domains, so that none is dead at first.
 
-        Of more domains than codes, each head draws from the next ones.
+        With more domains than codes, each head draws from the next ones.
+        Raises ValueError for a table with rows that are not finite.
         """
         if self.config.vq == "none":
             return
@@ -202,7 +204,7 @@ class Recommender(nn.Module):
             bad = ~self.table(name).weight.isfinite().all(1)
             if bad.any():
                 raise ValueError(
-                    f"codes cannot start from {name!r}: {int(bad.sum()):,} of {len(bad):,} rows of its table "
+                    f"codes cannot be initialised from {name!r}: {int(bad.sum()):,} of {len(bad):,} rows of its table "
                     "are not finite"
                 )
         rows = [F.layer_norm(self.table(name).weight, (self.config.dim,)) for name in domains]

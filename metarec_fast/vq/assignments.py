@@ -1,4 +1,4 @@
-"""The codes of a table's rows, remembered from step to step so that most of them need no search."""
+"""The codes of a table's rows, cached from step to step so that most of them need no search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metarec_fast.ops import LookupWork, RowBounds, bounded_lookup_
 class AssignmentStats(NamedTuple):
     """What was looked up so far, a row with each codebook counting once.
 
-    rows: looked up; proven: of these, named by their bounds alone; searched: compared with every code.
+    rows: looked up; proven: of these, decided by their bounds alone; searched: compared with every code.
     evaluations: distances computed, the bounds' own included: of a row and a code, a row and its former self, or a
     code and its former self. full_evaluations: what comparing every row with every code computes.
     """
@@ -34,7 +34,7 @@ class CodebookAssignments:
     only: for cosine similarity use ``nearest_codeword(x, codebook, metric="product")``, which no such bounds serve.
 
     num_rows, codebook_size, dim: of the table, the codebook, and the vectors. num_codebooks: codebooks for as many
-    heads. neighbours: codes remembered by name for each row; more of them survive longer drifts and take more memory,
+    heads. neighbours: candidate codes cached for each row; more of them serve longer drifts and take more memory,
     4 * (dim + 2 * neighbours + 6) bytes for each row and codebook.
 
     Fewer distances are not always less time: a full search computes them in tiles, several times faster each. It pays
@@ -42,7 +42,7 @@ class CodebookAssignments:
     bounds fail, plain searches take over for a while, up to 64 lookups. bench/bench_assignments.py shows both ends.
 
     On a CPU; elsewhere, and for float64, every row is searched in full. A cache, not a state: it belongs in no
-    checkpoint, and a new one gives the same codes.
+    checkpoint, and an empty one returns the same codes.
 
     Raises ValueError for sizes below 1.
     """
@@ -64,7 +64,7 @@ class CodebookAssignments:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, the statistics too."""
+        """Clear the cache and the statistics."""
         self._bounds = RowBounds.empty(
             rows=self.num_rows,
             heads=self.num_codebooks,

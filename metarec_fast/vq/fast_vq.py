@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from metarec_fast.ops.portable_lookup import check_leaves_in_eval
 from metarec_fast.ops.register import check_is_tensor, forward_mode
 from metarec_fast.ops.vq_commit import Gradient, vq_commit_with_health
-from metarec_fast.vq.health import CodebookHealth
 from metarec_fast.vq.parts.affine_codebook import AffineCodebook
 from metarec_fast.vq.parts.arguments import check_arguments
 from metarec_fast.vq.parts.codebook import Codebook, EmaWeight
 from metarec_fast.vq.parts.composed_step import Call, Step, composed_step, mean_square
+from metarec_fast.vq.parts.health import CodebookHealth
 from metarec_fast.vq.parts.layout import Layout, and_finite, as_indices
 from metarec_fast.vq.parts.orthogonality import orthogonality_loss
 from metarec_fast.vq.parts.projection import project
@@ -46,7 +46,7 @@ class FastVQ(nn.Module):
         each head has its own codebook; linear projections are added if codebook_dim * heads differs from dim, with a
         norm if layernorm_after_project_in.
     decay, eps: of the moving averages that set the codes (arXiv 1711.00937, appendix A.1).
-    kmeans_init, kmeans_iters, sync_kmeans: start from the k-means centres of the first batch (of all ranks).
+    kmeans_init, kmeans_iters, sync_kmeans: initialise the codes by k-means on the first batch (of all ranks).
     use_cosine_sim: give rows, made length 1, the code of largest product, whatever the lengths of the codes as they are
         stored; a row of zeros has code 0. threshold_ema_dead_code: replace codes used less than this by rows of the
         batch.
@@ -86,7 +86,7 @@ class FastVQ(nn.Module):
         Never reproduced: a loss that is a buffer, averages in half precision, NaN rows in the codebook, inexact
         indices, -1 counted as code 0, whether to sync decided at construction, gradients from codes already moved.
 
-    mask_nonfinite: treat vectors that hold NaN or infinity as masked: quantized 0, index -1, no part in the loss.
+    mask_nonfinite: treat vectors with NaN or infinity as masked: quantized 0, index -1, no part in the loss.
         False: they get index 0 and its code, as in VectorQuantize (with top-k or beams any code), and make the loss
         NaN. They never move codes.
 
@@ -212,7 +212,7 @@ class FastVQ(nn.Module):
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
             as_parameter=learnable_codebook or self.has_codebook_orthogonal_loss,
-            holds_unused=not strict_upstream,
+            freezes_unused=not strict_upstream,
             bridge=vq_bridge,
             **affine,
         )
@@ -268,8 +268,8 @@ class FastVQ(nn.Module):
         accum_ema_update: keep this batch's statistics for the next update instead of moving the averages.
 
         Returns (quantized with shape and dtype of x, indices int64 [B, ...] with a last dimension of heads if several,
-        loss: one number), and a LossBreakdown if asked for. With topk: quantized [B, N, k, dim] (channels second:
-        [B, dim, ..., k]), indices and loss [B, ..., k]. With indices: (quantized, cross-entropy).
+        loss: one number), and a LossBreakdown with return_loss_breakdown. With topk: quantized [B, N, k, dim] (channels
+        second: [B, dim, ..., k]), indices and loss [B, ..., k]. With indices: (quantized, cross-entropy).
         Masked positions: quantized 0 (or x, without return_zeros_for_masked_padding), index -1, no part in loss and
         codebook. Under torch.vmap, and under torch.func.grad with dead-code replacement, freeze the codebook: torch
         cannot mutate buffers there.
@@ -282,22 +282,22 @@ class FastVQ(nn.Module):
         mask = and_finite(tokens, mask) if self.mask_nonfinite else mask
         topk = None if topk is None else self._check_topk(int(topk))
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        pulled = self.learnable_codebook and not frozen
+        codebook_grad = self.learnable_codebook and not frozen
         routed = self.training and self.route_gradients_to_input and (x.requires_grad or forward_mode())
         update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
         update = update if self.training and not frozen else None
         given = topk is not None or indices is not None or codebook_transform_fn is not None
 
         with torch.autocast(x.device.type, enabled=False):
-            # padding may hold anything, NaN too: read zeros there
+            # padding may be anything, also NaN: use zeros there
             kept = tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0)
             rows = self._rows(kept)
             keep = None if mask is None else self._layout.row_mask(mask)
-            self._codebook.start(rows.detach(), keep)
+            self._codebook.ensure_init_(rows.detach(), keep)
             if given or not self._runs_fused(masked=mask is not None, routed=routed, moves=update is not None):
                 call = Call(
                     update=update,
-                    pulled=pulled,
+                    codebook_grad=codebook_grad,
                     routed=routed,
                     temperature=self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp,
                     positions=self._layout.positions(tokens),
@@ -309,7 +309,7 @@ class FastVQ(nn.Module):
                 )
                 step = composed_step(self, rows, keep, call)
             else:
-                step = self._fused_step(rows, keep, update, pulled=pulled, routed=routed)
+                step = self._fused_step(rows, keep, update, codebook_grad=codebook_grad, routed=routed)
             codes = step.codes
             if self.training and self.sync_update_v > 0:
                 codes = codes + self.sync_update_v * (codes - codes.detach())
@@ -345,23 +345,23 @@ class FastVQ(nn.Module):
         )
 
     def _fused_step(
-        self, rows: Tensor, keep: Tensor | None, update: dict[str, Any] | None, *, pulled: bool, routed: bool
+        self, rows: Tensor, keep: Tensor | None, update: dict[str, Any] | None, *, codebook_grad: bool, routed: bool
     ) -> Step:
-        """Lookup, loss, statistics and the gradient's way past the lookup, for what nearly everyone runs."""
-        embed, pulled_by_commitment = self._codebook.embed, pulled and self.codebook_weight is None
+        """Lookup, loss, statistics and the gradient of the output in one operator: the usual options."""
+        embed, pulls_codes = self._codebook.embed, codebook_grad and self.codebook_weight is None
         (codes, indices, commitment), health = vq_commit_with_health(
             rows,
-            embed.detach() if routed and not pulled_by_commitment else embed,
+            embed.detach() if routed and not pulls_codes else embed,
             row_weight=keep,
-            codebook_grad=pulled_by_commitment,
+            codebook_grad=pulls_codes,
             gradient=self._gradient if routed else None,
             metric=self._codebook.metric,
         )
         to_codes = None
-        if pulled and self.training and self.codebook_weight is not None:
-            # of a copy: the graph must not see dead codes replaced in place
+        if codebook_grad and self.training and self.codebook_weight is not None:
+            # of a copy: dead codes are replaced in place before backward
             chosen = embed.clone().gather(1, indices.unsqueeze(-1).expand_as(rows))
-            to_codes = mean_square(rows.detach(), chosen, keep, pulled=True)
+            to_codes = mean_square(rows.detach(), chosen, keep, codebook_grad=True)
         if update is not None:
             self._codebook.update(rows.detach(), indices, keep=keep, lookup=health, **update)
         return Step(codes, indices, commitment, to_codes=to_codes)
@@ -494,7 +494,7 @@ class FastVQ(nn.Module):
             if keep is not None:
                 used = used.masked_fill(~(keep if used.dim() == 2 else keep.unsqueeze(-1)), -1)
             orthogonality = orthogonality_loss(
-                self._codebook.embed.clone(),  # the graph must not see the codes change in place
+                self._codebook.embed.clone(),  # a copy: the codes change in place before backward
                 used=used.flatten(1) if self.orthogonal_reg_active_codes_only else None,
                 max_codes=self.orthogonal_reg_max_codes,
             ).to(dtype)
@@ -509,7 +509,7 @@ class FastVQ(nn.Module):
 
 
 def _follow_parameters(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Let ``optimizer`` go on with ``parameters`` where a load has put other tensors in the place of those it holds."""
+    """Replace the optimizer's parameters by ``parameters`` where loading a checkpoint has made new tensors."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if all(any(p is now for now in parameters) for p in held):
         return

@@ -1,4 +1,4 @@
-"""Vector quantization as a function of a codebook: for codebooks that live in someone else's parameters."""
+"""Vector quantization as a function of a codebook, for codebooks that are parameters of another module."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def quantize(
     x: [N, D] rows. codebook: [K, D]. With a leading [H], H codebooks at once.
     gradient: what passes to x through ``quantized``: "rotation" (see rotate_to) or "straight_through".
     row_weight: weight of each row in the loss, 0 to leave it out; None counts all alike.
-    codebook_grad: let the loss pull the codes to the rows as well; False when an average moves the codes.
+    codebook_grad: whether the loss has a gradient to the codes as well; False when an average moves the codes.
     metric: what makes a code the nearest, "distance" or "product", the largest inner product: with rows of length 1,
         cosine similarity.
 
-    Returns (quantized like x, indices int64 [N], loss: mean squared distance of row and code, one number). Nothing
-    is mutated, so it may be used under torch.func and functional_call.
-    Raises ValueError for an unknown ``gradient`` or ``metric`` and what vq_commit raises.
+    Returns (quantized like x, indices int64 [N], loss: 0-dim, mean over rows and dimensions of the squared difference).
+    Nothing is mutated, so it may be used under torch.func and functional_call.
+    Raises ValueError for an unknown ``gradient`` or ``metric``, and TypeError or ValueError as `ops.vq_commit`.
     """
     _check_gradient(gradient)
     options = {"row_weight": row_weight, "codebook_grad": codebook_grad, "gradient": gradient, "metric": metric}
@@ -46,11 +46,12 @@ def quantize_learned(
     row_weight: Tensor | None = None,
     commitment_weight: float = 0.25,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize` for a codebook that is a parameter: it learns from the task, through ``quantized``, and from the loss.
+    """`quantize` for a codebook that learns from the task, through ``quantized``, and from the loss, as in VQ-VAE.
 
-    Arguments and results as for `quantize`, but for the loss: the mean squared distance of codes to rows, which moves
-    codes alone, plus ``commitment_weight`` times that of rows to codes, which moves rows alone.
-    ``row_weight``: [N], not all 0.
+    Arguments and results as for `quantize`, but for the loss: |sg(x) - c|^2 + commitment_weight * |x - sg(c)|^2, each
+    the (weighted) mean over rows and dimensions, sg: stop-gradient. row_weight: floating point [N], not all 0; unlike
+    in `quantize`, rows of weight 0 must be finite. Source: equation 3 of arXiv 1711.00937, whose codes have no gradient
+    from the task.
     """
     _check_gradient(gradient)
     quantized, indices, commitment = vq_commit(x, codebook, row_weight=row_weight)

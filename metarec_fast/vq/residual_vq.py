@@ -28,7 +28,7 @@ _DIVEQ_VARIANCE = 5e-3
 
 
 class FastResidualVQ(nn.Module):
-    """Quantize vectors by a first codebook, what it leaves by a second, and so on; a drop-in for ``ResidualVQ``.
+    """Quantize vectors by a first codebook, the residual by a second, and so on; a drop-in for ``ResidualVQ``.
 
     Constructor, call, results and state_dict are those of vector_quantize_pytorch.ResidualVQ 1.32; checkpoints load in
     both directions. ``layers`` are FastVQ modules. Source: algorithm 1 of arXiv 2107.03312.
@@ -184,7 +184,7 @@ class FastResidualVQ(nn.Module):
 
         x: [B, ..., dim], or [B, dim, H, W] with accept_image_fmap. mask: bool [B, N], True where x counts.
         indices: integers [B, ..., L] (or L of [B, ...]), -1 for none: codes to compute a cross-entropy to.
-        return_all_codes: append what ``get_codes_from_indices`` gives. beam_size: overrides the module's.
+        return_all_codes: append the result of ``get_codes_from_indices``. beam_size: overrides the module's.
         rand_quantize_dropout_fixed_seed: where to end under quantize_dropout follows from it. None: from torch's
             generator, which costs a number that the host reads, so torch.compile(fullgraph=True) needs a seed.
 
@@ -206,7 +206,7 @@ class FastResidualVQ(nn.Module):
         frozen = freeze_codebook or self.layers[0].freeze_codebook
 
         with torch.autocast(x.device.type, enabled=False):
-            # padding may hold anything, NaN too: read zeros there
+            # padding may be anything, also NaN: use zeros there
             inner = project(self.project_in, tokens if mask is None else torch.where(mask.unsqueeze(-1), tokens, 0))
             beams = beam_size is not None and beam_size > 1
             if targets is None and not beams and self._runs_fused(masked=mask is not None):
@@ -490,7 +490,7 @@ def _last_level(seed: int, first: int, levels: int) -> int:
     return random.Random(seed).randrange(first, levels)
 
 
-# A graph holds for one number of levels and is guarded by the seed. This is all that
+# A compiled graph is for one number of levels and is guarded by the seed. This is all that
 # torch.compiler.assume_constant_result does, which would import torch._dynamo for everyone.
 _last_level._dynamo_marked_constant = True
 

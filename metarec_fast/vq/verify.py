@@ -37,12 +37,12 @@ _INTEGERS = (
     torch.uint16,
     torch.uint8,
 )
-CHUNK_ELEMENTS = 1 << 18  # scores held at a time, and elements of the pairs that are compared by the definition
+CHUNK_ELEMENTS = 1 << 18  # scores in memory at a time, and elements of the pairs that are compared by the definition
 _LARGEST_NORM = 1e140  # squares of sums below this do not overflow
 
 
 class Verification(NamedTuple):
-    """What `verify` found. True in a condition if every index is right, as is ``ok``.
+    """Result of `verify`. True in a condition if every index is right, as is ``ok``.
 
     checked: number of rows, over all heads. wrong: number of those whose index is not the definition's.
     rows: int64 [wrong], or [wrong, d] of places in ``indices`` if it has d > 1 dimensions, ascending.
@@ -75,25 +75,24 @@ def verify(x: Tensor, codebook: Tensor, indices: Tensor, *, metric: Metric = "di
     metric: "product" for the largest real-valued <x, c_k>, as FastVQ has it with use_cosine_sim.
 
     Returns a `Verification`, true if no index is wrong; wrong are those that ``reference.nearest_codeword`` does not
-    give. Holds a chunk of the scores at a time, besides float64 copies of the codebook. An index outside [0, K) is
-    counted as wrong. Raises TypeError or ValueError for arguments of another dtype, shape or device, and for an unknown
-    ``metric``.
+    give. Memory: a chunk of the scores, and float64 copies of the codebook. An index outside [0, K) is wrong.
+    Raises TypeError or ValueError for arguments of another dtype, shape or device, and for an unknown ``metric``.
     """
     check_is_tensor(x, "x")
     check_is_tensor(codebook, "codebook")
     check_is_tensor(indices, "indices")
     if codebook.dim() == 2 and x.dim() > 2:
-        found = verify(x.flatten(0, -2), codebook, _matching(indices, x).flatten(), metric=metric)
-        return found._replace(rows=torch.stack(torch.unravel_index(found.rows, x.shape[:-1]), -1))
+        result = verify(x.flatten(0, -2), codebook, _matching(indices, x).flatten(), metric=metric)
+        return result._replace(rows=torch.stack(torch.unravel_index(result.rows, x.shape[:-1]), -1))
     check_pair(x, codebook)
     check_metric(metric)
     indices = _matching(indices, x)
     given_HN = indices if x.dim() == 3 else indices[None]
-    found = [_verify_head(*head, metric) for head in zip(add_head(x), add_head(codebook), given_HN, strict=True)]
-    rows, expected, excess = _concatenate(found, x.device)
+    of_heads = [_verify_head(*head, metric) for head in zip(add_head(x), add_head(codebook), given_HN, strict=True)]
+    rows, expected, excess = _concatenate(of_heads, x.device)
     if x.dim() == 3:
-        wrong = torch.tensor([len(rows) for rows, _, _ in found], dtype=torch.int64, device=x.device)
-        rows = torch.stack((torch.arange(len(found), device=x.device).repeat_interleave(wrong), rows), -1)
+        wrong = torch.tensor([len(rows) for rows, _, _ in of_heads], dtype=torch.int64, device=x.device)
+        rows = torch.stack((torch.arange(len(of_heads), device=x.device).repeat_interleave(wrong), rows), -1)
     return Verification(indices.numel(), len(rows), rows, expected, excess)
 
 

@@ -104,8 +104,8 @@ def test_unique_items_once_equals_every_position(vq_gradient):
 
 def test_every_item_once_equals_every_position_without_a_look(monkeypatch):
     found = []
-    without = lambda *args, look, run=recommender._each_once: run(*args, look=False)  # noqa: E731  (as on a GPU)
-    monkeypatch.setattr(recommender, "_each_once", without)
+    without = lambda *args, compact, run=recommender._unique_items: run(*args, compact=False)  # noqa: E731  (as on a GPU)
+    monkeypatch.setattr(recommender, "_unique_items", without)
     for once in ("never", "always"):
         world = World(dataclasses.replace(SMALL, unique_items=once))
         found.append(world.step(dataclasses.replace(META, order=2)))

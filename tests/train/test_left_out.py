@@ -172,7 +172,7 @@ def test_codes_do_not_start_from_rows_that_are_not_finite():
     model = Recommender(config().model, {"a": 20, "b": 30})
     with torch.no_grad():
         model.table("b").weight[4, 1] = math.nan
-    with pytest.raises(ValueError, match="codes cannot start from 'b': 1 of 30 rows of its table are not finite"):
+    with pytest.raises(ValueError, match="codes cannot be initialised from 'b': 1 of 30 rows of its table"):
         model.init_codebook(model.domains, seed=0)
 
 

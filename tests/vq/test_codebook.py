@@ -136,7 +136,7 @@ def test_kmeans_is_lloyds_algorithm():
 
 def test_kmeans_with_fewer_rows_than_codes_warns_and_stays_finite():
     vq = FastVQ(4, 20, kmeans_init=True)
-    with pytest.warns(UserWarning, match="k-means starts 20 codes from 6 rows"):
+    with pytest.warns(UserWarning, match="k-means initialises 20 codes from 6 rows"):
         quantized, _, _ = vq(torch.randn(1, 6, 4))
     assert quantized.isfinite().all() and vq.codebook.isfinite().all()
 

@@ -200,7 +200,7 @@ def test_fewer_rows_than_codes_and_rows_of_zeros(cosine):
     rows = F.normalize(x, dim=-1) if cosine else x
     if cosine:  # zeros have no direction
         rows = rows[:, :10]
-    with pytest.warns(UserWarning, match=f"k-means starts 64 codes from {rows.shape[1]} rows"):
+    with pytest.warns(UserWarning, match=f"k-means initialises 64 codes from {rows.shape[1]} rows"):
         vq(x, freeze_codebook=True)
     assert off(vq, rows[0]) < 1e-3
     if cosine:
@@ -221,7 +221,7 @@ def test_rows_without_a_direction_become_no_codes(length):
     for options in ({"threshold_ema_dead_code": 2.0}, {"kmeans_init": True}):
         vq = FastVQ(DIM, 20, use_cosine_sim=True, **options)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "k-means starts")
+            warnings.filterwarnings("ignore", "k-means initialises")
             for _ in range(3):
                 vq(x)
         assert (vq.codebook.norm(dim=-1) - 1).abs().max() < 1e-5

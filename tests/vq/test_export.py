@@ -177,7 +177,7 @@ def test_training_says_what_to_do():
 
 def test_codes_that_kmeans_has_not_started_say_so():
     vq, x = FastVQ(DIM, CODES, kmeans_init=True), torch.randn(4, 30, DIM)
-    with pytest.raises(RuntimeError, match="k-means has not started yet cannot be traced or exported"):
+    with pytest.raises(RuntimeError, match="k-means has not initialised yet cannot be traced or exported"):
         traced(vq.eval(), (x,))
     vq.train()(x)
     check(vq.eval(), traced(vq, (x,)), (x,))

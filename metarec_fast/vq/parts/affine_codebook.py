@@ -69,7 +69,7 @@ class AffineCodebook(Codebook):
     def _carry(
         codes: Tensor, codebook_mean: Tensor, codebook_variance: Tensor, batch_mean: Tensor, batch_variance: Tensor
     ) -> Tensor:
-        # a copy: the average moves in place before a gradient asks for it
+        # a copy: the average moves in place before backward
         return (codes - codebook_mean.clone()) * _scale(batch_variance, codebook_variance) + batch_mean
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class AffineCodebook(Codebook):
             _CODES, (embed.mean(1, keepdim=True), embed.var(1, keepdim=True, correction=0)), strict=True
         ):
             average, first = getattr(self, name), getattr(self, f"{name}_needs_init")
-            # before the first training step the averages hold nothing yet
+            # before the first training step the averages are not initialised
             moved = now.lerp(average, self.affine_param_codebook_decay) if self.training else average
             averages[name] = torch.where(first, now, moved)
             if not leaves_python():

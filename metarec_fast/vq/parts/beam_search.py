@@ -11,7 +11,7 @@ from torch import Tensor
 class Beams:
     """Up to J candidates of each token. residual, total: [B, N, J, D]; scores: [B, N, J], minus the weighted errors.
 
-    indices, errors: a level each, [B, N, J]. inputs: what each level was given, [B, N, J, D].
+    indices, errors: a level each, [B, N, J]. inputs: each level's input, [B, N, J, D].
     """
 
     def __init__(self, tokens: Tensor) -> None:
@@ -37,9 +37,9 @@ class Beams:
         weight: float,
         subtract: Callable[[Tensor], Tensor],
     ) -> None:
-        """Let ``quantize`` give the ``topk`` best codes of each candidate, and keep the ``width`` best of all.
+        """Extend each candidate by its ``topk`` best codes of ``quantize``, and keep the ``width`` best of all.
 
-        mask: bool [B, N]. weight: of this level's error in the score. subtract: what of a code the next level sees.
+        mask: bool [B, N]. weight: of this level's error in the score. subtract: from codes to what the residual loses.
         """
         B, N, J, D = self.residual.shape
         of_beams = None if mask is None else mask.unsqueeze(-1).expand(B, N, J).flatten(1)

@@ -18,9 +18,9 @@ from metarec_fast.ops.exact_costs import exact_costs
 from metarec_fast.ops.portable_lookup import leaves_python, stable_order
 from metarec_fast.ops.register import define, traced_transform
 
-CHUNK_ELEMENTS = 1 << 20  # scores held at a time
+CHUNK_ELEMENTS = 1 << 20  # scores in memory at a time
 _LEAST_SQUARED_DISTANCE = 1e-8
-_LEAST_PROBABILITY = 1e-5  # below it the logarithm in an entropy is held constant
+_LEAST_PROBABILITY = 1e-5  # below it the logarithm in an entropy is constant
 _SPARE_CANDIDATES = 8  # codes beyond k that a top-k compares by the definition
 
 
@@ -142,15 +142,15 @@ def _as_operator(schema: str, fake: Callable) -> Callable:
 )
 def _sample(rows: Tensor, codes: Tensor, k: int, temperature: float, cosine: bool) -> Tensor:
     # Gumbel's trick. Head by head, so that noise is drawn in the order of an [H, N, K] tensor.
-    found = []
+    heads = []
     for head_rows, head_codes in zip(rows.unbind(0), codes.unbind(0), strict=True):
         of_head = []
         for part in _chunks(head_rows[None], head_codes[None]):
             scores = _scores(head_rows[None, part], head_codes[None], cosine)[0]
             noisy = (scores / temperature + gumbel_noise(scores)).nan_to_num(nan=-torch.inf)
             of_head.append(noisy.topk(k, -1).indices if k > 1 else noisy.argmax(-1, keepdim=True))
-        found.append(torch.cat(of_head))
-    return torch.stack(found)
+        heads.append(torch.cat(of_head))
+    return torch.stack(heads)
 
 
 def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
@@ -158,7 +158,7 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
     metric = "product" if cosine else "distance"
     candidates = min(codes.shape[1], k + _SPARE_CANDIDATES)
     codes = codes.double()
-    found = []
+    best_of_chunks = []
     for part in _chunks(rows, codes):
         chunk = rows[:, part].double()
         near = _float64_scores(chunk, codes, cosine=cosine).topk(candidates, -1)
@@ -176,8 +176,8 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
                 for row in which.split(max(1, CHUNK_ELEMENTS // codes.shape[1])):
                     cost = exact_costs(chunk[h : h + 1, row], codes[h : h + 1], metric)
                     best[h, row] = cost[0].sort(dim=-1, stable=True).indices[:, :k]
-        found.append(best)
-    return torch.cat(found, 1)
+        best_of_chunks.append(best)
+    return torch.cat(best_of_chunks, 1)
 
 
 def _float64_scores(rows: Tensor, codes: Tensor, *, cosine: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The codes and what moves them: moving averages, the k-means start, replacement of dead codes."""
+"""The codes and what moves them: moving averages, k-means initialisation, replacement of dead codes."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from metarec_fast.ops.codebook_checks import Metric
 from metarec_fast.ops.portable_lookup import leaves_python
 from metarec_fast.ops.register import transformed
 from metarec_fast.ops.vq_commit import Health as LookupHealth
-from metarec_fast.vq.health import Health
+from metarec_fast.vq.parts.health import Health
 from metarec_fast.vq.parts.kmeans import init_by_kmeans_, statistics, traced_init_by_kmeans_
 from metarec_fast.vq.parts.projection import project
 from metarec_fast.vq.parts.recomputation import before_moving
 from metarec_fast.vq.parts.sampling import draw_rows, sum_over_ranks, world_size
 
 COSINE_EPS = 1e-6
-_HELD_BELOW = 100  # times eps: the cluster size below which the smoothing would draw an unused code to the origin
+_UNUSED_BELOW = 100  # times eps: the cluster size below which the smoothing would shrink a code to the origin
 
 EmaWeight = Tensor | Callable[[Tensor, Tensor], Tensor] | None
 
 
-_SEEN_BY_THE_HOST = ("_seen_initialised", "_was_initialised", "_ranks_agreed")
+_HOST_STATE = ("_seen_initialised", "_was_initialised", "_ranks_agreed")
 
 
 class Codebook(nn.Module):
     """H codebooks of K codes of width D, with the names that a VectorQuantize checkpoint has.
 
     embed: [H, K, D], a buffer, or a Parameter if ``as_parameter``. embed_avg: [H, K, D] and cluster_size: [H, K],
-    moving averages of the sum and number of rows per code. initted: bool, False until k-means has run; it decides
-    alone, whatever wrote it. Only a compiled program, which cannot look, goes by what was seen when it was compiled:
-    it looks at every call until it has seen True.
-    All stay float32 whatever the module is made under, cast to or loaded from: an average with 8 bits of mantissa
-    stops moving.
-    holds_unused: leave a code where it is once it has been out of use so long that the smoothing by ``eps`` would
-    draw it to the origin. bridge: a module from codes to the codes that rows are compared with.
+    moving averages of the sum and number of rows per code. initted: bool, False until k-means has run; its
+    value alone decides, whatever wrote it. A compiled program cannot branch on it: it checks at
+    every call, unless it was compiled when the value was True.
+    All stay float32, whatever dtype the module is built under, cast to or loaded from: an average with 8 bits of
+    mantissa stops moving.
+    freezes_unused: do not move a code that has been out of use so long that the smoothing by ``eps`` would shrink it
+    to the origin. bridge: a module from codes to the codes that rows are compared with.
     """
 
     _seen_initialised: tuple[Tensor, int, int] | None = None  # `initted`, its version and place when it was True
@@ -64,7 +64,7 @@ class Codebook(nn.Module):
         ema_update: bool = True,
         manual_ema_update: bool = False,
         as_parameter: bool = False,
-        holds_unused: bool = True,
+        freezes_unused: bool = True,
         bridge: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Codebook(nn.Module):
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.sync = sync
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
-        self.holds_unused = holds_unused
+        self.freezes_unused = freezes_unused
 
         embed = torch.zeros(num_codebooks, codebook_size, dim, dtype=torch.float32)
         if not kmeans_init:
@@ -107,7 +107,7 @@ class Codebook(nn.Module):
 
     @property
     def moves_in_place(self) -> bool:
-        """Whether calls write to the codes, of which an optimizer knows nothing."""
+        """Whether calls write to the codes, outside of any optimizer."""
         return self.ema_update or self.has_dead_code_replacement
 
     def codes_for(self, rows: Tensor, keep: Tensor | None) -> Tensor:
@@ -173,8 +173,8 @@ class Codebook(nn.Module):
             self.health.record(counts, self.dead_codes(), moves=True)
             return
         counts, sums = _take_grad(self.cluster_size, counts), _take_grad(self.embed_avg, sums)
-        if self.holds_unused:
-            moves = (counts > 0) | (self.cluster_size >= _HELD_BELOW * self.eps)
+        if self.freezes_unused:
+            moves = (counts > 0) | (self.cluster_size >= _UNUSED_BELOW * self.eps)
             weight = moves if weight is None else weight * moves
         moves_codes = ema_update and not self.manual_ema_update
         vq_ema_update_(
@@ -192,8 +192,8 @@ class Codebook(nn.Module):
         self._replace_dead_codes(rows, keep)
 
     def dead_codes(self) -> Tensor:
-        """Codes out of use, bool [H, K]: below the threshold for replacement, or so long that they are held."""
-        return self.cluster_size < max(self.threshold_ema_dead_code, _HELD_BELOW * self.eps)
+        """Codes out of use, bool [H, K]: below the threshold for replacement, or so long that they are frozen."""
+        return self.cluster_size < max(self.threshold_ema_dead_code, _UNUSED_BELOW * self.eps)
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -217,7 +217,7 @@ class Codebook(nn.Module):
         self._before_moving()
         dead = self.cluster_size < self.threshold_ema_dead_code
         if dead.device.type == "cpu" and not self._syncs and not torch.compiler.is_compiling() and not dead.any():
-            return  # on a CPU the question is free; elsewhere it would stall the device, and an empty draw is cheap
+            return  # free on a CPU; elsewhere it would stall the device, and an empty draw is cheap
         drawn, replaced = draw_rows(rows.float(), self.rows_for_codes(rows, keep), dead, sync=self._syncs)
         drawn, replaced = self.transform_input(drawn), replaced.unsqueeze(-1)
         self.embed.copy_(torch.where(replaced, drawn, self.embed))
@@ -226,11 +226,11 @@ class Codebook(nn.Module):
 
     @property
     def needs_kmeans(self) -> bool:
-        """Whether k-means has yet to start the codes: what ``initted`` says."""
+        """Whether k-means has yet to initialise the codes, by the value of ``initted``."""
         return not self._is_initialised()
 
-    def start(self, rows: Tensor, keep: Tensor | None) -> None:
-        """Before a lookup of ``rows`` [H, N, D]: see that there are codes, by k-means if ``initted`` is False.
+    def ensure_init_(self, rows: Tensor, keep: Tensor | None) -> None:
+        """To be called before a lookup of ``rows`` [H, N, D]: initialises the codes by k-means if ``initted`` is False.
 
         keep: bool [N], rows that count. With several ranks the first training call also makes them agree.
         """
@@ -247,11 +247,11 @@ class Codebook(nn.Module):
 
     @property
     def _ranks_have_to_agree(self) -> bool:
-        # What ranks know alike decides, not `initted`. In eval a rank may be on its own, so nobody waits for others.
+        # Decided by what is the same on every rank, not by `initted`; in eval a rank may run alone: no collective.
         return self.kmeans_init and not self._ranks_agreed and self.training and self.sync_kmeans and self._syncs
 
     def _is_initialised(self) -> bool:
-        """What ``initted`` says; off the CPU read once, and again only after something wrote it."""
+        """The value of ``initted``; off the CPU read once, and again only after something wrote it."""
         initted, seen = self.initted, self._seen_initialised
         while torch._C._functorch.is_functorch_wrapped_tensor(initted):
             initted = torch._C._functorch.get_unwrapped(initted)
@@ -269,13 +269,13 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def init_kmeans_(self, rows: Tensor, keep: Tensor | None = None) -> None:
-        """Start the codes at the k-means centres of ``rows`` [H, N, D], unless ``initted``.
+        """Set the codes to the k-means centres of ``rows`` [H, N, D], unless ``initted``.
 
-        Waits for a batch that has valid rows. Where some ranks have codes already, they give them to the others.
+        Does nothing for a batch without valid rows. Ranks that have codes already send them to the others.
         """
         if leaves_python():
             raise RuntimeError(
-                "a codebook that k-means has not started yet cannot be traced or exported; "
+                "a codebook that k-means has not initialised yet cannot be traced or exported; "
                 "train the model, load its weights, or call it once on data first"
             )
         _check_not_batched(rows)
@@ -316,12 +316,12 @@ class Codebook(nn.Module):
         if not torch.compiler.is_compiling():
             before_moving(self)
 
-    def notes(self) -> dict[str, Any]:
-        """What the host has seen of the tensors and of other ranks."""
-        return {name: getattr(self, name) for name in _SEEN_BY_THE_HOST}
+    def host_state(self) -> dict[str, Any]:
+        """Attributes that cache what the host has read of the tensors and of other ranks."""
+        return {name: getattr(self, name) for name in _HOST_STATE}
 
-    def set_notes(self, notes: dict[str, Any]) -> None:
-        self.__dict__.update(notes)
+    def set_host_state(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     @property
     def _syncs(self) -> bool:
@@ -346,7 +346,7 @@ class Codebook(nn.Module):
         self._was_initialised = self._is_initialised()
 
     def _keep_float32(self) -> None:
-        """Make float32 the buffers that something set in another precision, and bring to them what no load holds."""
+        """Cast buffers that were set in another dtype, and move the health, which no checkpoint has, to the codes."""
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype != torch.float32 and buffer.is_floating_point():
                 setattr(self, name, buffer.float())
@@ -354,8 +354,8 @@ class Codebook(nn.Module):
             self.health.reset(self.embed.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        # what the host has seen of this module's tensors and ranks holds for no other
-        return {name: value for name, value in self.__dict__.items() if name not in _SEEN_BY_THE_HOST}
+        # caches of this module's tensors and ranks are not valid for a copy
+        return {name: value for name, value in self.__dict__.items() if name not in _HOST_STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

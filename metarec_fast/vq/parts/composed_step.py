@@ -18,15 +18,15 @@ from metarec_fast.vq.parts.token_codes import TokenCodes, transformed_codes
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What one call of FastVQ asks for.
+    """The options of one call of FastVQ.
 
-    update: keywords of ``Codebook.update``, None to leave the codebook alone. pulled: the loss moves the codes.
-    routed: the gradient of the output goes to the rows. positions, by_position: of the layout. committed: rows as
-    the commitment loss sees them. targets: int64 [H, N], indices to compute a cross-entropy to.
+    update: keywords of ``Codebook.update``, None to leave the codebook alone. codebook_grad: the loss has a gradient
+    to the codes. routed: the gradient of the output goes to the rows. positions, by_position: of the layout.
+    committed: rows of the commitment loss. targets: int64 [H, N], indices to compute a cross-entropy to.
     """
 
     update: dict[str, Any] | None
-    pulled: bool
+    codebook_grad: bool
     routed: bool
     temperature: float
     positions: int
@@ -39,7 +39,7 @@ class Call:
 
 class Step(NamedTuple):
     """codes [H, N, D] and indices [H, N], or [H, N, k, D] and [H, N, k]; losses: one number, commitment [H, N, k] for
-    a top-k. to_codes: the commitment's counterpart that pulls the codes alone. None: not asked for."""
+    a top-k. to_codes: the commitment's counterpart that pulls the codes alone. None: not computed."""
 
     codes: Tensor
     indices: Tensor
@@ -64,11 +64,11 @@ def composed_step(vq: nn.Module, rows: Tensor, keep: Tensor | None, call: Call) 
     if vq.training and vq.commitment_use_cross_entropy_loss:
         commitment = _mean_cross_entropy(scores, indices, keep)
     else:
-        pulled = (call.pulled and vq.codebook_weight is None) or not vq.training
-        commitment = mean_square(call.committed, codes, keep, pulled=pulled)
+        codebook_grad = (call.codebook_grad and vq.codebook_weight is None) or not vq.training
+        commitment = mean_square(call.committed, codes, keep, codebook_grad=codebook_grad)
     to_codes = None
-    if call.pulled and vq.training and vq.codebook_weight is not None:
-        to_codes = mean_square(call.committed.detach(), codes, keep, pulled=True)
+    if call.codebook_grad and vq.training and vq.codebook_weight is not None:
+        to_codes = mean_square(call.committed.detach(), codes, keep, codebook_grad=True)
     diversity = _diversity(vq, scores, keep, call) if vq.training and vq.has_codebook_diversity_loss else None
     target = None if call.targets is None else _mean_cross_entropy(scores, call.targets, keep)
     if call.routed:
@@ -118,7 +118,7 @@ def _optimize_in_place(vq: nn.Module, rows: Tensor, keep: Tensor | None, call: C
     with torch.enable_grad():
         scores = _scores(vq, rows, keep, call)
         indices, codes = _choose(vq, rows, scores, call)
-        loss = mean_square(rows, codes, keep, pulled=True)
+        loss = mean_square(rows, codes, keep, codebook_grad=True)
         vq._codebook.update(rows, indices, keep=keep, **call.update)
         loss.backward()
     if not vq.manual_in_place_optimizer_update:
@@ -126,9 +126,9 @@ def _optimize_in_place(vq: nn.Module, rows: Tensor, keep: Tensor | None, call: C
     return loss.detach()
 
 
-def mean_square(rows: Tensor, codes: Tensor, keep: Tensor | None, *, pulled: bool) -> Tensor:
+def mean_square(rows: Tensor, codes: Tensor, keep: Tensor | None, *, codebook_grad: bool) -> Tensor:
     """Mean over elements; for codes [H, N, k, D] the mean over D, [H, N, k], 0 in rows that do not count."""
-    codes = codes if pulled else codes.detach()
+    codes = codes if codebook_grad else codes.detach()
     unweighted = None if keep is None else ~keep
     if codes.dim() == 3:
         error = row_difference(rows, codes, unweighted).square().sum(-1)

@@ -1,8 +1,9 @@
-"""The k-means start of a codebook."""
+"""K-means initialisation of a codebook."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,25 +31,25 @@ def init_by_kmeans_(
     """Set codes and averages to the centres that Lloyd's algorithm finds from random rows, unless ``initted``.
 
     embed, embed_avg: [H, K, D], cluster_size: [H, K], and initted: bool [], written in place. rows: [H, N, D].
-    valid: bool [H, N]. sync: over the rows of all ranks; if some of them are initialised, the first of these gives its
+    valid: bool [H, N]. sync: over the rows of all ranks; if some of them are initialised, the first of these sends its
     codes to those that are not, with a warning there. Waits for the device.
-    Returns whether the codes are there now: False, with nothing done, if a codebook has no row.
+    Returns whether the codes are initialised now: False, with nothing done, if a codebook has no row.
 
     A centre that loses its rows stays where it is, and may win some back. One that has none in the end (fewer distinct
-    rows than codes) starts at a random row, as if that row were its only one: cluster_size 1, so that no average draws
-    it to the origin. cosine: rows are of length 1 and join the centre of largest product; rows that have no direction
-    must not be valid, and a centre whose rows cancel stays where it is.
+    rows than codes) is set to a random row, as if that row were its only one: cluster_size 1, so that no average
+    shrinks it to the origin. cosine: rows are of length 1 and join the centre of largest product; rows that have no
+    direction must not be valid, and a centre whose rows cancel stays where it is.
     """
     K = embed.shape[1]
-    num_rows, giver = _ranks_agree(initted, valid, sync=sync)
-    if giver is not None:
-        _take_codes_(embed, embed_avg, cluster_size, initted, giver=giver)
+    num_rows, source = _ranks_agree(initted, valid, sync=sync)
+    if source is not None:
+        _take_codes_(embed, embed_avg, cluster_size, initted, source=source)
     if bool(initted):
         return True
     if num_rows == 0:
         return False
     if num_rows < K:
-        warnings.warn(f"k-means starts {K} codes from {num_rows} rows: some codes start equal", stacklevel=4)
+        warnings.warn(f"k-means initialises {K} codes from {num_rows} rows: some codes are equal", stacklevel=4)
     rows = torch.where(valid.unsqueeze(-1), rows, 0)
     means, _ = draw_rows(rows, valid, torch.ones_like(cluster_size, dtype=torch.bool), sync=sync)
     for _ in range(iterations):
@@ -73,9 +74,9 @@ def init_by_kmeans_(
 
 
 def _ranks_agree(initted: Tensor, valid: Tensor, *, sync: bool) -> tuple[int, int | None]:
-    """Rows to start from, over all ranks, and the rank to take codes from if ranks disagree about having some.
+    """The number of rows over all ranks, and the rank to copy codes from if only some ranks are initialised.
 
-    One reduction, so that no rank goes on to k-means while another goes on to a step.
+    One reduction, so that no rank runs k-means while another runs a training step.
     """
     num_rows = valid.sum(-1).amin()
     if not sync or world_size() == 1:
@@ -86,14 +87,14 @@ def _ranks_agree(initted: Tensor, valid: Tensor, *, sync: bool) -> tuple[int, in
     return int(total), ready.index(1) if 0 < sum(ready) < len(ready) else None
 
 
-def _take_codes_(embed: Tensor, embed_avg: Tensor, cluster_size: Tensor, initted: Tensor, *, giver: int) -> None:
-    """Copy the codes of rank ``giver`` on ranks that are not initialised."""
+def _take_codes_(embed: Tensor, embed_avg: Tensor, cluster_size: Tensor, initted: Tensor, *, source: int) -> None:
+    """Copy the codes of rank ``source`` on ranks that are not initialised."""
     state = torch.cat((embed, embed_avg, cluster_size.unsqueeze(-1)), -1)
-    state = sum_over_ranks(state if dist.get_rank() == giver else torch.zeros_like(state), sync=True)
+    state = sum_over_ranks(state if dist.get_rank() == source else torch.zeros_like(state), sync=True)
     if bool(initted):
         return
     warnings.warn(
-        f"rank {dist.get_rank()} has no codes yet, as its `initted` says, and rank {giver} has: they are taken from "
+        f"rank {dist.get_rank()} has no codes yet, as its `initted` says, and rank {source} has: they are taken from "
         "there; load the same state on every rank",
         stacklevel=5,
     )
@@ -112,21 +113,9 @@ def statistics(rows: Tensor, indices: Tensor, codebook_size: int, *, sync: bool)
     return counts, sums
 
 
-def _run(
-    embed: Tensor,
-    embed_avg: Tensor,
-    cluster_size: Tensor,
-    initted: Tensor,
-    rows: Tensor,
-    valid: Tensor,
-    iterations: int,
-    eps: float,
-    cosine: bool,
-    sync: bool,
-) -> None:
-    if not init_by_kmeans_(
-        embed, embed_avg, cluster_size, initted, rows, valid, iterations=iterations, eps=eps, cosine=cosine, sync=sync
-    ):
+def _run(*args: Any) -> None:
+    *tensors, iterations, eps, cosine, sync = args
+    if not init_by_kmeans_(*tensors, iterations=iterations, eps=eps, cosine=cosine, sync=sync):
         raise RuntimeError(
             "under torch.compile the first batch must have a finite row that is kept"
             f"{' and is not 0' if cosine else ''}, got none"

@@ -15,8 +15,8 @@ from metarec_fast.ops.register import check_is_tensor, transformed
 def as_indices(indices: Any, name: str = "indices") -> Tensor:
     """Indices of any integer dtype as int64; -1 stands for none.
 
-    Raises TypeError for what is no tensor, and ValueError for what holds no integers or, on a CPU, numbers below -1,
-    which an integer dtype too small for the codebook makes.
+    Raises TypeError for what is no tensor, and ValueError for a dtype that is not integer or, on a CPU, for numbers
+    below -1, to which a dtype too small for the codebook wraps.
     """
     check_is_tensor(indices, name)
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
@@ -29,7 +29,7 @@ def as_indices(indices: Any, name: str = "indices") -> Tensor:
 
 
 def and_finite(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """``mask`` without the tokens that hold NaN or infinity, bool [...]."""
+    """``mask`` without the tokens with NaN or infinity, bool [...]."""
     finite = tokens.isfinite().all(-1)
     return finite if mask is None else finite & mask
 

@@ -24,9 +24,9 @@ _MESSAGE = (
 
 @dataclass
 class _Call:
-    """What the first pass of one call found, so that it can be repeated from there.
+    """State before the first pass of one call, from which the call can be repeated.
 
-    states: tensors and notes of each codebook before the call. sums: results of reductions over ranks.
+    states: tensors and host state of each codebook before the call. sums: results of reductions over ranks.
     """
 
     random: list[Tensor]
@@ -120,7 +120,7 @@ def before_moving(codebook: nn.Module) -> None:
 
 
 def summed(x: Tensor, reduce: Callable[[Tensor], Any]) -> Tensor:
-    """``reduce(x)``, which is in place; in a repetition what the first pass got, as other ranks may not repeat now."""
+    """``reduce(x)``, which is in place; in a repetition the first pass's result, as other ranks may not repeat now."""
     call = _local.call
     if call is not None and call.repeats:
         x.copy_(call.sums[call.next_sum])
@@ -162,8 +162,8 @@ def _region(hook: Callable) -> Any:
 
 
 def _copied(codebook: nn.Module) -> dict[str, Any]:
-    """Copies of the tensors of a codebook and its health, and its notes."""
-    copies: dict[str, Any] = {"notes": codebook.notes()}
+    """Copies of the tensors of a codebook and of its health, and its host state."""
+    copies: dict[str, Any] = {"host_state": codebook.host_state()}
     for part in (codebook, codebook.health):
         tensors = {**part._buffers, **part._parameters}
         copies[part._get_name()] = {name: _clone(value) for name, value in tensors.items()}
@@ -180,11 +180,11 @@ def _clone(value: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def _as_it_was(first: _Call) -> Iterator[None]:
-    """The codebooks in the state that the first pass found; what the repetition makes of it is thrown away."""
+    """Restore the codebooks to their state before the first pass, and undo afterwards what the repetition changed."""
     now = []
     for codebook, state in first.states.items():
-        now.append((codebook, codebook.notes()))
-        codebook.set_notes(state["notes"])
+        now.append((codebook, codebook.host_state()))
+        codebook.set_host_state(state["host_state"])
         for part in (codebook, codebook.health):
             for registry in (part._buffers, part._parameters):
                 now.append((registry, dict(registry)))
@@ -194,7 +194,7 @@ def _as_it_was(first: _Call) -> Iterator[None]:
         yield
     finally:
         for where, what in now:
-            where.set_notes(what) if isinstance(where, nn.Module) else where.update(what)
+            where.set_host_state(what) if isinstance(where, nn.Module) else where.update(what)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -28,7 +28,7 @@ _snapshot = define(
 class Chain(NamedTuple):
     """quantized: [1, N, D], the sum over levels. indices: int64 [L, N]. commitments: [L], before their weight.
 
-    inputs: what each level was given, [1, N, D] each, as it compares it; empty unless asked for.
+    inputs: each level's input, [1, N, D] each, as it is compared with the codes; empty unless keep_inputs.
     """
 
     quantized: Tensor
@@ -49,22 +49,22 @@ def residual_chain(
     """Quantize rows [1, N, D] by the first codebook, what it leaves by the next, and so on.
 
     keep: bool [N], rows that count; the others must be finite. gradient: how that of ``quantized`` goes to the rows,
-    None: not at all. update: move the codebooks. keep_inputs: return what the levels were given.
-    Between levels only the residual lives: backward finds it again from rows, indices and codes, so that memory does
+    None: not at all. update: move the codebooks. keep_inputs: return the levels' inputs.
+    Only the current residual is kept: backward recomputes the others from rows, indices and codes, so that memory does
     not grow by N x D with each level.
     """
     needs_grad = torch.is_grad_enabled() and rows.requires_grad and not leaves_python()
     cosine = codebooks[0].use_cosine_sim
     residual, total, codes = rows.detach(), None, None
     indices, commitments, inputs = [], [], []
-    tables, table_of_level = [], []  # codes as each level found them; levels may share a table
+    tables, table_of_level = [], []  # the codes before each level moved them; levels may share a table
     for level, codebook in enumerate(codebooks):
         if codes is not None:
             # in place where the memory is ours alone
             residual = residual - codes if total is None or keep_inputs else residual.sub_(codes)
             total = codes if total is None else total.add_(codes)
         compared = codebook.transform_input(residual)
-        codebook.start(compared, keep)
+        codebook.ensure_init_(compared, keep)
         embed = codebook.embed.detach()
         if needs_grad:
             stays = level and codebook is codebooks[level - 1] and not codebook.has_dead_code_replacement

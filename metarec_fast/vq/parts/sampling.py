@@ -10,7 +10,7 @@ from metarec_fast.vq.parts.recomputation import summed
 
 
 def world_size() -> int:
-    """Ranks that share the work; asked at each call, so a module may be built before the process group."""
+    """Number of ranks, read at each call: a module may be built before the process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -37,7 +37,7 @@ def draw_rows(rows: Tensor, valid: Tensor, vacant: Tensor, *, sync: bool = False
     """
     (H, N, D), K = rows.shape, vacant.shape[1]
     rank, world = (dist.get_rank(), world_size()) if sync and world_size() > 1 else (0, 1)
-    # One reduction agrees on the draws (a sum of uniforms modulo 1 is uniform) and tells every rank the counts.
+    # One reduction agrees on the draws (a sum of uniforms modulo 1 is uniform) and gives every rank the counts.
     shared = torch.zeros(H, K + 2 + world, dtype=torch.float64, device=rows.device)
     shared[:, : K + 2] = torch.rand(H, K + 2, dtype=torch.float64, device=rows.device)
     shared[:, K + 2 + rank] = valid.sum(-1).double()

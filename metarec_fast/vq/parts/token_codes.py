@@ -16,7 +16,7 @@ _PAIRWISE_EPS = 1e-6  # added to each difference, as torch.nn.functional.pairwis
 
 
 class TokenCodes:
-    """What ``CodeScores`` does, for codes [H, N, K, D] that the caller already holds."""
+    """What ``CodeScores`` does, for codes [H, N, K, D] that are materialised."""
 
     def __init__(self, rows: Tensor, codes: Tensor, *, cosine: bool) -> None:
         self.codes = F.normalize(codes, dim=-1, eps=1e-6) if cosine else codes
@@ -37,8 +37,8 @@ class TokenCodes:
         codes, at = self.codes.detach() if detach else self.codes, indices
         if indices.dim() == 2:
             at = indices.unsqueeze(-1)
-        found = codes.gather(2, at.unsqueeze(-1).expand(*at.shape, codes.shape[-1]))
-        return found if indices.dim() == 3 else found.squeeze(2)
+        chosen = codes.gather(2, at.unsqueeze(-1).expand(*at.shape, codes.shape[-1]))
+        return chosen if indices.dim() == 3 else chosen.squeeze(2)
 
     def nearest(self) -> Tensor:
         return self._exact_scores().argmax(-1)
@@ -78,7 +78,7 @@ def transformed_codes(
     Raises ValueError for another shape.
     """
     H, K, D = codes.shape
-    made = transform(codes.clone())  # its graph must not see the codes change in place
+    made = transform(codes.clone())  # a copy: the codes change in place before backward
     if made.dim() != 5 or made.shape[0] != H or made.shape[1] * made.shape[2] != rows or made.shape[3:] != (K, D):
         raise ValueError(
             f"codebook_transform_fn must return [{H}, B, N, {K}, {D}] with B * N = {rows}, got {tuple(made.shape)}"

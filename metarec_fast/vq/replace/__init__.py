@@ -38,7 +38,7 @@ def replace_vector_quantize(model: nn.Module, **overrides: Any) -> nn.Module:
         turned into a FastVQ.
     overrides: arguments of FastVQ in place of what a layer was built with, such as strict_upstream=True.
 
-    Each module stays the same object, so that whoever holds it goes on with the fast one, and an instance of its old
+    Each module stays the same object, so that every reference to it has the fast one, and an instance of its old
     class, for ``isinstance``. Settings, state_dict names, training mode of each part, requires_grad, device, dtype,
     projections, hooks, what is shared and other attributes stay; parameters stay the same objects, so that an
     optimizer made before goes on. Averages of half precision become float32. Ranks share statistics whenever
@@ -46,16 +46,16 @@ def replace_vector_quantize(model: nn.Module, **overrides: Any) -> nn.Module:
 
     Returns ``model``. Warns with the names of modules that stay as they are, and why (a derived class that overrides
     a method, a copy that computes something else), of what will train otherwise, and of bound methods of replaced
-    modules that are held somewhere. Raises ValueError if there is nothing to replace.
+    modules that are referenced somewhere. Raises ValueError if there is nothing to replace.
 
     >>> rvq = replace_vector_quantize(ResidualVQ(dim=64, num_quantizers=8, codebook_size=1024))
     """
-    found: dict[nn.Module, str] = {}
-    replaced = _replace(model, overrides, found, trusts_copies=False)
+    remarks: dict[nn.Module, str] = {}
+    replaced = _replace(model, overrides, remarks, trusts_copies=False)
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names.setdefault(module, repr(name) if name else "the model itself")
-    notes = [f"{names[module]} ({type(module).__name__}) {what}" for module, what in found.items()]
+    notes = [f"{names[module]} ({type(module).__name__}) {what}" for module, what in remarks.items()]
     if not replaced:
         seen = notes or [f"{name!r} looks like {what}, which takes a patch" for name, what in own_quantizers(model)]
         hint = f" to replace: {'; '.join(seen)}; see docs/guides/replace.md" if seen else ""
@@ -131,12 +131,12 @@ def _differs(module: nn.Module, overrides: dict[str, Any]) -> str | None:
     _replace(twin, overrides, notes, trusts_copies=True)
     if twin in notes:
         return notes[twin]
-    found = difference(copy.deepcopy(module), twin)
-    return None if found is None else f"a copy of the class, whose {found} differs from what the fast class computes"
+    what = difference(copy.deepcopy(module), twin)
+    return None if what is None else f"a copy of the class, whose {what} differs from what the fast class computes"
 
 
 def _bound_methods(replaced: set[nn.Module], names: dict[nn.Module, str]) -> list[str]:
-    """Where methods of the old classes are held: they would run old code on a new module."""
+    """References to methods of the old classes, which would run old code on a new module."""
     owners = {id(vars(m)): name for m, name in names.items()}
     notes = []
     for method in gc.get_referrers(*replaced):

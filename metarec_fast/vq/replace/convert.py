@@ -228,5 +228,5 @@ def converted_grouped(grouped: nn.Module) -> FastGroupedResidualVQ:
 
 def _common(layer: nn.Module) -> dict[str, Any]:
     own = ("codebook_size", "in_place_codebook_optimizer", "vq_bridge", "kmeans_init")
-    found = {name: value for name, value in settings_of(layer).items() if name not in own}
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
+    settings = {name: value for name, value in settings_of(layer).items() if name not in own}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in settings.items()}

@@ -1,9 +1,9 @@
-"""Which modules are a VectorQuantize, or a residual quantizer of them, whatever package holds the class."""
+"""Which modules are a VectorQuantize, or a residual quantizer of them, whatever package defines the class."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -29,26 +29,22 @@ def is_vector_quantize(module: nn.Module) -> bool:
 
 def is_residual(module: nn.Module) -> bool:
     """Whether ``module`` is built as ResidualVQ is: levels in ``layers``, of which dropout may leave out the last."""
-    layers = module._modules.get("layers")
-    return (
-        not isinstance(module, _FAST)
-        and isinstance(layers, nn.ModuleList)
-        and len(layers) > 0
-        and all(is_vector_quantize(layer) for layer in layers)
-        and hasattr(module, "num_quantizers")
-        and hasattr(module, "quantize_dropout")
-    )
+    return _is_list_of(is_vector_quantize, module, "layers", "num_quantizers", "quantize_dropout")
 
 
 def is_grouped(module: nn.Module) -> bool:
     """Whether ``module`` is built as GroupedResidualVQ is."""
-    rvqs = module._modules.get("rvqs")
+    return _is_list_of(is_residual, module, "rvqs", "groups")
+
+
+def _is_list_of(kind: Callable[[nn.Module], bool], module: nn.Module, name: str, *attributes: str) -> bool:
+    parts = module._modules.get(name)
     return (
         not isinstance(module, _FAST)
-        and isinstance(rvqs, nn.ModuleList)
-        and len(rvqs) > 0
-        and all(is_residual(rvq) for rvq in rvqs)
-        and hasattr(module, "groups")
+        and isinstance(parts, nn.ModuleList)
+        and len(parts) > 0
+        and all(map(kind, parts))
+        and all(hasattr(module, attribute) for attribute in attributes)
     )
 
 

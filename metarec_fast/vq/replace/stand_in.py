@@ -58,16 +58,16 @@ def stand_in_class(
         "loss_has_axis": loss_has_axis,
     }
     for name in dir(replaced_class):
-        found = inspect.getattr_static(replaced_class, name)
-        if isinstance(found, property) and not hasattr(fast_class, name):
-            members[name] = _Yielding(found)
+        attribute = inspect.getattr_static(replaced_class, name)
+        if isinstance(attribute, property) and not hasattr(fast_class, name):
+            members[name] = _Fallback(attribute)
     if loss_has_axis:
         members["forward"] = _with_loss_axis(fast_class.forward)
     return type(fast_class.__name__, (StandIn, fast_class, replaced_class), members)
 
 
-class _Yielding:
-    """A property of the replaced class that gives way to an attribute of the fast module."""
+class _Fallback:
+    """A property of the replaced class, unless the fast module has an attribute of its name."""
 
     def __init__(self, replaced: property) -> None:
         self.replaced = replaced
@@ -86,9 +86,9 @@ def _with_loss_axis(forward: Callable) -> Callable:
 
 
 def become(old: nn.Module, new: nn.Module, *, loss_has_axis: bool = False) -> None:
-    """Make ``old`` what ``new`` is, as the same object, so that whoever holds it goes on with the new module.
+    """Make ``old`` what ``new`` is, as the same object, so that every reference to it has the new module.
 
-    Hooks stay, with their handles, and so does what the old one holds under names that the new one does not use.
+    Hooks stay, with their handles, and so do attributes of the old one whose names the new one does not use.
     loss_has_axis: return losses with a first dimension of 1.
     """
     before, now = old.__dict__, new.__dict__

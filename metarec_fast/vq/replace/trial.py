@@ -15,14 +15,14 @@ def difference(old: nn.Module, new: nn.Module) -> str | None:
 
     None if nothing. Both modules are changed by it: pass copies. Training is tried where it draws nothing at random.
     """
-    found = None
+    what = None
     with torch.random.fork_rng(devices=()):
         for seed in range(_TRIES):
             torch.manual_seed(seed)
-            found = _difference(old, new)
-            if found is None:
+            what = _difference(old, new)
+            if what is None:
                 return None
-    return found
+    return what
 
 
 def _difference(old: nn.Module, new: nn.Module) -> str | None:

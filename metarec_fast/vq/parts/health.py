@@ -52,7 +52,7 @@ _record_ = define(
 
 
 class Health(nn.Module):
-    """What the last training pass found, in buffers that no checkpoint holds; summed up on demand.
+    """Statistics of the last training pass, in buffers that are in no checkpoint; summarised on demand.
 
     counts: float32 [H, K], how often each code was chosen. dead: bool [H, K], codes out of use. margin: float32 [H] and
     recheck_rate: float32 [], see CodebookHealth.
@@ -71,7 +71,7 @@ class Health(nn.Module):
         self.reset()
 
     def reset(self, device: torch.device | None = None) -> None:
-        """Forget the last pass. device: where to be from now on, None: where the module is."""
+        """Clear the statistics. device: the buffers' new device, None: the present one."""
         for name, value in (("counts", 0), ("dead", False), ("margin", torch.nan), ("recheck_rate", torch.nan)):
             setattr(self, name, torch.full_like(getattr(self, name), value, device=device))
 
@@ -79,11 +79,11 @@ class Health(nn.Module):
         was_meta = self.counts.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.counts.is_meta:
-            self.reset()  # to_empty leaves what memory held
+            self.reset()  # to_empty leaves them uninitialised
         return self
 
     def record(self, counts: Tensor, dead: Tensor, *, moves: bool) -> None:
-        """Take in the statistics of one pass. moves: which moves the codes."""
+        """Store the statistics of one pass. moves: whether that pass moves the codes."""
         _record_(self.counts, self.dead, counts, dead, moves)
 
     def record_lookup(self, lookup: LookupHealth, rows: int, *, moves: bool) -> None:
