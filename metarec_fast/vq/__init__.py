@@ -1,4 +1,4 @@
-"""Vector quantization: the module FastVQ, what is built from it, its parts as functions, and the proof of its codes."""
+"""Vector quantization: FastVQ, residual quantizers, the functional form, and the verification of codes."""
 
 from metarec_fast.ops.gradient_estimators import rotate_to, straight_through
 from metarec_fast.vq.assignments import AssignmentStats, CodebookAssignments

@@ -34,7 +34,7 @@ class LossBreakdown(NamedTuple):
 
 
 class FastVQ(nn.Module):
-    """Replace vectors by their nearest codes of a codebook that learns; a drop-in for ``VectorQuantize``.
+    """Replace vectors by the nearest codes of a learned codebook; a drop-in for ``VectorQuantize``.
 
     Constructor, call, results and state_dict are those of vector_quantize_pytorch.VectorQuantize 1.32; checkpoints
     load in both directions. Indices are exact (lowest index at the least real distance of the float32 values, for
@@ -47,36 +47,36 @@ class FastVQ(nn.Module):
         norm if layernorm_after_project_in.
     decay, eps: of the moving averages that set the codes (arXiv 1711.00937, appendix A.1).
     kmeans_init, kmeans_iters, sync_kmeans: initialise the codes by k-means on the first batch (of all ranks).
-    use_cosine_sim: give rows, made length 1, the code of largest product, whatever the lengths of the codes as they are
-        stored; a row of zeros has code 0. threshold_ema_dead_code: replace codes used less than this by rows of the
-        batch.
+    use_cosine_sim: normalise rows to length 1 and choose the code of largest inner product, codes as they are stored;
+        a row of zeros has code 0.
+    threshold_ema_dead_code: replace codes with a smaller ``cluster_size`` by rows of the batch.
     channel_last, accept_image_fmap, accept_3d_fmap: form of the input, see ``forward``.
     commitment_weight: of the mean squared distance between vector and code, or with
         commitment_use_cross_entropy_loss of the cross-entropy of the code under the softmax of minus the distances.
-    codebook_weight: with a learnable codebook, of the distance as it pulls the codes, commitment_weight then being of
-        the distance as it pulls the vectors: commitment_weight * |x - sg(c)|^2 + codebook_weight * |sg(x) - c|^2.
-        None: commitment_weight pulls both.
-    orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of the codes' non-orthogonality.
+    codebook_weight: with a learnable codebook, the loss is commitment_weight * |x - sg(c)|^2 + codebook_weight *
+        |sg(x) - c|^2, sg: stop-gradient. None: commitment_weight * |x - c|^2.
+    orthogonal_reg_weight, orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: of the mean squared cosine
+        between codes.
     codebook_diversity_loss_weight, codebook_diversity_temperature: of minus the entropy of the mean soft assignment.
     stochastic_sample_codes, sample_codebook_temp: in training, draw codes by softmax(-distance / temperature).
-    straight_through, rotation_trick, directional_reparam: how the gradient passes; rotation is the default for
-        dim > 1. With straight_through and route_gradients_to_input=False it passes through the softmax above;
+    straight_through, rotation_trick, directional_reparam: estimator of the gradient; rotation is the default for
+        dim > 1. With straight_through and route_gradients_to_input=False the gradient is that of the softmax above;
         directional_reparam steps towards the code in a direction with noise of directional_reparam_variance.
     sync_codebook: sum statistics over ranks; None: whenever torch.distributed is running at the call.
-    ema_update, manual_ema_update, learnable_codebook: averages move the codes; only on ``_codebook.update_ema()``; or
-        the codes are a Parameter that the commitment loss pulls. learnable_codebook=True needs ema_update=False; both
-        are so by default with directional_reparam or vq_bridge.
-    vq_bridge: a module from the codes [H, K, D] to the codes that rows are compared with.
+    ema_update, manual_ema_update, learnable_codebook: the codes are set by moving averages; by these only on
+        ``_codebook.update_ema()``; or they are a Parameter with a gradient from the commitment loss.
+        learnable_codebook=True needs ema_update=False; both are so by default with directional_reparam or vq_bridge.
+    vq_bridge: a module applied to the codes [H, K, D] before rows are compared with them.
     in_place_codebook_optimizer, manual_in_place_optimizer_update: a function from parameters to an optimizer that
         moves the codes within the call; or only on ``update_in_place_optimizer()``.
-    affine_param, affine_param_batch_decay, affine_param_codebook_decay, sync_affine_param: carry the codes along with
-        mean and variance of the input, which it follows at every call, in eval too; see ``AffineCodebook``.
+    affine_param, affine_param_batch_decay, affine_param_codebook_decay, sync_affine_param: shift and scale the codes to
+        the running mean and variance of the input, updated at every call, in eval too; see ``AffineCodebook``.
     sync_update_v: between 0 and 1, lets the gradient of the output reach a learnable codebook (vqtorch's rule).
     freeze_codebook, return_zeros_for_masked_padding, route_gradients_to_input: as named.
-    strict_upstream: reproduce what VectorQuantize 1.32 does against expectation and someone may have come to rely on.
+    strict_upstream: reproduce defects of VectorQuantize 1.32 on which existing code may depend.
         False, and what True does instead:
         - a code that no row chooses stays where it is once its cluster_size is below 100 * eps;
-          True: it shrinks to the origin, as the smoothing by eps has it.
+          True: the smoothing by eps shrinks it to the origin.
         - with mask and use_cosine_sim the commitment loss compares directions, as it does without a mask;
           True: it compares the input's own length with the code, where neither heads nor projections are.
         - forward(indices=...) returns codes in the form of x, and a mask leaves tokens out of the cross-entropy;

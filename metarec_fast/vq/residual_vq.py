@@ -37,12 +37,12 @@ class FastResidualVQ(nn.Module):
     codebook_size: codes per level, one number or a tuple of L.
     codebook_dim: width of a code (default dim); linear projections are added if it differs.
     shared_codebook: one codebook for all levels; its codes move once a step, after the last level.
-    quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of: in training, end at a random level
-        from the cutoff on, rounded up so that a multiple of levels is in use.
+    quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of: in training, stop after a random
+        level from the cutoff on, rounded up to a multiple of levels.
     accept_image_fmap: x is [B, dim, H, W].
     quant_grad_frac: share of the gradient that passes through what a level subtracts to the levels before it.
     diveq: learn the codes by a noisy step from x towards the sum of its codes (openreview KRVnpTbx7R).
-    implicit_neural_codebook, mlp_kwargs: codes of later levels follow from what is quantized so far, see
+    implicit_neural_codebook, mlp_kwargs: codes of later levels depend on what is quantized so far, see
         ``ImplicitCodebook``; takes N x K x dim memory.
     beam_size, eval_beam_size, beam_score_quantizer_weights: keep this many candidates through the levels, and return
         the one of least weighted sum of errors.
@@ -159,7 +159,7 @@ class FastResidualVQ(nn.Module):
 
     @property
     def vq_is_ema_updating(self) -> bool:
-        """Whether averages move the codes."""
+        """Whether moving averages set the codes."""
         return self.layers[0].ema_update
 
     @property

@@ -1,4 +1,4 @@
-"""A codebook that is carried along with the mean and variance of its input."""
+"""A codebook that is shifted and scaled to the mean and variance of its input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AffineCodebook(Codebook):
 
     Keeps moving averages [H, 1, D] of both: of the codes in training, of the input at every call, as VectorQuantize
     does. ``batch_mean`` and ``batch_variance`` are NaN, and in no checkpoint, before the first call. A traced or
-    exported program keeps nothing: each of its calls follows the averages as they were. Source: arXiv 2305.08842,
+    exported program stores nothing: each of its calls starts from the averages at export. Source: arXiv 2305.08842,
     section 4.1.
     """
 

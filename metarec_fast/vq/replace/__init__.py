@@ -33,19 +33,19 @@ def replace_vector_quantize(model: nn.Module, **overrides: Any) -> nn.Module:
     """Turn every ``VectorQuantize``, ``ResidualVQ`` and ``GroupedResidualVQ`` inside ``model`` into its fast class.
 
     model: any module, changed in place. Classes are those of vector_quantize_pytorch from 0.10 on, classes derived
-        from them that add to them, and copies of them in other packages, which are tried beside their replacement on
-        random rows first. Inside other composites (RandomProjectionQuantizer, HierarchicalVQ) each VectorQuantize is
-        turned into a FastVQ.
+        from them that only add to them, and copies of them in other packages, which are first compared with their
+        replacement on random rows. Inside other composites (RandomProjectionQuantizer, HierarchicalVQ) each
+        VectorQuantize is turned into a FastVQ.
     overrides: arguments of FastVQ in place of what a layer was built with, such as strict_upstream=True.
 
     Each module stays the same object, so that every reference to it has the fast one, and an instance of its old
     class, for ``isinstance``. Settings, state_dict names, training mode of each part, requires_grad, device, dtype,
-    projections, hooks, what is shared and other attributes stay; parameters stay the same objects, so that an
-    optimizer made before goes on. Averages of half precision become float32. Ranks share statistics whenever
+    projections, hooks, sharing and other attributes stay; parameters stay the same objects, so that an existing
+    optimizer still updates them. Averages of half precision become float32. Ranks share statistics whenever
     torch.distributed is running, unless sync_codebook=False is given.
 
-    Returns ``model``. Warns with the names of modules that stay as they are, and why (a derived class that overrides
-    a method, a copy that computes something else), of what will train otherwise, and of bound methods of replaced
+    Returns ``model``. Warns with the names of modules that are not replaced, and why (a derived class that overrides a
+    method, a copy that computes something else), of those that will train otherwise, and of bound methods of replaced
     modules that are referenced somewhere. Raises ValueError if there is nothing to replace.
 
     >>> rvq = replace_vector_quantize(ResidualVQ(dim=64, num_quantizers=8, codebook_size=1024))

@@ -1,4 +1,4 @@
-"""Two quantizers beside each other on random rows: does one compute what the other does?"""
+"""Comparison of two quantizers on random rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _TRIES = 3  # rows near to a tie may decide otherwise: one agreement of several 
 
 
 def difference(old: nn.Module, new: nn.Module) -> str | None:
-    """What ``new`` computes otherwise than ``old``: its results in eval mode, or what a step of training does.
+    """The first result in which ``new`` differs from ``old``, in eval mode or after a training step, or None.
 
-    None if nothing. Both modules are changed by it: pass copies. Training is tried where it draws nothing at random.
+    Changes both modules: pass copies. Training is compared only where it draws nothing at random.
     """
     what = None
     with torch.random.fork_rng(devices=()):
