@@ -44,8 +44,8 @@ def check_packed(data, users, offsets, *parts):
     check_windows(data, users, list(zip(*(np.split(np.asarray(p).ravel(), offsets[1:-1]) for p in parts), strict=True)))
 
 
-def check_padded(data, users, parts, real):
-    check_windows(data, users, [tuple(p[b][real[b]] for p in parts) for b in range(len(users))])
+def check_padded(data, users, parts, valid):
+    check_windows(data, users, [tuple(p[b][valid[b]] for p in parts) for b in range(len(users))])
 
 
 def public_loop(domains):

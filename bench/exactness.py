@@ -453,10 +453,10 @@ def run_backend(backend: str, families: list[str], seed: int, rows: int) -> dict
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         raise RuntimeError(f"{backend}: the process failed\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
-    answer = json.loads(run.stdout.splitlines()[-1])
-    if backend != INTERPRETER and answer["isa"] != backend:
-        raise RuntimeError(f"asked for {backend}, the operators ran on {answer['isa']}")
-    return answer["families"]
+    result = json.loads(run.stdout.splitlines()[-1])
+    if backend != INTERPRETER and result["isa"] != backend:
+        raise RuntimeError(f"asked for {backend}, the operators ran on {result['isa']}")
+    return result["families"]
 
 
 def totals(found: dict[str, dict]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What bench/gpu_kernels.py times: a case, and the rates of the card that its floor is counted by."""
+"""What bench/gpu_kernels.py times: a case, and the rates of the card that its roofline is computed from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Rates(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is timed against what: names of the row, calls with ours first, check of ours, floor in milliseconds."""
+    """What is timed against what: names of the row, calls with ours first, check of ours, the least time in ms."""
 
     names: dict[str, str]
     providers: Iterator[tuple[str, Callable[[], Any]]]
     check: Callable[[Any], None]
-    floor: float
+    roofline_ms: float

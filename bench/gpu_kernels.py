@@ -1,10 +1,10 @@
-"""Times the Triton kernels and the outer step on a CUDA card, against torch code and against the card's own floor.
+"""Times the Triton kernels and the outer step on a CUDA card, against torch code and against the card's roofline.
 
     python bench/gpu_kernels.py [--out bench/results] [--only SUBSTRING]
     python bench/gpu_kernels.py --dry-run       # no card: the same checks, tiny, on the CPU; nothing is written, and
                                                 # what is captured in a graph there runs without one
 
-Every result is checked before it is timed. The floor is the larger of two times: each input read and each output
+Every result is checked before it is timed. The roofline is the larger of two times: each input read and each output
 written once at the card's copy bandwidth, and the products at its matrix rate (three float16 products for a float32
 lookup, one for a half type; for target_ranks those of float32 itself).
 For linear_cross_entropy and the outer step it is three TF32 products for each of float32: logits and both gradients,
@@ -41,7 +41,7 @@ COLUMNS = (
     "p20",
     "p80",
     "ratio",
-    "of_floor",
+    "of_roofline",
     "device",
     "torch",
     "triton",
@@ -287,7 +287,7 @@ def run(device: str, only: str) -> Iterator[dict[str, str]]:
                 if device == "cuda":
                     torch.cuda.empty_cache()
             ours = ours or ms
-            times = {"ms": ms, "p20": p20, "p80": p80, "ratio": ms / ours, "of_floor": case.floor / ms}
+            times = {"ms": ms, "p20": p20, "p80": p80, "ratio": ms / ours, "of_roofline": case.roofline_ms / ms}
             yield row | {name: f"{value:.4g}" for name, value in times.items()}
 
 

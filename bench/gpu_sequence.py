@@ -106,8 +106,10 @@ def scan_cases(device: str, wanted: Wanted, rates: Rates) -> Iterator[Case]:
 
         for names, providers, right, passes in zip(rows, (forward, backward), expected, (2, 3), strict=True):
             if wanted(names):
-                floor = 1e3 * passes * T * 2 * D * 4 / rates.copy
-                yield Case(names, providers(), lambda found, right=right: close(found, right, tolerance=1e-5), floor)
+                roofline_ms = 1e3 * passes * T * 2 * D * 4 / rates.copy
+                yield Case(
+                    names, providers(), lambda found, right=right: close(found, right, tolerance=1e-5), roofline_ms
+                )
 
 
 def cross_entropy_cases(device: str, wanted: Wanted, rates: Rates) -> Iterator[Case]:
@@ -147,8 +149,8 @@ def cross_entropy_cases(device: str, wanted: Wanted, rates: Rates) -> Iterator[C
             close(found, (total, grads), tolerance=1e-4)
 
         moved = 4 * (2 * T * D + 2 * V * (D + 1) + 3 * T)
-        floor = 1e3 * max(moved / rates.copy, 3 * 3 * 2.0 * T * V * D / rates.tf32)
-        yield Case(names, providers(), check, floor)
+        roofline_ms = 1e3 * max(moved / rates.copy, 3 * 3 * 2.0 * T * V * D / rates.tf32)
+        yield Case(names, providers(), check, roofline_ms)
 
 
 def outer_step_cases(device: str, wanted: Wanted, rates: Rates) -> Iterator[Case]:
@@ -213,10 +215,10 @@ def outer_step_cases(device: str, wanted: Wanted, rates: Rates) -> Iterator[Case
     weights = sum(p.numel() for name, p in shared.items() if name.startswith("encoder") and p.dim() == 2)
     products = sum(6.0 * positions[n] * (D * bench_meta.SHAPES[n][1] + weights) for n in passes)
     moved = 4.0 * sum(2 * D * bench_meta.SHAPES[n][1] for n in passes)
-    floor = 1e3 * max(moved / rates.copy, 3 * products / rates.tf32)
+    roofline_ms = 1e3 * max(moved / rates.copy, 3 * products / rates.tf32)
     for order, names in rows.items():
         if wanted(names):
-            yield Case(names, providers(order), lambda found, order=order: check(found, order), floor)
+            yield Case(names, providers(order), lambda found, order=order: check(found, order), roofline_ms)
 
 
 def cases(device: str, only: str, rates: Rates) -> Iterator[Case]:

@@ -105,12 +105,12 @@ def main() -> int:
     for gradient in args.gradient:
         for N, D, K, _ in SHAPES:
             ours, theirs = (measured(module, gradient, N, D, K) for module in MODULES)
-            holds = ours <= limit(N, D, K)
-            within &= holds
+            fits = ours <= limit(N, D, K)
+            within &= fits
             sizes = [f"{size / MIB:.1f}" for size in (3 * N * D * 4, limit(N, D, K), ours)]
             lines.append(
                 f"| {gradient} | {N} x {D} x {K} | {' | '.join(sizes)} | {ours / (3 * N * D * 4):.2f} | "
-                f"{'yes' if holds else '**no**'} | {theirs / MIB:.1f} |"
+                f"{'yes' if fits else '**no**'} | {theirs / MIB:.1f} |"
             )
             print(lines[-1], flush=True)
     device = device_name("cpu")

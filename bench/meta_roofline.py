@@ -1,8 +1,8 @@
-"""The floor of a first-order outer step, and the fraction of it that bench_meta's world reaches.
+"""The roofline of a first-order outer step, and the fraction of it that bench_meta's world reaches.
 
     python bench/meta_roofline.py [--threads 1]
 
-The floor is what no arrangement can leave out: the multiply-adds of the losses (logits, and the gradients of states
+The roofline is what no arrangement can leave out: the multiply-adds of the losses (logits, and the gradients of states
 and table) and of the encoder's products (forward and two gradients), at the processor's measured peak; the distances
 to all codes; and an exponential a logit, as the eight multiply-adds that range reduction and a polynomial of float32's
 precision take. Time is that of the process on all its threads over their number, so that a busy machine does not count
@@ -58,7 +58,7 @@ def main() -> None:
     multiply_adds = 3 * D * logits + encoder + distances
 
     peak = measured_peak(1).flops / 2  # multiply-adds a second
-    floor = (multiply_adds + EXPONENTIAL * logits) / peak
+    roofline = (multiply_adds + EXPONENTIAL * logits) / peak
 
     given = [Source(n, private[n], [batches[n]]) for n in sources]
     config = MetaConfig(similarity_decay=0.0)
@@ -71,8 +71,8 @@ def main() -> None:
     print(f"losses      {6e-9 * D * logits:6.1f} GFLOP, {1e-6 * logits:.0f} million exponentials")
     print(f"encoder     {2e-9 * encoder:6.1f} GFLOP, distances to codes {2e-9 * distances:.1f} GFLOP")
     print(f"processor   {2e-9 * peak:6.0f} GFLOP/s a thread")
-    print(f"floor       {1e3 * floor / threads:6.0f} ms on {threads} thread(s)")
-    print(f"outer step  {1e3 * taken / threads:6.0f} ms, {100 * floor / taken:.0f} % of the floor's speed")
+    print(f"roofline    {1e3 * roofline / threads:6.0f} ms on {threads} thread(s)")
+    print(f"outer step  {1e3 * taken / threads:6.0f} ms, {100 * roofline / taken:.0f} % of the roofline")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ WORDS = {
     "batch": "windows in a batch",
 }
 COLUMNS = ("axis", "value", "positions", "ms", "p5", "p95", "rounds", "extra_mib", "exponent", "memory_exponent")
-FACTS = ("order", "threads", "device", "versions", "commit")
+ENVIRONMENT = ("order", "threads", "device", "versions", "commit")
 
 
 def mean_length(length: int) -> float:
@@ -121,10 +121,10 @@ class Process:
 
     def __init__(self, size: dict[str, int], order: int) -> None:
         # freed blocks go back at once, so that none hides in the next step's peak
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        about = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         command = [sys.executable, __file__, "--worker", json.dumps(size), "--order", str(order)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=about, cwd=ROOT
         )
         self.positions = self._read()
 
@@ -243,18 +243,18 @@ def main() -> None:
 
     from bench.machine import RESULTS, commit, device_name, slug, versions
 
-    facts = {"order": args.order, "threads": torch.get_num_threads(), "device": device_name("cpu")}
-    facts |= {"versions": versions(), "commit": commit()}
+    about = {"order": args.order, "threads": torch.get_num_threads(), "device": device_name("cpu")}
+    about |= {"versions": versions(), "commit": commit()}
     rows = []
     for axis, values in (QUICK if args.quick else AXES).items():
         rows += measure(axis, values, rounds=args.rounds, order=args.order)
-    table = (args.out or RESULTS) / f"scaling-{slug(facts['device'])}.csv"
+    table = (args.out or RESULTS) / f"scaling-{slug(about['device'])}.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, (*COLUMNS, *FACTS), lineterminator="\n")
+        writer = csv.DictWriter(file, (*COLUMNS, *ENVIRONMENT), lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} | facts)
-    caption = f"Outer step, order {args.order}, {facts['device']}, {facts['threads']} threads, commit {facts['commit']}"
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} | about)
+    caption = f"Outer step, order {args.order}, {about['device']}, {about['threads']} threads, commit {about['commit']}"
     ((args.out or ROOT / "docs") / "scaling.svg").write_text(svg(rows, caption), encoding="utf-8")
 
 

@@ -82,7 +82,7 @@ def _watched(
 
             reporter = own = stack.enter_context(ConsoleReporter(console=plain_console(stderr=True)))
             own.begin(what)
-            own.tell(f"{what}: " + "\n     ".join(domain.summary() for domain in domains))
+            own.note(f"{what}: " + "\n     ".join(domain.summary() for domain in domains))
         stack.enter_context(stop)
         try:
             yield reporter, lambda: should_stop() or stop()
@@ -98,7 +98,7 @@ def _watched(
             raise KeyboardInterrupt(f"{what} had come to its end{where}")
         if own is not None:
             where = "" if run_dir is None else f", kept in {printable(run_dir)}"
-            own.tell(f"{what}: {time.perf_counter() - started:.0f} s{where}")
+            own.note(f"{what}: {time.perf_counter() - started:.0f} s{where}")
 
 
 class MetaRec:

@@ -66,8 +66,8 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
 
 
-def items_of(answers):
-    return [[item for item, _ in answer] for answer in answers]
+def items_of(recommended):
+    return [[item for item, _ in answer] for answer in recommended]
 
 
 def test_a_saved_model_is_the_model(fitted, saved):
@@ -133,14 +133,14 @@ def test_a_cut_file_is_refused(copy, name):
     ("other", "message"), [(99, "format 99, this version reads 5: a newer"), (4, "format 4, .* reads 5: train again")]
 )
 def test_another_format_is_refused(copy, other, message):
-    facts = json.loads((copy / "metarec.json").read_text())
-    facts["config"]["meta"]["fd_epsilon"] = 5e-3  # an option that format 4 had: its format is named, not the option
-    (copy / "metarec.json").write_text(json.dumps({**facts, "format": other}))
+    manifest = json.loads((copy / "metarec.json").read_text())
+    manifest["config"]["meta"]["fd_epsilon"] = 5e-3  # an option that format 4 had: its format is named, not the option
+    (copy / "metarec.json").write_text(json.dumps({**manifest, "format": other}))
     with pytest.raises(ValueError, match=message):
         MetaRec.from_pretrained(copy)
 
 
-def test_saving_over_a_model_is_asked_for(fitted, with_transitions, copy):
+def test_saving_over_a_model_is_requested(fitted, with_transitions, copy):
     reported = r"holds a saved model already; .*overwrite=True.*target 'target', method (metarec|target_only), saved 20"
     with pytest.raises(ValueError, match=reported):
         with_transitions.save_pretrained(copy)
@@ -192,8 +192,8 @@ def test_every_malformed_field_is_named_and_nothing_is_allocated_for_it(copy):
     path = copy / "metarec.json"
     whole = json.loads(path.read_text())
 
-    def refused(facts, name):
-        path.write_bytes(sealed({key: value for key, value in facts.items() if key != "checksum"}))
+    def refused(manifest, name):
+        path.write_bytes(sealed({key: value for key, value in manifest.items() if key != "checksum"}))
         with pytest.raises(ValueError, match=rf"(?s)damaged: metarec\.json.*{name}"):
             MetaRec.from_pretrained(copy)
 
@@ -216,10 +216,10 @@ def test_every_malformed_field_is_named_and_nothing_is_allocated_for_it(copy):
 @pytest.mark.parametrize("option", ["dim", "layers", "codebook_heads", "codebook_size", "max_length"])
 def test_absurd_sizes_are_refused_before_they_are_allocated(copy, option):
     path = copy / "metarec.json"
-    facts = json.loads(path.read_text())
-    facts["config"]["model"] |= {"encoder": "sasrec", option: 10**9}
-    del facts["checksum"]
-    path.write_bytes(sealed(facts))
+    manifest = json.loads(path.read_text())
+    manifest["config"]["model"] |= {"encoder": "sasrec", option: 10**9}
+    del manifest["checksum"]
+    path.write_bytes(sealed(manifest))
     started = time.monotonic()
     with pytest.raises(ValueError, match="is damaged"):
         MetaRec.from_pretrained(copy)
@@ -259,11 +259,11 @@ def test_no_changed_byte_goes_unnoticed(copy):
 
 def test_recommendations_are_the_best_scores_of_the_catalogue(fitted):
     users = ["target-u3", "target-u0"]
-    answers = fitted.recommend(users, k=7, exclude_seen=False)
+    recommended = fitted.recommend(users, k=7, exclude_seen=False)
     rows = [TARGET.sequences[3], TARGET.sequences[0]]
     read = Sequences(np.cumsum([0, *map(len, rows)]), np.concatenate(rows).astype(np.int64), TARGET.num_items)
     scores = fitted.scorer().prepare(read)(0, TARGET.num_items)
-    for answer, row in zip(answers, scores, strict=True):
+    for answer, row in zip(recommended, scores, strict=True):
         best = row.topk(7)
         assert [s for _, s in answer] == best.values.tolist()
         assert [row[TARGET.items.encode([item])[0]].item() for item, _ in answer] == best.values.tolist()
@@ -336,14 +336,14 @@ def test_with_all_items_validation_chooses_among_all_of_them():
 def test_users_are_read_a_batch_at_a_time(fitted, monkeypatch):
     users = list(TARGET.users)
     together = fitted.recommend(users, k=5)
-    asked = []
+    queries = []
     scorer = fitted.scorer()
     prepare = scorer.prepare
-    monkeypatch.setattr(scorer, "prepare", lambda histories: asked.append(len(histories)) or prepare(histories))
+    monkeypatch.setattr(scorer, "prepare", lambda histories: queries.append(len(histories)) or prepare(histories))
     monkeypatch.setattr(fitted, "scorer", lambda: scorer)
     monkeypatch.setattr(api, "top_k_items", partial(top_k_items, batch_size=9))
     apart = fitted.recommend(users, k=5)
-    assert asked == [9, 9, 9, 9, 4]
+    assert queries == [9, 9, 9, 9, 4]
     assert items_of(apart) == items_of(together)
     for ours, theirs in zip(apart, together, strict=True):
         assert [s for _, s in ours] == pytest.approx([s for _, s in theirs], rel=1e-6)
@@ -401,12 +401,12 @@ def test_an_empty_history_is_answered_by_bias_beside_transitions(with_transition
     assert items_of(fitted.recommend(histories=[history], k=3))[0] == items_of(beside)[0]
 
 
-def test_nobody_asked(fitted):
+def test_no_query(fitted):
     assert fitted.recommend(users=[]) == []
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("queries", "message"),
     [
         ({"users": ["nobody"]}, "unknown id 'nobody'"),
         ({"histories": [["target-i0", "source0-i0"]]}, "unknown id 'source0-i0'"),
@@ -417,9 +417,9 @@ def test_nobody_asked(fitted):
     ],
     ids=str,
 )
-def test_recommend_says_what_is_wrong(fitted, asked, message):
+def test_recommend_says_what_is_wrong(fitted, queries, message):
     with pytest.raises(ValueError, match=message):
-        fitted.recommend(**asked)
+        fitted.recommend(**queries)
 
 
 def test_integer_ids_come_back_as_integers():
@@ -457,10 +457,10 @@ def test_the_mixture_says_what_it_was_made_by(fitted):
     ("fitted_weights", "weights"), [((0.5, 0.0), (1.0, 0.0)), ((0.0, 0.7), (0.0, 1.0)), ((0.6, 2.0), (0.3, 1.0))]
 )
 def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitted_weights, weights, monkeypatch):
-    asked = []
+    queries = []
 
-    def fit(questions, *, catalogue):
-        asked.extend(questions)
+    def fit(scored_cases, *, catalogue):
+        queries.extend(scored_cases)
         return FittedMixture(*fitted_weights, 1.0, 2.0)
 
     monkeypatch.setattr(api, "fit_mixture", fit)
@@ -470,10 +470,10 @@ def test_scores_are_mixed_as_fitted_on_users_whom_the_statistics_leave_out(fitte
     parts = (ModelScorer(model.model, TARGET.name), model.cooccurrence)
     expected = sum(w * part.prepare(histories)(0, N) for w, part in zip(weights, parts, strict=True))
     torch.testing.assert_close(model.scorer().prepare(histories)(0, N), expected, rtol=1e-5, atol=1e-5)
-    users = np.concatenate([cases.users for _, cases in asked])
+    users = np.concatenate([cases.users for _, cases in queries])
     assert sorted(users) == sorted(model.split.valid.users)
-    events = sum(int(scorer.cooccurrence.statistics.counts.sum()) for scorer, _ in asked)
-    assert events == (len(asked) - 1) * len(model.split.train.items)  # each fold is left out by one
+    events = sum(int(scorer.cooccurrence.statistics.counts.sum()) for scorer, _ in queries)
+    assert events == (len(queries) - 1) * len(model.split.train.items)  # each fold is left out by one
 
 
 def test_the_weight_of_cooccurrence_is_the_best_on_validation(with_transitions):
@@ -579,7 +579,7 @@ class Recorder:
     def begin(self, title):
         self.begun.append(title)
 
-    def step(self, stage, step, total, facts):
+    def step(self, stage, step, total, manifest):
         self.steps.append((len(self.begun), stage))
 
     def evaluation(self, *_): ...
@@ -883,10 +883,10 @@ def test_threads_are_set():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_device_that_is_not_there_is_said_at_once():
-    asked = config(train={"device": "cuda"})
+    queries = config(train={"device": "cuda"})
     for call in (MetaRec.fit, compare):
         with pytest.raises(ValueError, match="'cuda', and no CUDA device is available; use 'cpu'"):
-            call(DOMAINS.sources, DOMAINS.target, config=asked)
+            call(DOMAINS.sources, DOMAINS.target, config=queries)
 
 
 @pytest.mark.parametrize(
@@ -982,14 +982,14 @@ def test_unknown_ids_can_be_skipped_and_the_others_answered(fitted):
 
     known = fitted.domain.users.decode([3, 5])
     with pytest.warns(RuntimeWarning, match=r"unknown id 'x' at users\[1\]: left out"):
-        answers = fitted.recommend([known[0], "x", known[1]], k=3, on_unknown="skip")
-    assert answers[1] == []
-    assert all(map(same, [answers[0], answers[2]], fitted.recommend(known, k=3)))
+        recommended = fitted.recommend([known[0], "x", known[1]], k=3, on_unknown="skip")
+    assert recommended[1] == []
+    assert all(map(same, [recommended[0], recommended[2]], fitted.recommend(known, k=3)))
     a, b = fitted.domain.items.decode([0, 4])
     with pytest.warns(RuntimeWarning, match="left out"):
-        answers = fitted.recommend(histories=[[a, "y", b], ["y"], []], k=2, on_unknown="skip")
-    assert same(answers[0], fitted.recommend(histories=[[a, b]], k=2)[0])
-    assert answers[1] == [] and same(answers[2], fitted.recommend(histories=[[]], k=2)[0])
+        recommended = fitted.recommend(histories=[[a, "y", b], ["y"], []], k=2, on_unknown="skip")
+    assert same(recommended[0], fitted.recommend(histories=[[a, b]], k=2)[0])
+    assert recommended[1] == [] and same(recommended[2], fitted.recommend(histories=[[]], k=2)[0])
     with pytest.warns(RuntimeWarning, match="left out"):
         assert fitted.recommend(["x"], on_unknown="skip") == [[]]
 
@@ -1060,13 +1060,13 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_who_handles_ctrl_c_himself_keeps_it():
-    asked = []
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    queries = []
+    before = signal.signal(signal.SIGINT, lambda *_: queries.append(True))
     try:
         MetaRec.fit([], TARGET, config=config(train={"method": "target_only"}), reporter=interrupting(2))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert asked == [True]
+    assert queries == [True]
 
 
 def test_fit_works_outside_the_main_thread():
@@ -1075,7 +1075,7 @@ def test_fit_works_outside_the_main_thread():
         assert job.result().history.best_validation_ndcg > 0
 
 
-def test_progress_is_shown_where_it_is_asked_for_or_seen(capsys, monkeypatch):
+def test_progress_is_shown_where_it_is_requested_or_seen(capsys, monkeypatch):
     options = {"config": config(train={"method": "target_only"}, model={"cooccurrence": "none"})}
     MetaRec.fit([], TARGET, **options)
     assert capsys.readouterr() == ("", "")  # no terminal

@@ -18,7 +18,7 @@ def sampler(**options):
     return Sampler(TARGET.sequences, **{"batch_size": 4, **options})
 
 
-def asked(**options):
+def queries(**options):
     return evaluate(Popularity(SPLIT.train), SPLIT.test, **{"mask_history": False, "protocol": "", **options})
 
 
@@ -43,9 +43,9 @@ def asked(**options):
         (lambda: random_items(TARGET, seed=-1), "seed must be in"),
         (lambda: shuffled_order(TARGET, seed=2**64), "seed must be in"),
         (lambda: relabelled_copy(TARGET, seed=2**64), "seed must be in"),
-        (lambda: asked(mask_history="false"), "mask_history must be True or False, got 'false'; did you mean False"),
-        (lambda: asked(batch_size=0), "batch_size must be at least 1, got 0"),
-        (lambda: asked(tile=0), "tile must be at least 1, got 0"),
+        (lambda: queries(mask_history="false"), "mask_history must be True or False, got 'false'; did you mean False"),
+        (lambda: queries(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: queries(tile=0), "tile must be at least 1, got 0"),
         (lambda: paired_bootstrap(np.ones(3), np.zeros(3), seed=-1), "seed must be in"),
         (lambda: paired_bootstrap(np.ones(3), np.zeros(3), seed=0, samples=0), "samples must be at least 1, got 0"),
     ],

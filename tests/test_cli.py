@@ -109,14 +109,14 @@ def test_the_run_folder(run):
     }
     config = Config.load(out / "config.json")
     assert (config.model.dim, config.train.finetune_steps) == (8, 200)
-    facts = json.loads((out / "metrics.json").read_text())
-    assert [r["method"] for r in facts["results"]][1:] == ["target only", "MetaRec"]
-    assert facts["seed"] == 0 and facts["versions"]["metarec_fast"] and facts["backends"]["cpu"]["isa"]
-    assert set(facts["history"]) == {"target_only", "metarec"}
+    record = json.loads((out / "metrics.json").read_text())
+    assert [r["method"] for r in record["results"]][1:] == ["target only", "MetaRec"]
+    assert record["seed"] == 0 and record["versions"]["metarec_fast"] and record["backends"]["cpu"]["isa"]
+    assert set(record["history"]) == {"target_only", "metarec"}
     model = MetaRec.from_pretrained(out / "metarec" / "model")
     metrics = model.evaluate()
-    assert facts["results"][2]["NDCG@10"] == metrics.ndcg[10]
-    assert facts["protocol"] == metrics.protocol
+    assert record["results"][2]["NDCG@10"] == metrics.ndcg[10]
+    assert record["protocol"] == metrics.protocol
     table = (out / "table.md").read_text().splitlines()
     assert len([line for line in table if line.startswith("| ")]) == 4
     assert f"{metrics.ndcg[10]:.4f}" in table[4] and table[-1] == metrics.protocol
@@ -204,9 +204,9 @@ def test_evaluate(model, capsys, monkeypatch, split, rows):
 
 def test_recommend_as_json(model, capsys):
     assert main(["recommend", model, "--users", "500", "503", "--k", "3", "--json"]) == 0
-    answers = json.loads(capsys.readouterr().out)
+    results = json.loads(capsys.readouterr().out)
     want = MetaRec.from_pretrained(model).recommend([500, 503], k=3)
-    assert answers == {"500": [list(p) for p in want[0]], "503": [list(p) for p in want[1]]}
+    assert results == {"500": [list(p) for p in want[0]], "503": [list(p) for p in want[1]]}
 
 
 def test_items_that_nobody_trained_on_are_ranked_and_recommended_on_request(tmp_path, capsys, monkeypatch):
@@ -214,8 +214,8 @@ def test_items_that_nobody_trained_on_are_ranked_and_recommended_on_request(tmp_
     model = MetaRec.fit([], shop(), config=config(train={"method": "target_only"}))
     model.save_pretrained(tmp_path / "model")
     for option, count in (([], 20), (["--catalogue=all"], 60)):
-        asked = ["recommend", str(tmp_path / "model"), "--users=u3", "--k=60", "--include-seen", "--json"]
-        assert main([*asked, *option]) == 0
+        queries = ["recommend", str(tmp_path / "model"), "--users=u3", "--k=60", "--include-seen", "--json"]
+        assert main([*queries, *option]) == 0
         assert len(json.loads(capsys.readouterr().out)["u3"]) == count
     found, everywhere = model.evaluate(), model.evaluate(catalogue="all")
     assert main(["evaluate", str(tmp_path / "model")]) == 0
@@ -424,9 +424,9 @@ def test_a_study_describes_itself(capsys):
 
 
 def test_a_cell_that_fails_is_named_and_the_status_is_1(study_file, folder, tmp_path, capsys):
-    facts = json.loads(study_file.read_text())
-    facts["options"]["train"]["device"] = "cuda:99"
-    (tmp_path / "bad.json").write_text(json.dumps(facts))
+    record = json.loads(study_file.read_text())
+    record["options"]["train"]["device"] = "cuda:99"
+    (tmp_path / "bad.json").write_text(json.dumps(record))
     command = ["study", str(tmp_path / "bad.json"), f"--folder={folder}", f"--out={tmp_path / 'out'}"]
     assert main(command) == 1
     captured = capsys.readouterr()
@@ -524,7 +524,7 @@ def test_ids_from_the_command_line():
             Vocabulary([7]).parse([text])
 
 
-def test_a_run_is_not_overwritten_unless_asked(folder, tmp_path, capsys):
+def test_a_run_is_not_overwritten_unless_requested(folder, tmp_path, capsys):
     out = tmp_path / "run"
     quick = [f"--folder={folder}", f"--out={out}", *TINY, "--train.finetune-steps=4", "--methods", "target_only"]
     assert main(["train", "--target=shop", *quick]) == 0

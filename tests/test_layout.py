@@ -1,7 +1,10 @@
 """Which part of the package may import which, and the words that its names are made of."""
 
 import ast
+import io
+import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -141,3 +144,54 @@ def test_the_rules_see_what_they_forbid(tmp_path):
     path.write_text("def f():\n    from metarec_fast import _C\n    import metarec_fast.cli, polars.selectors\n")
     assert imports(path) == {"metarec_fast._C", "metarec_fast.cli", "polars.selectors"}
     assert "_C" not in ALLOWED["data"] and "kernels" not in ALLOWED["vq"] and "cli" not in ALLOWED["api"]
+
+
+# words of this project's own that the field does not know, and the field's words for them
+OWN_WORDS = {
+    "evidence": "co-occurrence",
+    "asked": "query, requested",
+    "question": "query, case",
+    "questions": "queries, cases",
+    "settle": "refine",
+    "settled": "resolved",
+    "unsettled": "unresolved",
+    "clump": "near-duplicate cluster",
+    "clumps": "near-duplicate clusters",
+    "facts": "metrics, manifest, record",
+    "told": "reported",
+    "answers": "targets, target_gradients",
+    "falls": "decreases, linear_decay",
+    "filled": "padded",
+    "floor": "baseline, roofline",
+    "floors": "baselines, rooflines",
+    "remember": "cache",
+    "remembered": "cached",
+}
+ELSEWHERE = {"floor", "NoiseFloor", "__builtin_floor"}  # math.floor; the noise floor has its own name
+CODE = sorted(
+    path
+    for folder in ("metarec_fast", "kernels", "csrc", "bench", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".cpp", ".h") and not any(p.is_symlink() for p in path.parents) and path != Path(__file__)
+)
+
+
+def identifiers(path: Path) -> set[str]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        return {token.string for token in tokens if token.type == tokenize.NAME}
+    return set(re.findall(r"[A-Za-z_]\w*", re.sub(r'//.*|/\*[\s\S]*?\*/|"[^"\n]*"', "", text)))
+
+
+@pytest.mark.parametrize("folder", ["metarec_fast", "kernels", "csrc", "bench", "tests"])
+def test_names_are_made_of_the_words_of_the_field(folder):
+    own = [
+        f"{path.relative_to(ROOT)}: {name}: say {OWN_WORDS[word.lower()]}"
+        for path in CODE
+        if path.relative_to(ROOT).parts[0] == folder
+        for name in (*identifiers(path), path.stem)
+        for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+        if word.lower() in OWN_WORDS and name not in ELSEWHERE and "noise_floor" not in name
+    ]
+    assert not own, "\n".join(sorted(own))

@@ -22,15 +22,15 @@ class NumpySampler:
         self.pairs = np.sort(users * num_items + items)
 
     def padded(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """users [B]; inputs, targets, negatives and whether each is real [B, L], left-padded."""
+        """users [B]; inputs, targets, negatives and whether each is valid [B, L], left-padded."""
         users = self._users(batch_size)
         at = self.offsets[users + 1][:, None] - 1 - self.max_length + np.arange(self.max_length)
-        real = at >= self.offsets[users][:, None]
-        at = np.where(real, at, 0)
-        negatives = self._unseen(np.broadcast_to(users[:, None], at.shape)[real])
+        valid = at >= self.offsets[users][:, None]
+        at = np.where(valid, at, 0)
+        negatives = self._unseen(np.broadcast_to(users[:, None], at.shape)[valid])
         out = np.zeros(at.shape, np.int64)
-        out[real] = negatives
-        return users, np.where(real, self.items[at], 0), np.where(real, self.items[at + 1], 0), out, real
+        out[valid] = negatives
+        return users, np.where(valid, self.items[at], 0), np.where(valid, self.items[at + 1], 0), out, valid
 
     def packed(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """users [B], offsets [B+1], inputs [T], targets [T], negatives [T]."""

@@ -123,12 +123,12 @@ def outer_step(
         value = loss(phi, target_private, target_batch, **options)
         at = shared if order == 2 else phi
         grads = torch.autograd.grad(value, [*at.values(), *target_private.values()])
-        answer = dict(zip(phi, grads, strict=False))
+        target_gradient = dict(zip(phi, grads, strict=False))
         delta = {k: inner_lr * inner[k].detach() for k in shared}
-        dot = sum((delta[k] * answer[k]).sum() for k in shared)
-        norms = [torch.sqrt(sum(v.square().sum() for v in part.values())) for part in (delta, answer)]
+        dot = sum((delta[k] * target_gradient[k]).sum() for k in shared)
+        norms = [torch.sqrt(sum(v.square().sum() for v in part.values())) for part in (delta, target_gradient)]
         similarities.append(dot / (norms[0] * norms[1]))
-        meta.append(answer)
+        meta.append(target_gradient)
         deltas.append(delta)
         target_grads.append(dict(zip(target_private, grads[len(phi) :], strict=True)))
     weights = torch.softmax(torch.stack(similarities) / temperature, 0)

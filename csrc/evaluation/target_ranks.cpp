@@ -248,7 +248,7 @@ constexpr float kFar = 1e36f;
 
 #if defined(METAREC_PAIRS)
 // Computes the scores in doubt as they are defined, all of them or as many as fill the chains.
-inline void settle(const RankProblem<float>& p, const Workspace<float>& w, int64_t row_begin, bool all, Screen& s) {
+inline void refine(const RankProblem<float>& p, const Workspace<float>& w, int64_t row_begin, bool all, Screen& s) {
     float scores[kChains];
     int64_t done = 0;
     for (int64_t count; (count = min(s.num_doubts - done, kChains)) > (all ? 0 : kChains - 1); done += count) {
@@ -296,11 +296,11 @@ inline int64_t screen_block(const RankProblem<float>& p, const Workspace<float>&
                 screen_items<1>(panel, s.items + i * words, words, s.low + r, s.high + r, s.higher + r, r, v + i, s);
             }
             doubts += s.num_doubts - before;
-            settle(p, w, row_begin, false, s);
+            refine(p, w, row_begin, false, s);
         }
         v += count;
     }
-    settle(p, w, row_begin, true, s);
+    refine(p, w, row_begin, true, s);
     for (int64_t r = 0; r < rows; ++r) {
         w.greater[r] += s.higher[r];
         w.at_least[r] += s.higher[r];

@@ -75,10 +75,10 @@ void pad_rows(const Value* values, const int64_t* offsets, int64_t rows, int64_t
         const int64_t kept = std::min(offsets[b + 1] - offsets[b], length) * count, room = length * count;
         const Value* last = values + offsets[b + 1] * count;
         Value* row = out + b * room;
-        Value* real = side == Side::left ? row + room - kept : row;
-        std::fill(row, real, fill);
-        std::copy(last - kept, last, real);
-        std::fill(real + kept, row + room, fill);
+        Value* valid = side == Side::left ? row + room - kept : row;
+        std::fill(row, valid, fill);
+        std::copy(last - kept, last, valid);
+        std::fill(valid + kept, row + room, fill);
     }
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from metarec_fast.cli.options import Reading, RunFolder
-from metarec_fast.cli.show import load_named, show_rows, show_transfer, tell_how_to_go_on
+from metarec_fast.cli.show import load_named, show_how_to_resume, show_rows, show_transfer
 from metarec_fast.report.console import ConsoleReporter, plain_console
 from metarec_fast.text import file_name, printable
 
@@ -82,7 +82,7 @@ def adapt(command: Adapt) -> int:
                     should_stop=stop,
                 )
         except Interrupted as reason:
-            tell_how_to_go_on(console, reason, out)
+            show_how_to_resume(console, reason, out)
             return 130
     name = METHODS[adapted.config.train.method]
     if adapted.history.adapted_from is not None:

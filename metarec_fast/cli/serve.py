@@ -97,8 +97,8 @@ def recommend(command: Recommend) -> int:
         print(json.dumps(dict(zip(queries, results, strict=True)), ensure_ascii=False))
     else:
         table = Table("for", "rank", "item", "score")
-        for who, answer in zip(queries, results, strict=True):
-            for rank, (item, score) in enumerate(answer, 1):
+        for who, items in zip(queries, results, strict=True):
+            for rank, (item, score) in enumerate(items, 1):
                 table.add_row(printable(who), str(rank), printable(item), f"{score:.3f}")
         plain_console().print(table)
     for reason in unknown:

@@ -97,7 +97,7 @@ def show_transfer(console: Console, model: MetaRec, out: Path) -> None:
     console.print("\n".join(text), soft_wrap=True)
 
 
-def tell_how_to_go_on(console: Console, reason: Exception, out: Path) -> None:
+def show_how_to_resume(console: Console, reason: Exception, out: Path) -> None:
     console.print(f"{reason}; saved in {printable(out)}. Go on with the same command and --resume.", soft_wrap=True)
 
 

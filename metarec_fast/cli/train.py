@@ -14,7 +14,7 @@ import tyro
 
 from metarec_fast import __version__
 from metarec_fast.cli.options import Reading, RunFolder, config_of
-from metarec_fast.cli.show import load_named, show_rows, show_transfer, tell_how_to_go_on
+from metarec_fast.cli.show import load_named, show_how_to_resume, show_rows, show_transfer
 from metarec_fast.config import Config
 from metarec_fast.report.console import ConsoleReporter, plain_console
 from metarec_fast.text import file_name, printable
@@ -145,7 +145,7 @@ def train_and_show(
                     profiler=profiler,
                 )
         except Interrupted as reason:
-            tell_how_to_go_on(console, reason, out)
+            show_how_to_resume(console, reason, out)
             return 130
     if profiler is not None:
         profile_report.show(profiler.stages, console)

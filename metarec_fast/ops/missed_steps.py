@@ -69,7 +69,7 @@ def series(betas: tuple[float, float], dtype: torch.dtype) -> Series:
     window = math.ceil(math.log(tolerance * (1 - ratio) * math.sqrt(1 - betas[1])) / math.log(ratio))
     k = torch.arange(1, window + 1, dtype=torch.float64)
 
-    def holds(start: int) -> bool:
+    def converges(start: int) -> bool:
         weight, e = _weights(start, k, *betas)
         x = e / _center(start, k, *betas) - 1
         # what 1/(1 + x) = 1 - x + x^2 ... leaves after some terms is x^terms / (1 + x)
@@ -78,7 +78,7 @@ def series(betas: tuple[float, float], dtype: torch.dtype) -> Series:
 
     # bias corrections converge, so that the bound also holds at every later step
     latest = 4096
-    start = bisect_left(range(latest), True, key=holds)
+    start = bisect_left(range(latest), True, key=converges)
     return Series(window, terms, start if start < latest else None, tolerance)
 
 

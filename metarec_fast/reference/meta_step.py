@@ -42,16 +42,16 @@ def meta_step(
     for private, batches in sources:
         phi = {name: p.detach() for name, p in adapt(shared, private, batches).items()}
         if order == 2:
-            answer = grad(lambda theta, p=private, b=batches: loss(adapt(theta, p, b), target_private, target_batch))(
+            gradient = grad(lambda theta, p=private, b=batches: loss(adapt(theta, p, b), target_private, target_batch))(
                 shared
             )
         else:
-            answer = grad(loss)(phi, target_private, target_batch)
+            gradient = grad(loss)(phi, target_private, target_batch)
         step = {name: shared[name] - phi[name] for name in shared}
-        product = sum((step[name] * answer[name]).sum() for name in shared)
-        lengths = [torch.sqrt(sum(v.square().sum() for v in vector.values())) for vector in (step, answer)]
+        product = sum((step[name] * gradient[name]).sum() for name in shared)
+        lengths = [torch.sqrt(sum(v.square().sum() for v in vector.values())) for vector in (step, gradient)]
         similarities.append(product / (lengths[0] * lengths[1]))
-        meta_grads.append(answer)
+        meta_grads.append(gradient)
         steps.append(step)
         target_grads.append(grad(loss, argnums=1)(phi, target_private, target_batch))
         source_grads.append(grad(loss, argnums=1)(shared, private, batches[0]))

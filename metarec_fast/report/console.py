@@ -83,7 +83,7 @@ class ConsoleReporter:
             line = json.dumps({"time": round(time.time(), 3), "run": self.title, **entry}) + "\n"
             write_all(self._log, memoryview(line.encode()))
 
-    def tell(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """A line beside the progress."""
         self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
@@ -104,7 +104,7 @@ class ConsoleReporter:
         self._bars.update(self._task, completed=step, metrics=text)
         if not self.console.is_terminal and time.monotonic() - self._last > self.every_seconds:
             self._last = time.monotonic()
-            self.tell(f"{printable(self.title)} {stage} {step}/{total}  {text}".lstrip())
+            self.note(f"{printable(self.title)} {stage} {step}/{total}  {text}".lstrip())
 
     def evaluation(self, stage: str, step: int, metric: str, value: float, best: float) -> None:
         self._write({"stage": stage, "step": step, f"validation_{metric.lower()}": value, "best": best})

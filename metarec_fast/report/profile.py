@@ -36,7 +36,7 @@ class StageProfile(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
-FORWARD, BACKWARD, FLOOR = "#3b6fb6", "#9dbfe8", "#c0392b"
+FORWARD, BACKWARD, ROOFLINE = "#3b6fb6", "#9dbfe8", "#c0392b"
 
 
 def title(profile: StageProfile) -> str:
@@ -47,7 +47,7 @@ def show(profiles: Sequence[StageProfile], console: Console, *, width: int = 24)
     """One table a stage; the bars are of the whole step, darker the forward part."""
     for profile in profiles:
         table = Table(title=Text(f"{title(profile)}: {profile.step_ms:.1f} ms a step"))
-        for column in ("part", "share", "forward ms", "backward ms", "floor ms"):
+        for column in ("part", "share", "forward ms", "backward ms", "roofline ms"):
             table.add_column(column, justify="left" if column == "part" else "right")
         table.add_column("")
         for name, part in profile.parts.items():
@@ -70,12 +70,12 @@ def show(profiles: Sequence[StageProfile], console: Console, *, width: int = 24)
 
 
 def svg(profiles: Sequence[StageProfile]) -> str:
-    """Bars of every part of every stage, the floor as a line in each."""
+    """Bars of every part of every stage, the roofline as a line in each."""
     left, right, row, head = 110, 640, 20, 44
     bodies, y = [], 8
     for profile in profiles:
         scale = (right - left) / max(part.ms for part in profile.parts.values())
-        heading = f"{title(profile)}: {profile.step_ms:.1f} ms a step, floor {profile.roofline_share:.0%}"
+        heading = f"{title(profile)}: {profile.step_ms:.1f} ms a step, roofline {profile.roofline_share:.0%}"
         bodies.append(f'<text x="8" y="{y + 18}" font-weight="bold">{html(heading)}</text>')
         y += head - row // 2
         for name, part in profile.parts.items():
@@ -87,13 +87,13 @@ def svg(profiles: Sequence[StageProfile]) -> str:
             bodies.append(
                 f'<text x="{x + 6:.1f}" y="{y + 12}">{part.ms:.2f} ms, {part.ms / profile.step_ms:.1%}</text>'
             )
-            floor = left + profile.roofline_ms(part) * scale
+            roofline = left + profile.roofline_ms(part) * scale
             if part.bytes:
-                bodies.append(f'<path d="M{floor:.1f} {y - 2}v18" stroke="{FLOOR}" stroke-width="2"/>')
+                bodies.append(f'<path d="M{roofline:.1f} {y - 2}v18" stroke="{ROOFLINE}" stroke-width="2"/>')
             y += row
         y += 12
     legend, x = [], left
-    for color, word in ((FORWARD, "forward"), (BACKWARD, "backward"), (FLOOR, "floor")):
+    for color, word in ((FORWARD, "forward"), (BACKWARD, "backward"), (ROOFLINE, "roofline")):
         legend.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{color}"/>')
         legend.append(f'<text x="{x + 18}" y="{y + 11}">{word}</text>')
         x += 100

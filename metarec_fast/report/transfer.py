@@ -154,10 +154,10 @@ def parts_in_words(mixture: Mapping[str, Any]) -> str:
 
 
 def _meta_stage(trace: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> dict[str, Any]:
-    floor = noise_floor(trace)
+    noise = noise_floor(trace)
     return {
-        "noise_floor": floor,
-        "sources": {name: _source(name, trace, floor) for name in sources},
+        "noise_floor": noise,
+        "sources": {name: _source(name, trace, noise) for name in sources},
         "over_time": list(trace),
     }
 
@@ -184,10 +184,10 @@ def noise_floor(trace: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"similarity": SPREADS * square**0.5, "draws": draws}
 
 
-def _source(name: str, trace: Sequence[Mapping[str, Any]], floor: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _source(name: str, trace: Sequence[Mapping[str, Any]], noise: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Over the later half of the meta stage; None without one."""
     late = trace[len(trace) // 2 :]
-    if not late or floor is None:
+    if not late or noise is None:
         return None
     similarities = [entry["similarity"][name] for entry in late]
     descent, without = (float(np.mean(values)) for values in zip(*_descents(name, late), strict=True))
@@ -195,7 +195,7 @@ def _source(name: str, trace: Sequence[Mapping[str, Any]], floor: Mapping[str, A
         "weight": float(np.mean([entry["weight"][name] for entry in late])),
         "similarity": float(np.mean(similarities)),
         "late_entries": len(late),
-        "above_noise_floor": sum(value > floor["similarity"] for value in similarities),
+        "above_noise_floor": sum(value > noise["similarity"] for value in similarities),
         # of the target's loss, to first order and by a step of given length
         "leaving_out_costs": 1 - without / descent if descent > 0 else None,
     }

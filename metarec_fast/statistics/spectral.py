@@ -56,8 +56,8 @@ def turned(table: Tensor, own: Tensor, frame: Tensor) -> Tensor:
     A spectral table is known up to a rotation or reflection, and each domain's has another; lengths and angles within
     it stay. Where moments say nothing, as in D - F directions at least, rows stay as they are.
     """
-    settled = 1e-7 * torch.eye(len(own), dtype=torch.float64)  # else rounding would turn what moments leave open
-    U, _, Vh = torch.linalg.svd(own.double() @ frame.double().T + settled)
+    tie_break = 1e-7 * torch.eye(len(own), dtype=torch.float64)  # else rounding would turn what moments leave open
+    U, _, Vh = torch.linalg.svd(own.double() @ frame.double().T + tie_break)
     return (table.double() @ (U @ Vh)).to(table.dtype)
 
 

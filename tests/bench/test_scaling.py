@@ -27,7 +27,7 @@ def test_the_plot_shows_every_point():
     assert all(0 < float(d.get("cx")) < width and 0 < float(d.get("cy")) < height for d in dots)
 
 
-def test_axes_hold_the_sizes_of_the_question():
+def test_axes_hold_the_sizes_given():
     assert scaling.AXES["sources"][0] == 1 and scaling.AXES["sources"][-1] == 8
     assert scaling.AXES["items"][0] == 10**3 and scaling.AXES["items"][-1] == 10**6
     assert scaling.AXES["length"][0] == 20 and scaling.AXES["length"][-1] == 1000

@@ -204,7 +204,7 @@ def test_a_batch_is_a_pure_function_of_its_seed():
     assert not torch.equal(first.targets, other.targets)
 
 
-def test_who_is_asked_is_not_counted():
+def test_query_users_are_not_counted():
     one = episode()
     assert one.statistics.counts[:48].tolist() == [1] * 48 and not one.statistics.counts[48:].any()
     cases = one.batch(64, seed=(0,))
@@ -213,7 +213,7 @@ def test_who_is_asked_is_not_counted():
     assert (one.statistics.counts[cases.targets] == 0).all()
 
 
-def test_questions_are_the_last_four_events_after_what_came_before():
+def test_queries_are_the_last_four_events_after_what_came_before():
     rows = own_items()
     # nobody is left out of these statistics, so that the newest event shows in the candidates
     everyone = CooccurrenceEpisode(rows, statistics=np.arange(12), query_users=np.arange(12))
@@ -233,7 +233,7 @@ def test_histories_are_as_long_as_cooccurrence_is_read():
     torch.testing.assert_close(torch.expm1((cases.case[:, 0] + 0.8) * 2), torch.full((8,), float(AGES[-1])))
 
 
-def test_users_of_one_event_are_not_asked():
+def test_users_of_one_event_are_no_query_users():
     rows = packed([[1, 2], [3], [4, 5], []], 6)
     one = CooccurrenceEpisode(rows, statistics=np.array([0]), query_users=np.array([1, 2, 3]))
     assert one.query_users.tolist() == [2] and set(one.batch(9, seed=(0,)).targets.tolist()) == {5}

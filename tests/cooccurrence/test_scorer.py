@@ -143,11 +143,11 @@ def encoder():
 def test_a_mixture_is_cooccurrence_plus_the_weighted_encoder(encoder, scorer, weight):
     split = leave_one_out(DOMAINS.target)
     path = CooccurrenceScorer(scorer, CooccurrenceStatistics(split.train))
-    asked, N = packed([[], *(split.valid.histories[u].tolist() for u in range(12))], 30), 30
+    queries, N = packed([[], *(split.valid.histories[u].tolist() for u in range(12))], 30), 30
     mixture = ScoreMixture(encoder, path, weights=MixtureWeights(weight, 1.0))
     assert mixture.num_items == N
-    expected = path.prepare(asked)(0, N) + weight * encoder.prepare(asked)(0, N)
-    scores = mixture.prepare(asked)
+    expected = path.prepare(queries)(0, N) + weight * encoder.prepare(queries)(0, N)
+    scores = mixture.prepare(queries)
     torch.testing.assert_close(scores(0, N), expected, rtol=1e-5, atol=1e-5)
     tiles = torch.cat([scores(b, min(b + 11, N)) for b in range(0, N, 11)], 1)
     torch.testing.assert_close(tiles, expected, rtol=1e-5, atol=1e-5)
@@ -157,9 +157,9 @@ def test_a_mixture_is_cooccurrence_plus_the_weighted_encoder(encoder, scorer, we
 def test_parts_mix_with_any_weight(encoder, scorer, weight):
     split = leave_one_out(DOMAINS.target)
     path = CooccurrenceScorer(scorer, CooccurrenceStatistics(split.train))
-    asked = packed([[], *(split.valid.histories[u].tolist() for u in range(12))], 30)
-    parts = ScoreMixture(encoder, path).parts(asked)
-    expected = weight * encoder.prepare(asked)(0, 30) + path.prepare(asked)(0, 30)
+    queries = packed([[], *(split.valid.histories[u].tolist() for u in range(12))], 30)
+    parts = ScoreMixture(encoder, path).parts(queries)
+    expected = weight * encoder.prepare(queries)(0, 30) + path.prepare(queries)(0, 30)
     mixed = parts.weighted(MixtureWeights(weight, 1.0))
     torch.testing.assert_close(mixed(0, 30), expected, rtol=1e-5, atol=1e-5)
     for begin, end in ((0, 1), (3, 9), (10, 20)):  # past the last case there is none

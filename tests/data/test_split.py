@@ -24,7 +24,7 @@ def listed(sequences):
     return [sequences[u].tolist() for u in range(len(sequences))]
 
 
-def questions(cases):
+def rows_of(cases):
     assert cases.users.dtype == cases.targets.dtype == np.int64
     assert len(cases) == len(cases.users) == len(cases.histories)
     return list(zip(cases.users.tolist(), listed(cases.histories), cases.targets.tolist(), strict=True))
@@ -49,8 +49,8 @@ def test_leave_one_out_is_what_it_says(users, max_history, timed):
         valid.append((u, newest(items[:-2], max_history), items[-2]))
         test.append((u, newest(items[:-1], max_history), items[-1]))
     assert listed(split.train) == train
-    assert questions(split.valid) == valid
-    assert questions(split.test) == test
+    assert rows_of(split.valid) == valid
+    assert rows_of(split.test) == test
     if timed:
         assert split.train.times.tolist() == [
             t for events in users for _, t in (events[:-2] if len(events) >= 3 else events)
@@ -79,8 +79,8 @@ def test_time_cut_is_what_it_says(users, max_history, cuts):
         if after:
             test.append((u, newest(train[u] + between, max_history), after[0]))
     assert listed(split.train) == train
-    assert questions(split.valid) == valid
-    assert questions(split.test) == test
+    assert rows_of(split.valid) == valid
+    assert rows_of(split.test) == test
 
 
 def test_time_cut_leaks_nothing(world):
@@ -91,15 +91,15 @@ def test_time_cut_leaks_nothing(world):
     for cases in (split.valid, split.test):
         at = sequences.offsets[cases.users] + cases.histories.lengths  # of the target: histories are whole
         assert np.array_equal(sequences.items[at], cases.targets)
-        asked = sequences.times[at]
+        queries = sequences.times[at]
         assert len(cases) > 10
         # Nothing that was seen, by any user, is as late as anything asked.
-        assert max(cut, cases.histories.times.max()) < asked.min()
+        assert max(cut, cases.histories.times.max()) < queries.min()
         for i in range(len(cases)):
             a, b = cases.histories.offsets[i : i + 2]
             user = sequences.offsets[cases.users[i]]
             assert np.array_equal(cases.histories.times[a:b], sequences.times[user : user + b - a])
-        cut = asked.max()
+        cut = queries.max()
 
 
 @pytest.mark.parametrize(("valid", "test"), [(0.1, 0.1), (0.3, 0.2), (0.02, 0.5)])
@@ -116,8 +116,8 @@ def test_time_cut_shares(make_domain, valid, test):
 def test_time_cut_words_count_what_is_cold(make_domain):
     domain = make_domain([[0, 1, 2], [3], [0, 4]], [[1, 5, 9], [9], [2, 9]])
     split = time_cut(domain, valid_from=5, test_from=9)
-    assert questions(split.valid) == [(0, [0], 1)]
-    assert questions(split.test) == [(0, [0, 1], 2), (1, [], 3), (2, [0], 4)]
+    assert rows_of(split.valid) == [(0, [0], 1)]
+    assert rows_of(split.test) == [(0, [0, 1], 2), (1, [], 3), (2, [0], 4)]
     assert "1 validation cases, 1 with a target item unseen in training" in split.protocol
     assert "3 test cases, 3 with a target item unseen in training, 1 with an empty history" in split.protocol
     assert "training before 5" in split.protocol
@@ -126,7 +126,7 @@ def test_time_cut_words_count_what_is_cold(make_domain):
 def test_float_times_and_float_cuts(make_domain):
     domain = make_domain([[0, 1, 2]], [[0.25, 0.5, 0.75]])
     split = time_cut(domain, valid_from=0.5, test_from=0.75)
-    assert (questions(split.valid), questions(split.test)) == ([(0, [0], 1)], [(0, [0, 1], 2)])
+    assert (rows_of(split.valid), rows_of(split.test)) == ([(0, [0], 1)], [(0, [0, 1], 2)])
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_empty_domains(make_domain):
         leave_one_out(empty, max_history=0)
 
 
-def test_short_users_are_trained_on_and_not_asked(make_domain):
+def test_short_users_are_trained_on_and_not_evaluated(make_domain):
     split = leave_one_out(make_domain([[0], [1, 0], [], [0, 1, 1]]))
     assert listed(split.train) == [[0], [1, 0], [], [0]]
-    assert questions(split.valid) == [(3, [0], 1)]
-    assert questions(split.test) == [(3, [0, 1], 1)]
+    assert rows_of(split.valid) == [(3, [0], 1)]
+    assert rows_of(split.test) == [(3, [0, 1], 1)]
     assert "users with fewer events are in training whole" in split.protocol
 
 
@@ -177,7 +177,7 @@ def test_limit_users_keeps_a_share(world, fraction):
     assert [part[u] for u in kept] == [full[u] for u in kept]
     assert limited.train.num_events == sum(len(full[u]) for u in kept)
     assert limited.train.num_items == split.train.num_items
-    assert questions(limited.valid) == [q for q in questions(split.valid) if q[0] in set(kept.tolist())]
+    assert rows_of(limited.valid) == [q for q in rows_of(split.valid) if q[0] in set(kept.tolist())]
     assert limited.test is split.test
     assert limited.protocol.startswith(split.protocol)
     assert (

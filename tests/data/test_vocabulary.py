@@ -62,7 +62,7 @@ def test_large_integers_do_not_meet_floats():
 
 
 @pytest.mark.parametrize(
-    ("ids", "asked", "message"),
+    ("ids", "queries", "message"),
     [
         (["a", "b"], ["a", "c", "d"], "unknown id 'c'"),
         (["7"], [7], r"unknown id 7 \(ids here are strings, got int\)"),
@@ -76,10 +76,10 @@ def test_large_integers_do_not_meet_floats():
         (["a"], [None], "unknown id None"),
     ],
 )
-def test_unknown_ids_are_named(ids, asked, message):
+def test_unknown_ids_are_named(ids, queries, message):
     with pytest.raises(ValueError, match=message):
-        Vocabulary(ids).encode(asked)
-    assert asked[-1] not in Vocabulary(ids)
+        Vocabulary(ids).encode(queries)
+    assert queries[-1] not in Vocabulary(ids)
 
 
 def test_membership_and_empty_queries():

@@ -82,7 +82,7 @@ def test_kernel_of_another_catalogue():
         Transitions(sequences([[1, 2]], 4), kernel)
 
 
-def test_floors_see_training_events_only():
+def test_baselines_see_training_events_only():
     rows = random_rows(np.random.default_rng(0), 30, 15)
     split = leave_one_out(rows, 15)
     changed = leave_one_out([[*row[:-2], (row[-2] + 1) % 15, (row[-1] + 1) % 15] for row in rows], 15)
@@ -91,7 +91,7 @@ def test_floors_see_training_events_only():
         assert torch.equal(ours, theirs), name
 
 
-def test_best_floor_is_chosen_by_validation():
+def test_best_baseline_is_chosen_by_validation():
     # a follows b follows c: the last event tells the next, popularity does not; the test cases are pure noise
     rng = np.random.default_rng(0)
     rows = [[(start + i) % 12 for i in range(5)] + [int(rng.integers(12))] for start in rng.integers(12, size=60)]
@@ -105,7 +105,7 @@ def test_best_floor_is_chosen_by_validation():
 
 
 @pytest.mark.shared_data
-def test_office_floor():
+def test_office_baselines():
     """Untrained transitions of window 5, last item, all users: .0514 and .084 were measured elsewhere.
 
     10 % either way: how equal co-occurrence was ordered and lags were weighed there is not known.
@@ -125,7 +125,7 @@ def test_office_floor():
     assert metrics.recall[10] == pytest.approx(0.084, rel=0.1)
 
 
-def test_the_choice_of_a_floor_warns_of_no_ties():
+def test_the_choice_of_a_baseline_warns_of_no_ties():
     """Baselines tie by design where co-occurrence is silent; asked alone, the same scorer still says so."""
     events = data.Sequences(np.arange(0, 41, 4), np.tile(np.array([0, 1, 2, 3], np.int32), 10), 40)
     tied = data.leave_one_out(data.Domain("tied", events, data.Vocabulary(range(10)), data.Vocabulary(range(40))))

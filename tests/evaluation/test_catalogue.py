@@ -134,8 +134,8 @@ def test_the_weights_of_a_mixture_are_fitted_among_the_catalogue():
     found = fit_mixture([(FixedScores(encoder, cooccurrence), cases)], catalogue=catalogue)
     known = inside(cases, catalogue)
     assert 0 < len(known) < 40
-    answers = np.searchsorted(np.flatnonzero(catalogue), known.targets)
-    few = data.Cases(known.users, sequences([[0]] * len(known), 8), answers)
+    targets = np.searchsorted(np.flatnonzero(catalogue), known.targets)
+    few = data.Cases(known.users, sequences([[0]] * len(known), 8), targets)
     again = fit_mixture(
         [(FixedScores(encoder[: len(known)][:, catalogue], cooccurrence[: len(known)][:, catalogue]), few)]
     )
@@ -152,11 +152,11 @@ def test_cooccurrence_is_judged_among_the_catalogue():
     cases = inside(split.valid, catalogue)
     assert 0 < len(cases) < len(split.valid) and catalogue.sum() < 9
     logits = CooccurrenceScorer(scorer, statistics).prepare(cases.histories)(0, 9)[:, catalogue]
-    answers = torch.from_numpy(np.searchsorted(np.flatnonzero(catalogue), cases.targets))
-    expected = float(torch.nn.functional.cross_entropy(logits, answers))
-    asked = scorer, views_of(scorer), statistics, cases
-    assert mean_loss(*asked, catalogue=catalogue) == pytest.approx(expected, rel=1e-5)
-    assert mean_loss(*asked) > expected
+    targets = torch.from_numpy(np.searchsorted(np.flatnonzero(catalogue), cases.targets))
+    expected = float(torch.nn.functional.cross_entropy(logits, targets))
+    queries = scorer, views_of(scorer), statistics, cases
+    assert mean_loss(*queries, catalogue=catalogue) == pytest.approx(expected, rel=1e-5)
+    assert mean_loss(*queries) > expected
 
 
 def tied_domain(fresh):
@@ -187,7 +187,7 @@ def test_validation_ranks_all_items_where_the_catalogue_has_no_answer():
 
 
 @pytest.mark.filterwarnings("ignore:.*items tie with the target:RuntimeWarning")
-def test_a_floor_is_chosen_among_the_catalogue():
+def test_a_baseline_is_chosen_among_the_catalogue():
     split = tied_domain(4)
     for catalogue, outside in (("training", 4), ("all", 0)):
         name, _, table = best_baseline(split, mask_history=False, catalogue=catalogue)
@@ -227,7 +227,7 @@ def test_the_best_items_are_the_same_whatever_is_held_at_a_time(exclude_seen, ca
     assert scorer.most <= batch_size
 
 
-def test_fewer_items_than_asked_for():
+def test_fewer_items_than_requested():
     _, scores, _ = problem()
     (answer,) = top_k_items(
         ByHistory(scores), sequences([[3]], V), k=10, exclude_seen=True, catalogue=np.arange(V) < 5, tile=7

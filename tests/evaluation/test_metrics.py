@@ -77,11 +77,11 @@ def test_figures_and_their_forms():
     row, head = metrics.table_row("ours"), Metrics.table_header().splitlines()
     assert row.startswith("| ours | 0.5000 | 0.6250 |")
     assert row.count("|") == head[0].count("|") == head[1].count("|")
-    facts = json.loads(json.dumps(metrics.to_dict()))
-    assert facts["metrics"]["recall@10"] == 0.625
-    assert facts["bounds"]["recall@10"] == [0.5, 0.75]
-    assert facts["cases"] == 4
-    assert facts["history_masked"] is True
+    figures = json.loads(json.dumps(metrics.to_dict()))
+    assert figures["metrics"]["recall@10"] == 0.625
+    assert figures["bounds"]["recall@10"] == [0.5, 0.75]
+    assert figures["cases"] == 4
+    assert figures["history_masked"] is True
     assert metrics.protocol in str(metrics)
 
 

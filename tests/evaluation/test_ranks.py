@@ -105,14 +105,14 @@ def test_large_finite_scores_are_ranked():
 
 def test_one_pass_where_targets_share_a_tile():
     scores, _, _ = problem(5, 100, tied=True)
-    asked = []
+    queries = []
 
     def score_tile(begin, end):
-        asked.append((begin, end))
+        queries.append((begin, end))
         return scores[:, begin:end]
 
     target_ranks(score_tile, num_items=100, targets=torch.tensor([31, 30, 39, 35, 30]), tile=10)
-    assert sorted(asked) == [(b, b + 10) for b in range(0, 100, 10)]
+    assert sorted(queries) == [(b, b + 10) for b in range(0, 100, 10)]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def walk(rank, mean, *, decay=0.95, steps=400):
 
 @pytest.mark.parametrize("rank", [20, 100, P])
 @pytest.mark.parametrize("agreement", [0.0, 3.0])
-def test_independent_gradients_reach_the_floor_and_what_they_agree_in_does_not_raise_it(rank, agreement):
+def test_independent_gradients_reach_the_noise_floor_and_what_they_agree_in_does_not_raise_it(rank, agreement):
     draws, _ = walk(rank, agreement * torch.ones(P))
     assert draws[:2] == [None, None] and None not in draws[2:]
     # the cosine of independent directions in r dimensions has the variance 1 / r; 398 draws tell it to 4 % (1 sigma)
@@ -49,7 +49,7 @@ def test_smoothed_gradients_without_anything_in_common_are_as_similar_as_the_dra
     assert rms(smoothed) == pytest.approx(rms(draws[2:]), rel=0.2)  # 197 nearly independent values: 5 % (1 sigma)
 
 
-def test_without_smoothing_the_floor_is_that_of_single_batches():
+def test_without_smoothing_the_noise_floor_is_that_of_single_batches():
     draws, _ = walk(100, torch.ones(P), decay=0.0)
     assert rms(draws[2:]) == pytest.approx(0.1, rel=0.16)
 

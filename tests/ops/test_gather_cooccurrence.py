@@ -85,7 +85,7 @@ def test_by_hand():
     assert features.tolist() == [[1, 4, 1], [2, 2, 0], [8, 0, 1]]
 
 
-def test_nothing_asked_and_nothing_known():
+def test_no_query_and_nothing_known():
     graph = CooccurrenceGraph(np.zeros(6, np.int64), np.zeros(0, np.int32), np.zeros((0, 2), np.float32))
     assert graph.num_items == 5 and graph.relations == 2
     for rows in ([], [[]], [[1, 4], []]):

@@ -43,7 +43,7 @@ def test_equals_the_steps_one_by_one(shape, betas, dtype, rtol):
         torch.testing.assert_close(got.double(), expected, rtol=10 * rtol, atol=1e-30)
 
 
-def test_only_the_rows_asked_for_move():
+def test_only_the_rows_requested_move():
     p, m, v, last, past = problem(50, (8,), dtype=torch.float64)
     before, ids = [x.clone() for x in (p, m, v, last)], torch.tensor([7, 3, 20])
     whole = [x.clone() for x in (p, m, v, last)]

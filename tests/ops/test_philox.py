@@ -18,7 +18,7 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "pi"])
-def test_known_answers(counter, key, expected):
+def test_known_values(counter, key, expected):
     assert tuple(philox4x32(counter, key).tolist()) == expected
     assert _C.philox(*counter, *key) == expected
 

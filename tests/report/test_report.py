@@ -13,7 +13,7 @@ from metarec_fast.report import profile
 from metarec_fast.report.console import ConsoleReporter, describe
 from metarec_fast.report.table import COLUMNS, Row, markdown, values
 
-FACTS = {"losses": {"source": 3.5, "target": 2.25}, "weights": {"source": 1.0}}
+METRICS = {"losses": {"source": 3.5, "target": 2.25}, "weights": {"source": 1.0}}
 
 
 def metrics() -> Metrics:
@@ -37,15 +37,15 @@ def test_a_markdown_table_names_method_protocol_and_what_was_not_trained():
     assert markdown([]) == ""
 
 
-def test_facts_in_one_line():
-    assert describe(FACTS) == "source 3.500  target 2.250  weights 1.00"
+def test_metrics_in_one_line():
+    assert describe(METRICS) == "source 3.500  target 2.250  weights 1.00"
 
 
 def run(reporter: ConsoleReporter) -> None:
     reporter.begin("MetaRec")
     reporter.evaluation("finetune", 0, "NDCG@10", 0.25, 0.25)
     for step in (1, 2):
-        reporter.step("finetune", step, 2, FACTS)
+        reporter.step("finetune", step, 2, METRICS)
 
 
 def test_every_step_and_evaluation_is_logged_and_a_resumed_run_appends(tmp_path):
@@ -57,11 +57,11 @@ def test_every_step_and_evaluation_is_logged_and_a_resumed_run_appends(tmp_path)
     assert len(entries) == 6
     evaluation, step = entries[3], entries[5]
     assert (evaluation["validation_ndcg@10"], evaluation["best"], evaluation["step"]) == (0.25, 0.25, 0)
-    assert {k: step[k] for k in ("run", "stage", "step", *FACTS)} == {
+    assert {k: step[k] for k in ("run", "stage", "step", *METRICS)} == {
         "run": "MetaRec",
         "stage": "finetune",
         "step": 2,
-        **FACTS,
+        **METRICS,
     }
 
 
@@ -80,7 +80,7 @@ def test_a_terminal_gets_a_bar_a_stage():
     out = io.StringIO()
     with ConsoleReporter(console=Console(file=out, force_terminal=True, width=200)) as reporter:
         run(reporter)
-        reporter.step("meta", 1, 5, FACTS)
+        reporter.step("meta", 1, 5, METRICS)
     shown = out.getvalue()
     assert "2/2" in shown and "1/5" in shown
 

@@ -164,20 +164,20 @@ next(batches)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def in_child(batches, answers):
+def in_child(batches, results):
     try:
         next(batches)
     except RuntimeError as error:
-        answers.put(str(error))
+        results.put(str(error))
 
 
 def test_a_forked_process_is_reported():
     context = multiprocessing.get_context("fork")
-    answers = context.Queue()
+    results = context.Queue()
     with Prefetch(lambda step: step) as batches:
-        child = context.Process(target=in_child, args=(batches, answers))
+        child = context.Process(target=in_child, args=(batches, results))
         child.start()
-        assert "does not survive a fork" in answers.get(timeout=20)
+        assert "does not survive a fork" in results.get(timeout=20)
         child.join()
         assert next(batches) == 0
 

@@ -282,7 +282,7 @@ def test_last_targets_have_negatives_of_their_own():
         batch.padded(4)
 
 
-def test_only_the_users_asked_for():
+def test_only_the_users_requested():
     data = geometric()
     chosen = np.array([3, 5, 7, 11, 250])
     sampler = Sampler(data, batch_size=2, users=chosen)
@@ -292,7 +292,7 @@ def test_only_the_users_asked_for():
 
 @pytest.mark.parametrize("windows", [30, 37])
 @pytest.mark.parametrize("negatives", [{}, {"negatives": 2}, {"shared_negatives": 9}], ids=str)
-def test_filled_batches_have_one_size_and_the_packed_positions_first(negatives, windows):
+def test_padded_batches_have_one_size_and_the_packed_positions_first(negatives, windows):
     batch = Sampler(geometric(), batch_size=30, max_length=6, **negatives).batch(1)
     T, B = len(batch.items), len(batch)
     shape = BatchShape(windows, positions=T + 20, length=6)
@@ -314,7 +314,7 @@ def test_filled_batches_have_one_size_and_the_packed_positions_first(negatives, 
     assert exactly.valid.all() and (exactly.offsets[B:] == T).all()
 
 
-def test_filled_names_what_is_too_many():
+def test_padding_names_what_is_too_many():
     batch = Sampler(geometric(), batch_size=30, max_length=6).batch(1)
     for shape in (BatchShape(30, 29, 6), BatchShape(29, 500, 6)):
         with pytest.raises(ValueError, match=rf"at most {shape.positions} positions in {shape.windows} windows"):

@@ -43,7 +43,7 @@ def test_a_course_of_time_is_found_though_nobody_sees_more_than_a_piece():
     assert np.corrcoef(order, np.arange(300))[0, 1] > 0.95
 
 
-def test_it_turns_with_time_and_does_not_depend_on_names():
+def test_it_reverses_with_time_and_does_not_depend_on_names():
     rows = walks(users=100)
     order = item_order(packed(rows, 300))
     backwards = item_order(packed([row[::-1] for row in rows], 300))

@@ -36,7 +36,7 @@ def test_groups_stand_apart(groups):
     assert apart < 0.05 < 0.2 < within
 
 
-def test_the_seed_turns_nothing_of_what_is_known(groups):
+def test_the_seed_rotates_nothing_of_what_is_known(groups):
     """Cosines between items with events come from the data; the seed only starts the iteration."""
     one, two = (spectral_table(groups, 4, seed=s)[:20] for s in (0, 1))
     torch.testing.assert_close((one @ one.T)[:10, 10:], (two @ two.T)[:10, 10:], rtol=0, atol=0.05)
@@ -99,7 +99,7 @@ def test_a_turned_table_is_turned_back():
     torch.testing.assert_close(back, table, rtol=0, atol=1e-5)
 
 
-def test_rounding_turns_nothing_that_moments_leave_open():
+def test_rounding_rotates_nothing_that_moments_leave_open():
     """Of 64 directions 12 descriptors say something; the others stay, whatever the last digits are."""
     generator = torch.Generator().manual_seed(0)
     table, frame = torch.randn(200, 64, generator=generator), torch.randn(64, 12, generator=generator)

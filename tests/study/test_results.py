@@ -303,7 +303,7 @@ class Known:
         contrast = made(gain, p, baseline=against)
         return [without(contrast, *reason) if reason else contrast]
 
-    def source_means(self, *asked):
+    def source_means(self, *queries):
         return {"target copy": 0.2, "source0": 0.5, "source0 random": 0.3}
 
 

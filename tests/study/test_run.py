@@ -134,9 +134,9 @@ def test_another_configuration_is_another_cell(finished, tmp_path):
 
 
 def test_a_stopped_run_goes_on(finished, tmp_path):
-    asked = iter(range(40))  # in the middle of the training of an arm
+    queries = iter(range(40))  # in the middle of the training of an arm
     with pytest.raises(Interrupted):
-        run(small(), tmp_path, should_stop=lambda: next(asked, None) is None)
+        run(small(), tmp_path, should_stop=lambda: next(queries, None) is None)
     partly = written(tmp_path)
     assert 0 < len(partly) < 20 and not [name for name in partly if name.endswith(".partial")]
     assert run(small(), tmp_path) == []
@@ -167,7 +167,7 @@ def test_processes_give_the_same_cells(finished, tmp_path):
     assert comparable(tmp_path) == comparable(finished[0])
 
 
-def test_processes_stop_when_asked(tmp_path):
+def test_processes_stop_on_request(tmp_path):
     slow = small(options={"train": {"finetune_steps": 10**6, "patience": 10**6, "batch_size": 4, "threads": 1}})
     started = time.monotonic()
     with pytest.raises(Interrupted):

@@ -106,7 +106,7 @@ def test_sources_are_traced_with_the_noise_of_their_gradients():
 
 
 @pytest.mark.parametrize(("method", "pools"), [("joint", 3), ("pretrain", 2)])
-def test_joint_steps_take_turns_with_the_target(method, pools, monkeypatch):
+def test_joint_steps_alternate_with_the_target(method, pools, monkeypatch):
     run, drawn = trainer(config(train={"method": method})), []
     draw = CooccurrenceTrainer._draw
 
@@ -120,7 +120,7 @@ def test_joint_steps_take_turns_with_the_target(method, pools, monkeypatch):
     assert drawn == [step % pools for step in range(6)]
 
 
-def test_turns_are_in_proportion():
+def test_round_robin_is_in_proportion():
     uniform = list(islice(weighted_round_robin([1 / 3] * 3), 9))
     assert uniform == [0, 1, 2] * 3
     weights = np.array([0.55, 0.3, 0.11, 0.04])
@@ -383,7 +383,7 @@ def test_a_start_is_gone_on_from_and_left_as_it_was():
     assert_same_state(views_of(start), kept)
 
 
-def test_one_user_cannot_be_asked_by_the_others():
+def test_one_user_cannot_be_a_query_user():
     one = limit_users(TARGET, 0.01, seed=0)
     with pytest.raises(ValueError, match="co-occurrence needs two users with events at least, target has 1"):
         trainer(target=one)
@@ -429,7 +429,7 @@ def test_statistics_of_a_fold_leave_its_query_users_out():
         assert fold.statistics.counts.tolist() == expected.tolist()
 
 
-def test_a_source_counts_as_many_users_as_asked_for_and_queries_others(made):
+def test_a_source_counts_as_many_users_as_requested_and_queries_others(made):
     train = packed([[1, 2, 3]] * 100, 5)
     source_episodes(train, 20, (0.5, 1.0, 2.0, 50.0), seed=(0, 1))
     assert [len(counted) for counted, _ in made] == [10, 20, 40, 90]  # of the users, some are left to be query users
@@ -480,7 +480,7 @@ def test_what_sources_teach_holds_on_the_target(method):
 
 
 @pytest.mark.parametrize("lengths", [[3], [1, 4], [2, 1, 1, 1]], ids=str)
-def test_a_source_of_few_users_can_still_be_asked(lengths):
+def test_a_source_of_few_users_still_has_query_users(lengths):
     items = np.arange(sum(lengths), dtype=np.int32) % 5
     train = Sequences(np.cumsum([0, *lengths]).astype(np.int64), items, 5)
     for seed in range(8):

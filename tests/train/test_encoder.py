@@ -182,8 +182,8 @@ def test_a_step_that_is_not_finite_is_left_out(stage, poisoned):
 def test_patience_ends_the_run(monkeypatch):
     scope = {"patience": 2, "finetune_steps": 40, "finetune_scope": "all"}
     run = trainer(config(train=scope), reporter=(seen := Recorder()))
-    answers = iter([0.1, 0.3, 0.2, 0.3])
-    monkeypatch.setattr(run, "validate", lambda: next(answers))
+    figures = iter([0.1, 0.3, 0.2, 0.3])
+    monkeypatch.setattr(run, "validate", lambda: next(figures))
     progress = run.run()
     assert [e[2] for e in seen.evaluations] == [0.1, 0.3, 0.2, 0.3]
     assert (progress.best, progress.best_at, progress.waited) == (0.3, "finetune 2", 2)

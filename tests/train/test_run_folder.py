@@ -115,7 +115,7 @@ def test_options_that_matter_are_named_and_others_are_free(run):
 
 
 @pytest.mark.parametrize("target", ["target", "other"])
-def test_a_finished_run_is_not_overwritten_unless_asked(run, target):
+def test_a_finished_run_is_not_overwritten_unless_requested(run, target):
     folder, _ = run
     before = held(folder)
     reported = (

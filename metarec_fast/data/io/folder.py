@@ -247,8 +247,8 @@ def _check(domain: Domain, manifest: Mapping[str, Any]) -> None:
         array = getattr(s, name)
         if array is not None and array.dtype.name not in kinds:
             raise Damaged(f"{name} must be {' or '.join(kinds)}, got {array.dtype.name}")
-    falls = any((block[1:] < block[:-1]).any() for block in _blocks(s.offsets, overlap=1))
-    if not len(s.offsets) or s.offsets[0] != 0 or s.offsets[-1] != len(s.items) or falls:
+    decreasing = any((block[1:] < block[:-1]).any() for block in _blocks(s.offsets, overlap=1))
+    if not len(s.offsets) or s.offsets[0] != 0 or s.offsets[-1] != len(s.items) or decreasing:
         raise Damaged(f"offsets must rise from 0 to {len(s.items)}")
     for block in _blocks(s.items):
         if block.min() < 0 or block.max() >= s.num_items:

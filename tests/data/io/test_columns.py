@@ -163,9 +163,9 @@ def test_the_order_is_kept_in_a_folder(tmp_path):
         loaded = load_domain(tmp_path / folder)
         assert loaded.ordered_by == "Event Time" and "ordered by column 'Event Time'" in loaded.summary()
     assert loaded.report == domain.report
-    facts = json.loads((tmp_path / "saved" / "domain.json").read_text())
-    assert facts["ordered_by"] == "Event Time"
-    facts["ordered_by"] = 3
-    (tmp_path / "saved" / "domain.json").write_text(json.dumps(facts))
+    read_as = json.loads((tmp_path / "saved" / "domain.json").read_text())
+    assert read_as["ordered_by"] == "Event Time"
+    read_as["ordered_by"] = 3
+    (tmp_path / "saved" / "domain.json").write_text(json.dumps(read_as))
     with pytest.raises(ValueError, match=r"is damaged: .*'ordered_by' must be the name of a column or null, got 3"):
         load_domain(tmp_path / "saved")

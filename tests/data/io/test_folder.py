@@ -51,7 +51,7 @@ def test_a_slice_of_larger_arrays_is_saved_as_itself(tmp_path):
     assert load_domain(tmp_path).sequences.times.tolist() == [0, 2, 4, 6, 8]
 
 
-def test_saving_over_another_domain_is_asked_for(tmp_path):
+def test_saving_over_another_domain_is_requested(tmp_path):
     save_domain(DOMAINS["whole times"], tmp_path)
     with pytest.raises(ValueError, match=r"holds a domain already; .*overwrite=True.*'t' of 3 users and 3 items"):
         save_domain(DOMAINS["strings"], tmp_path)

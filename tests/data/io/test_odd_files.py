@@ -32,18 +32,18 @@ def both(tmp_path, monkeypatch):
 
     def call(path, *, piece=importing.PIECE, **options):
         monkeypatch.setattr(importing, "PIECE", piece)
-        answers = []
+        results = []
         for load in (read, lambda p, **o: import_file(p, tmp_path / "imported", overwrite=True, **o)):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    answers.append(load(path, **options))
+                    results.append(load(path, **options))
             except ValueError as error:
-                answers.append(str(error))
-        first, second = answers
+                results.append(str(error))
+        first, second = results
         if isinstance(first, str) or isinstance(second, str):
-            assert isinstance(first, str) and isinstance(second, str), answers
-            assert first.startswith(str(path)) and second.startswith(str(path)), answers
+            assert isinstance(first, str) and isinstance(second, str), results
+            assert first.startswith(str(path)) and second.startswith(str(path)), results
             assert len(first) < 3000 and len(second) < 3000
         else:
             assert first.users == second.users and first.items == second.items and first.report == second.report
@@ -210,7 +210,7 @@ def test_a_file_name_that_is_not_unicode(tmp_path, both):
             file.write(data)
         domain = both(path)
         assert rows_of(domain) == [("a", "x", None)] and domain.name == "\ufffdd"
-        command = [sys.executable, "-m", "metarec_fast.cli", "import", path, str(tmp_path / f"{name}-domain")]
+        command = [sys.executable, "-m", "metarec_fast", "import", path, str(tmp_path / f"{name}-domain")]
         done = subprocess.run(command, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "\ufffdd: 1 users".encode() in done.stdout and rb"\udcff" in done.stdout

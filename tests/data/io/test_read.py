@@ -118,7 +118,7 @@ def test_options_override_what_names_say(file):
     )
 
 
-def test_typed_header_answers_to_the_bare_name(file):
+def test_typed_header_is_found_by_the_bare_name(file):
     path = file("d.inter", "u:token\ti:token\nA\tB\n")
     assert events(read(path, user="u", item="i:token")) == {"A": [("B", None)]}
 
