@@ -29,7 +29,7 @@ def test_dry_run_checks_every_provider_and_writes_nothing(tmp_path):
         ("linear_scan float32", 2),
         ("linear_scan backward", 2),
         ("linear_cross_entropy", 3),
-        ("outer step, order 1", 8),
+        pytest.param("outer step, order 1", 8, marks=pytest.mark.slow),
         ("outer step, order 2", 6),
     ],
 )

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from metarec_fast.models.lru import LRUEncoder
 from metarec_fast.models.sasrec import SASRecEncoder
+from tests.examples import representative
 
 LENGTHS = (3, 1, 7, 0, 4)
 
@@ -68,7 +69,7 @@ def test_lru_eigenvalues_start_on_the_ring():
     assert modulus.min() >= 0.8 and modulus.max() <= 0.99
 
 
-@pytest.mark.parametrize("name", ["lru", "sasrec"])
+@pytest.mark.parametrize("name", representative(["lru", "sasrec"], ["sasrec"]))
 def test_compiled_equals_eager_and_does_not_recompile_for_each_length(name):
     counter = CompileCounterWithBackend("aot_eager")
     model = encoder(name, torch.float32, layers=1)

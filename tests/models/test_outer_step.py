@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 from bench.peers import padded_meta_step
 from metarec_fast.models import recommender
+from tests.examples import representative
 from tests.models.problems import META, SMALL, World, as_expected, assert_same
 
 
@@ -68,7 +69,7 @@ def test_vmap_equals_loop(encoder, order, dtype):
     assert_same(vmapped, as_expected(loop), tolerance=1e-10 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("encoder", ["lru", "sasrec"])
+@pytest.mark.parametrize("encoder", representative(["lru", "sasrec"], ["lru"]))
 def test_compiled_equals_eager(encoder):
     config = dataclasses.replace(META, inner_steps=2)
     torch._dynamo.reset()

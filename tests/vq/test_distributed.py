@@ -142,7 +142,7 @@ def work(rank, world, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.spawn(work, (request.param, str(folder)), request.param, join=False)

@@ -352,7 +352,11 @@ def test_groups_of_images_and_errors():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_cosine_sim": True, "codebook_dim": 4, "threshold_ema_dead_code": 1}, {"shared_codebook": True}],
+    [
+        {"use_cosine_sim": True, "codebook_dim": 4, "threshold_ema_dead_code": 1},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"shared_codebook": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_whole_graph_in_training_and_eval(options):
     torch._dynamo.reset()
