@@ -43,7 +43,7 @@ format: .venv/lint.done
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
 
 bench: .venv/bench.done
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/python -m bench ratios
 
 build: .venv/base.done
 

@@ -1,6 +1,6 @@
 """What compiling the encoder costs and gives: seconds to the first step, graphs over ten lengths, time of a step.
 
-    python bench/compile_time.py [--threads 1] [--rounds 15]
+    python -m bench compile_time [--threads 1] [--rounds 15]
 
 Each encoder in a process of its own with an empty compile cache. A step is forward and backward of the encoder alone,
 64 wide, two layers, windows of up to 50 positions; then of a whole training step of one domain of beauty's size (codes,

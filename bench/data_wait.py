@@ -1,6 +1,6 @@
 """How long training steps wait for data that a background thread makes: a share of their time.
 
-python bench/data_wait.py [--steps 60]
+python -m bench data_wait [--steps 60]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     device = device_name("cpu")
     text = f"""# Share of a training step spent waiting for data
 
-By `python bench/data_wait.py` on {device}, {torch.get_num_threads()} threads, {versions()}, commit {commit()}.
+By `python -m bench data_wait` on {device}, {torch.get_num_threads()} threads, {versions()}, commit {commit()}.
 {BATCH} windows of at most {LENGTH} positions of each domain; batches come from `Prefetch`, two ahead; the first is not
 counted, as nothing could have hidden it.
 

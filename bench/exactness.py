@@ -1,6 +1,6 @@
 """Are the codes exact? Random and adversarial rows against float64, on every instruction set and the Triton kernels.
 
-    python bench/exactness.py [--rows 10000000] [--interpreted-rows 10000] [--seed 0] [--isa avx2 ...]
+    python -m bench exactness [--rows 10000000] [--interpreted-rows 10000] [--seed 0] [--isa avx2 ...]
 
 The nearest code is that of least distance, or of largest product: always in the families of codes for cosine
 similarity, and in every fourth problem of the others. Each problem is drawn from (family, seed) alone;
@@ -506,7 +506,7 @@ def main() -> int:
     findings = [f"{b}: {f}" for b, families in found.items() for t in families.values() for f in t["findings"]]
     text = f"""# Exactness
 
-`python bench/exactness.py --rows {args.rows} --interpreted-rows {args.interpreted_rows} --seed {args.seed}` on
+`python -m bench exactness --rows {args.rows} --interpreted-rows {args.interpreted_rows} --seed {args.seed}` on
 {device_name("cpu")}, {versions()}, commit {commit()}. K in {{{", ".join(map(str, CODES))}}}, D in
 {{{", ".join(map(str, DIMS))}}}, 1 to 5 heads, float32 with a share of float16, bfloat16 and float64; the interpreter
 runs K up to 257, D up to 100, float32 and float16, in taller tiles than a card would.

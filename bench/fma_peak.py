@@ -1,7 +1,9 @@
 """The processor's float32 multiply-add peak on some threads, and what a copy moves.
 
-python bench/fma_peak.py
+python -m bench fma_peak
 """
+
+import argparse
 
 import torch
 
@@ -10,6 +12,7 @@ from metarec_fast.ops.peak import measured_peak
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     isa = backend_info()["cpu"]["isa"]
     for threads in range(1, torch.get_num_threads() + 1):
         peak = measured_peak(threads)

@@ -1,7 +1,7 @@
 """Times the Triton kernels and the outer step on a CUDA card, against torch code and against the card's roofline.
 
-    python bench/gpu_kernels.py [--out bench/results] [--only SUBSTRING]
-    python bench/gpu_kernels.py --dry-run       # no card: the same checks, tiny, on the CPU; nothing is written, and
+    python -m bench gpu_kernels [--out bench/results] [--only SUBSTRING]
+    python -m bench gpu_kernels --dry-run       # no card: the same checks, tiny, on the CPU; nothing is written, and
                                                 # what is captured in a graph there runs without one
 
 Every result is checked before it is timed. The roofline is the larger of two times: each input read and each output

@@ -1,6 +1,6 @@
 """Importing a CSV that is larger than the memory given: rows a second, peak memory, and whether the domain is right.
 
-    python bench/import_rate.py [--rows 50000000 ...] [--memory 1GB ...] [--folder DIR]
+    python -m bench import_rate [--rows 50000000 ...] [--memory 1GB ...] [--folder DIR]
 
 The file is drawn block by block from the seed: integer ids, users alike, items by a power law, times in no order. Its
 truth is kept as it is drawn: events of each user and item, a checksum over (user, item, time) triples that no order
@@ -162,7 +162,7 @@ def main() -> int:
     text = [
         "# Import of a CSV of integer ids",
         "",
-        f"By `python bench/import_rate.py` on {device}, {len(os.sched_getaffinity(0))} cores, "
+        f"By `python -m bench import_rate` on {device}, {len(os.sched_getaffinity(0))} cores, "
         f"{versions('polars')}, commit {commit()}.",
         "Load is the machine's load average before the run, others' work on it; CPU s is user and system time of all "
         "threads. Resident sizes in MB: before is with the package, torch and polars imported; peak is the highest of "

@@ -1,6 +1,6 @@
 """The work of an outer step on a GPU, counted without one, and proof that the host waits for none of it.
 
-    python bench/launches.py
+    python -m bench launches
 
 The step runs on meta tensors, which have shapes but no values: whatever would look at one raises `HostWaits`, and so
 does a copy between host and device. Operators that make no view and no empty tensor are counted; ours as what their
@@ -12,6 +12,7 @@ outside the graph, are counted too.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -139,6 +140,9 @@ def step(model: Recommender, config: MetaConfig, *, shape: BatchShape = SHAPE) -
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--names", action="store_true", help="the operators by name")
+    args = parser.parse_args()
     print("operators of an outer step that are not views: 4 sources, K = 1 (see the module for what this leaves out)")
     for encoder in ("lru", "sasrec"):
         model = Recommender(ModelConfig(dropout=0.0, encoder=encoder), CATALOGUES)
@@ -152,7 +156,7 @@ def main() -> None:
                 case = f"{encoder:<7}order {order} target {target_pass:<5}"
                 ours = sum(n for name, n in trace.counts.items() if name.startswith("triton"))
                 print(f"{case}{trace.counts.total():>6}, {ours} of them Triton kernels")
-                if "--names" in sys.argv:
+                if args.names:
                     print("   ", ", ".join(f"{name} {n}" for name, n in trace.counts.most_common(40)))
 
 

@@ -1,6 +1,6 @@
 """Peak extra memory of a training step, ours and vector_quantize_pytorch's, from the kernel's own high-water mark.
 
-    python bench/memory.py [--gradient rotation straight_through]
+    python -m bench memory [--gradient rotation straight_through]
 
 Linux only. Each measurement is a process of its own: it makes the module and its input, takes one step on a few rows so
 that threads and libraries are there, resets the high-water mark of the resident size (5 into /proc/self/clear_refs),
@@ -116,7 +116,7 @@ def main() -> int:
     device = device_name("cpu")
     text = f"""# Peak extra memory of a training step
 
-MiB, by `python bench/memory.py` on {device}, {versions("vector-quantize-pytorch")}, commit {commit()}. The limit is
+MiB, by `python -m bench memory` on {device}, {versions("vector-quantize-pytorch")}, commit {commit()}. The limit is
 3 N D 4 bytes + 8 K D 4 bytes + 1 MiB; results of the step are included.
 
 """ + "\n".join(lines)

@@ -1,6 +1,6 @@
 """Peak extra memory of an outer step whose target has 57,289 items, from the kernel's own high-water mark.
 
-    python bench/meta_memory.py
+    python -m bench meta_memory
 
 Linux only; measured as bench/memory.py does, each order in a process of its own, after a step of as many positions
 over a smaller table. What was resident before the step holds the parameters, and the kernels that oneDNN makes for each
@@ -11,6 +11,7 @@ shared one. Exits with 1 if a step takes more than 64 MB beside its result.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -55,14 +56,22 @@ def measure(order: str) -> dict[str, float]:
 
 
 def main() -> int:
-    if sys.argv[1:]:
-        print(json.dumps(measure(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worker", choices=ORDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measure(args.worker)))
         return 0
     within = True
     for order in ORDERS:
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         run = subprocess.run(
-            [sys.executable, __file__, order], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--worker", order],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         found = json.loads(run.stdout.splitlines()[-1])
         beside = found["rise"] - found["grads"]

@@ -1,6 +1,6 @@
 """The roofline of a first-order outer step, and the fraction of it that bench_meta's world reaches.
 
-    python bench/meta_roofline.py [--threads 1]
+    python -m bench meta_roofline [--threads 1]
 
 The roofline is what no arrangement can leave out: the multiply-adds of the losses (logits, and the gradients of states
 and table) and of the encoder's products (forward and two gradients), at the processor's measured peak; the distances

@@ -1,6 +1,6 @@
 """What an outer step costs as it grows: more sources, larger catalogues, longer sequences, larger batches.
 
-    python bench/scaling.py [--quick] [--rounds 5] [--order 1] [--threads 2]
+    python -m bench scaling [--quick] [--rounds 5] [--order 1] [--threads 2]
 
 One axis grows while the others stay at 4 sources, 12,000 items in every domain, the last 50 events and batches of 128
 windows. Domains are random; users have about as many events as the axis asks for (of length 50: about nine, as in

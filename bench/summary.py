@@ -1,10 +1,11 @@
 """The figures of this device's results in one view: geometric means over the sizes of bench/shapes.py, and the goals.
 
-python bench/summary.py [results/<device>.csv]
+python -m bench summary [results/<device>.csv]
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import sys
@@ -88,9 +89,10 @@ def summary(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        path = Path(sys.argv[1])
-    else:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, help="results/<device>.csv; this device's by default")
+    path = parser.parse_args().file
+    if path is None:
         from bench.machine import RESULTS, device_name, slug
 
         path = RESULTS / f"{slug(device_name('cpu'))}.csv"
