@@ -18,7 +18,7 @@ from metarec_fast.vq.parts.arguments import check_arguments
 from metarec_fast.vq.parts.codebook import Codebook, EmaWeight
 from metarec_fast.vq.parts.composed_step import Call, Step, composed_step, mean_square
 from metarec_fast.vq.parts.health import CodebookHealth
-from metarec_fast.vq.parts.layout import Layout, and_finite, as_indices
+from metarec_fast.vq.parts.layout import Layout, as_indices
 from metarec_fast.vq.parts.orthogonality import orthogonality_loss
 from metarec_fast.vq.parts.projection import project
 from metarec_fast.vq.parts.recomputation import repeatable
@@ -277,9 +277,7 @@ class FastVQ(nn.Module):
         exported in training mode.
         """
         check_leaves_in_eval(self)
-        tokens = self._layout.tokens(x)
-        mask = self._layout.token_mask(tokens, mask, lens)
-        mask = and_finite(tokens, mask) if self.mask_nonfinite else mask
+        tokens, mask = self._layout.tokens_and_mask(x, mask, lens, only_finite=self.mask_nonfinite)
         topk = None if topk is None else self._check_topk(int(topk))
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         codebook_grad = self.learnable_codebook and not frozen
@@ -395,8 +393,7 @@ class FastVQ(nn.Module):
         ema_update: bool | None = None,
     ) -> None:
         """Move the codebook as ``forward`` in training does, by ``x`` and ``indices`` that are known."""
-        tokens = self._layout.tokens(x)
-        mask = self._layout.token_mask(tokens, mask, None)
+        tokens, mask = self._layout.tokens_and_mask(x, mask)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             self._codebook.update(
                 self._rows(tokens),

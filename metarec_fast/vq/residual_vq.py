@@ -18,7 +18,7 @@ from metarec_fast.ops.register import check_is_tensor, traced_transform
 from metarec_fast.vq.fast_vq import FastVQ
 from metarec_fast.vq.parts.beam_search import Beams
 from metarec_fast.vq.parts.implicit_codebook import ImplicitCodebook
-from metarec_fast.vq.parts.layout import Layout, and_finite, as_indices
+from metarec_fast.vq.parts.layout import Layout, as_indices
 from metarec_fast.vq.parts.projection import project
 from metarec_fast.vq.parts.recomputation import repeatable
 from metarec_fast.vq.parts.residual_chain import residual_chain
@@ -194,9 +194,7 @@ class FastResidualVQ(nn.Module):
         exported in training mode.
         """
         check_leaves_in_eval(self)
-        tokens = self._layout.tokens(x)
-        mask = self._layout.token_mask(tokens, mask, None)
-        mask = and_finite(tokens, mask) if self.mask_nonfinite else mask
+        tokens, mask = self._layout.tokens_and_mask(x, mask, only_finite=self.mask_nonfinite)
         targets = None if indices is None else self._targets(indices, tokens)
         levels = self.num_quantizers
         if self.training and self.quantize_dropout and indices is None:

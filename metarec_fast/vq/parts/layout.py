@@ -28,12 +28,6 @@ def as_indices(indices: Any, name: str = "indices") -> Tensor:
     return wide
 
 
-def and_finite(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """``mask`` without the tokens with NaN or infinity, bool [...]."""
-    finite = tokens.isfinite().all(-1)
-    return finite if mask is None else finite & mask
-
-
 def _can_be_read(x: Tensor) -> bool:
     """Whether looking at values costs nothing: not on a device, nor while a program is traced."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
@@ -74,6 +68,17 @@ class Layout:
         if not fits or x.shape[1 if self.channels_second else -1] != self.dim:
             raise ValueError(f"x must be {form}, got {tuple(x.shape)}")
         return x.movedim(1, x.dim() - 1) if self.channels_second and x.dim() > 2 else x
+
+    def tokens_and_mask(
+        self, x: Tensor, mask: Tensor | None, lens: Tensor | None = None, *, only_finite: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`tokens` and `token_mask`. only_finite: tokens with NaN or infinity do not count."""
+        tokens = self.tokens(x)
+        mask = self.token_mask(tokens, mask, lens)
+        if only_finite:
+            finite = tokens.isfinite().all(-1)
+            mask = finite if mask is None else finite & mask
+        return tokens, mask
 
     def like_input(self, tokens: Tensor, x: Tensor) -> Tensor:
         """Tokens, channels last, back to the form of ``x``; further dimensions before the channels come last."""
