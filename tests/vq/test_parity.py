@@ -68,7 +68,7 @@ def draw(fast, shape, transform=None):
     """Rows without near ties: the peer rounds distances and may take the second nearest there."""
     for _ in range(50):
         x = torch.randn(shape)
-        if transform is not None or fast._codebook.needs_kmeans:
+        if transform is not None or not fast._codebook.initted:
             return x
         with torch.no_grad():
             rows = fast._rows(fast._layout.tokens(x))

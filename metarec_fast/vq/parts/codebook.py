@@ -224,11 +224,6 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(torch.where(replaced, drawn * self.threshold_ema_dead_code, self.embed_avg))
         self.cluster_size.masked_fill_(replaced.squeeze(-1), self.threshold_ema_dead_code)
 
-    @property
-    def needs_kmeans(self) -> bool:
-        """Whether k-means has yet to initialise the codes, by the value of ``initted``."""
-        return not self._is_initialised()
-
     def ensure_init_(self, rows: Tensor, keep: Tensor | None) -> None:
         """To be called before a lookup of ``rows`` [H, N, D]: initialises the codes by k-means if ``initted`` is False.
 

@@ -27,7 +27,7 @@ def difference(old: nn.Module, new: nn.Module) -> str | None:
 
 def _difference(old: nn.Module, new: nn.Module) -> str | None:
     first = new.layers[0] if hasattr(new, "layers") else new
-    _start(old), _start(new)
+    _init(old), _init(new)
     parameter = next(iter(new.parameters()), first._codebook.cluster_size)
     x = torch.randn(_shape(new), device=parameter.device, dtype=first._module_dtype.dtype)
     names = ("quantized", "indices", "loss")
@@ -60,7 +60,7 @@ def _difference(old: nn.Module, new: nn.Module) -> str | None:
     return next((f"{name} after a step of training" for name in a if not _close(a[name], b[name])), None)
 
 
-def _start(module: nn.Module) -> None:
+def _init(module: nn.Module) -> None:
     with torch.no_grad():
         for part in module.modules():
             if "initted" in part._buffers and not part.initted.all():
