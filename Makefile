@@ -2,6 +2,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# pip would compile every module of torch, which takes longer than to unpack it; the first import compiles what it needs
+INSTALL := $(BIN)/pip install -q --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+# what builds the extension, as pyproject.toml says
+BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test test-all sanitize lint format bench build wheel clean
@@ -24,7 +29,7 @@ test-all: .venv/test.done
 # The extension with AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that reach it (or TESTS="...").
 # Optimized lightly: that builds in half a minute, and the faults are the same.
 SANITIZE_OPTIONS ?= --every-isa
-sanitize: .venv/sanitize.done
+sanitize: .venv/test.done
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -Wno-dev \
 	  -DMETAREC_SANITIZE=ON -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/build/sanitize" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
@@ -53,8 +58,8 @@ wheel: .venv/wheel.done
 	rm -rf dist $(WHEEL_ENV)
 	$(BIN)/python -m build -o dist .
 	$(PYTHON) -m venv $(WHEEL_ENV)
-	$(WHEEL_ENV)/bin/pip install -q "$(TORCH)"
-	$(WHEEL_ENV)/bin/pip install -q dist/*.whl
+	$(WHEEL_ENV)/bin/pip install -q --no-compile "$(TORCH)"
+	$(WHEEL_ENV)/bin/pip install -q --no-compile dist/*.whl
 	cd $(WHEEL_ENV) && bin/metarec-fast doctor && bin/metarec-fast demo --out demo
 
 clean:
@@ -63,31 +68,30 @@ clean:
 # torch comes first and pinned, so that no later step swaps it for another build
 .venv/torch.done:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "$(TORCH)"
+	$(INSTALL) "$(TORCH)"
 	@touch $@
 
-.venv/base.done: .venv/torch.done $(BUILD_INPUTS)
-	$(BIN)/pip install -q -e .
+.venv/tools.done: .venv/torch.done pyproject.toml
+	$(INSTALL) $(BUILD_TOOLS)
+	@touch $@
+
+.venv/base.done: .venv/tools.done $(BUILD_INPUTS)
+	$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
 # what an extra names, beside the package that is installed: nothing is compiled again
 .venv/test.done: .venv/base.done
-	$(BIN)/pip install -q "metarec-fast[test]"
-	@touch $@
-
-# what builds the extension, which pip otherwise keeps to itself
-.venv/sanitize.done: .venv/test.done
-	$(BIN)/pip install -q "pybind11>=3.0" "cmake>=3.24" ninja
+	$(INSTALL) "metarec-fast[test]"
 	@touch $@
 
 .venv/wheel.done: .venv/torch.done
-	$(BIN)/pip install -q build
+	$(INSTALL) build
 	@touch $@
 
 .venv/lint.done: .venv/base.done
-	$(BIN)/pip install -q "metarec-fast[lint]"
+	$(INSTALL) "metarec-fast[lint]"
 	@touch $@
 
 .venv/bench.done: .venv/base.done
-	$(BIN)/pip install -q "metarec-fast[bench]"
+	$(INSTALL) "metarec-fast[bench]"
 	@touch $@
