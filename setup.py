@@ -18,16 +18,14 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_tool(name: str) -> str:
-    """The path of cmake or ninja: on PATH, else in the Python package of that name. Raises RuntimeError."""
-    path = shutil.which(name)
-    if path is None:
-        try:
-            package = importlib.import_module(name)
-        except ImportError:
-            raise RuntimeError(
-                f"{name} is needed to build metarec_fast and was not found: pip install {name}"
-            ) from None
+    """The path of cmake or ninja: that of the Python package, else the one on PATH. Raises RuntimeError."""
+    try:
+        package = importlib.import_module(name)
         path = shutil.which(name, path=getattr(package, "BIN_DIR", None) or package.CMAKE_BIN_DIR)
+    except ImportError:
+        path = shutil.which(name)
+    if path is None:
+        raise RuntimeError(f"{name} is needed to build metarec_fast and was not found: pip install {name}")
     return path
 
 

@@ -145,6 +145,8 @@ def test_each_build_names_its_own_tools_and_the_same_headers(build_script, monke
     from setuptools import Distribution
 
     monkeypatch.setattr(build_script, "ROOT", tmp_path)
+    for tool in ("cmake", "ninja"):
+        monkeypatch.setitem(sys.modules, tool, None)
     monkeypatch.setenv("CMAKE_ARGS", "-DA=1 '-DB=a b'")
     calls = []
 
@@ -181,6 +183,12 @@ def test_each_build_names_its_own_tools_and_the_same_headers(build_script, monke
         assert output.is_file() and (Path(build[-1]) / "CMakeFiles/_C.dir/an.o").is_file()
     assert len(headers) == 1
     assert (Path(headers.pop().partition("=")[2]) / "pybind11Config.cmake").is_file()
+
+
+def test_a_package_comes_before_the_tool_on_path(build_script, monkeypatch, tmp_path):
+    (tmp_path / "ninja").touch(mode=0o755)
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=tmp_path))
+    assert build_script.find_tool("ninja") == str(tmp_path / "ninja")
 
 
 def test_a_missing_build_tool_is_named(build_script, monkeypatch, tmp_path):
