@@ -23,8 +23,9 @@ class Mixture:
     """Batches of several domains, filled in one call: ``batches(step)`` is a function of the step alone.
 
     samplers: by name; give each a stream of its own.
-    draws: batches of a step, their domains drawn in proportion to num_windows ** beta; None: one of every domain.
-    always: names that every step has a batch of, after the drawn ones; they are not drawn. A target, for example.
+    draws: batches of a step, their domains drawn in proportion to num_windows ** beta; None: ``each`` of every domain.
+    each: batches of every domain, without ``draws``.
+    always: names that every step has one batch of, after the others; they are not drawn. A target, for example.
     beta: 0 draws all domains alike, 1 all windows alike.
     seed: of the draws.
 
@@ -40,6 +41,7 @@ class Mixture:
         samplers: Mapping[str, Sampler],
         *,
         draws: int | None = None,
+        each: int = 1,
         always: Sequence[str] = (),
         beta: float = 0.5,
         seed: int = 0,
@@ -56,10 +58,13 @@ class Mixture:
                 raise ValueError(f"draws={draws} needs between 1 and {BLOCK} domains to draw from, got {len(drawn)}")
         elif not samplers:
             raise ValueError("samplers must hold at least one domain, got none")
+        check_integer(each, "each", least=1, below=2**16)
+        if draws is not None and each != 1:
+            raise ValueError(f"each must be 1 where draws are given, got each={each} and draws={draws}")
         beta = check_number(beta, "beta", Range())
         check_integer(seed, "seed", least=0, below=2**64)
         self.samplers, self.always, self.seed = dict(samplers), tuple(always), seed
-        self.draws = len(drawn) if draws is None else draws
+        self.each, self.draws = each, len(drawn) * each if draws is None else draws
         self.domains = tuple(drawn)
         self.quotas = None if draws is None else quotas([samplers[name].num_windows for name in drawn], beta=beta)
         self._first = None if draws is None else offsets(self.quotas)  # entries of a block that are a domain's
@@ -69,7 +74,7 @@ class Mixture:
         check_integer(step, "step", least=0, below=2**48)
         always = [(name, step) for name in self.always]
         if self.quotas is None:
-            return [(name, step) for name in self.domains] + always
+            return [(name, step * self.each + k) for name in self.domains for k in range(self.each)] + always
         chosen = []
         for place in range(step * self.draws, (step + 1) * self.draws):
             block, within = divmod(place, BLOCK)
@@ -88,7 +93,7 @@ class Mixture:
 
     def buffers(self, *, pin_memory: bool = False) -> BatchBuffers:
         """Memory that any step's batches fit into."""
-        sizes = [self.samplers[name].largest_batch() for name in self.domains]
+        sizes = [self.samplers[name].largest_batch() for name in self.domains for _ in range(self.each)]
         if self.quotas is not None:  # the most windows may be one domain's, the most negatives another's
             sizes = [tuple(map(max, zip(*sizes, strict=True)))] * self.draws
         sizes += [self.samplers[name].largest_batch() for name in self.always]

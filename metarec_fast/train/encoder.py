@@ -23,8 +23,9 @@ from metarec_fast.models.recommender import Recommender
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.profiling.regions import region
 from metarec_fast.sampling.batch import BatchShape, PackedBatch
+from metarec_fast.sampling.mixture import Mixture
 from metarec_fast.sampling.prefetch import Prefetch
-from metarec_fast.sampling.sampler import Sampler, draw
+from metarec_fast.sampling.sampler import Sampler
 from metarec_fast.train import checkpoint
 from metarec_fast.train.history import History
 from metarec_fast.train.left_out import NonFiniteTrainingError, not_finite
@@ -81,6 +82,7 @@ class EncoderTrainer(Trainer):
         self.catalogue = choice_catalogue(target, config.data.catalogue)
         self.stages = stages(config, int((target.train.lengths > 0).sum()))
         self._samplers: dict[tuple[str, str], Sampler] = {}
+        self._mixtures: dict[str, Mixture] = {}  # by stage
         self._prefetch: tuple[str, Prefetch] | None = None  # of one stage
         self.begin_stage(self.stages[0])
         self._captured: CapturedStep | None = None
@@ -95,21 +97,25 @@ class EncoderTrainer(Trainer):
 
     def schedule(self, stage: str, step: int) -> list[tuple[str, int]]:
         """The domains of a step's batches, and which of its own batches in this stage each is."""
-        sources, target = list(self.sources), self.target.domain.name
-        if stage == "meta":
-            m = self.config.meta
-            count = 1 if m.same_batch else m.inner_steps
-            return [(name, step * count + k) for name in sources for k in range(count)] + [(target, step)]
-        if stage == "finetune":  # goes on where the table's own steps ended
-            step += sum(s.steps for s in self.stages if s.name == TABLE)
-        shown = {"pretrain": sources, "warmup": sources, "joint": [*sources, target]}.get(stage, [target])
-        return [(name, step) for name in shown]
+        return self._mixture(stage).schedule(self._place(stage, step))
 
     def batches(self, stage: str, step: int) -> list[tuple[str, PackedBatch]]:
         """A step's batches: a pure function of its arguments and the seed."""
-        names, steps = zip(*self.schedule(stage, step), strict=True)
-        drawn = draw([self._sampler(name, stage) for name in names], steps, device=self.config.train.device)
-        return list(zip(names, drawn, strict=True))
+        return self._mixture(stage).batches(self._place(stage, step), device=self.device)
+
+    def _place(self, stage: str, step: int) -> int:
+        """A step's number among those of the same streams: fine-tuning goes on where the table's steps ended."""
+        return step + sum(s.steps for s in self.stages if s.name == TABLE) if stage == "finetune" else step
+
+    def _mixture(self, stage: str) -> Mixture:
+        if stage not in self._mixtures:
+            target, m = self.target.domain.name, self.config.meta
+            each = m.inner_steps if stage == "meta" and not m.same_batch else 1
+            names = list(self.sources) if stage not in FINETUNING else []
+            always = [] if stage in ("pretrain", "warmup") else [target]
+            samplers = {name: self._sampler(name, stage) for name in (*names, *always)}
+            self._mixtures[stage] = Mixture(samplers, each=each, always=always)
+        return self._mixtures[stage]
 
     def _sampler(self, domain: str, stage: str) -> Sampler:
         t = self.config.train
@@ -131,8 +137,7 @@ class EncoderTrainer(Trainer):
         """``batches``, made while the step before ran."""
         if self._prefetch is None or self._prefetch[0] != stage:
             self.close()
-            for name, _ in self.schedule(stage, step):  # made here, so that their errors are raised as they are
-                self._sampler(name, stage)
+            self._mixture(stage)  # made here, so that errors of its samplers are raised as they are
             batches = weakref.WeakMethod(self.batches)  # a trainer that is dropped ends its thread
             self._prefetch = stage, Prefetch(lambda step: batches()(stage, step), start=step)
         return self._prefetch[1].get(step)

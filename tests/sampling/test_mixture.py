@@ -35,6 +35,15 @@ def test_every_domain_once():
         assert all(same(batch, made[name].batch(step)) for name, batch in batches)
 
 
+def test_several_batches_of_each_domain():
+    made = samplers()
+    mixture = Mixture(made, each=2, always=("target",))
+    assert mixture.schedule(3) == [(name, k) for name in "abc" for k in (6, 7)] + [("target", 3)]
+    buffers = mixture.buffers()
+    for (name, batch), (_, k) in zip(mixture.batches(3, buffers=buffers), mixture.schedule(3), strict=True):
+        assert same(batch, made[name].batch(k))
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_draws_follow_size_to_the_beta_and_leave_epochs_complete(beta):
     mixture = Mixture(samplers(), draws=2, always=("target",), beta=beta)
@@ -101,6 +110,8 @@ def test_quotas(sizes):
         ({"always": ("x",)}, "always must name samplers, got 'x'; samplers are a, b, c, target"),
         ({"draws": 0}, "draws must be in"),
         ({"draws": 1, "always": tuple(USERS)}, "draws=1 needs between 1 and 1024 domains to draw from, got 0"),
+        ({"each": 0}, "each must be in"),
+        ({"each": 2, "draws": 3}, "each must be 1 where draws are given, got each=2 and draws=3"),
         ({"beta": float("nan")}, "beta must be finite, got nan"),
     ],
 )
