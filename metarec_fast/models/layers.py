@@ -17,7 +17,7 @@ class Linear(nn.Linear):
 
 
 def linear(inputs: int, outputs: int) -> Linear:
-    """A linear layer with the small truncated-normal start that LRURec and SASRec use."""
+    """A linear layer with the small truncated-normal initialisation that LRURec and SASRec use."""
     layer = Linear(inputs, outputs)
     nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
     nn.init.zeros_(layer.bias)

@@ -154,12 +154,12 @@ def test_relabelling_items_changes_nothing():
     torch.testing.assert_close(model.loss(shared, relabelled, renamed), model.loss(shared, private, batch))
 
 
-@pytest.mark.parametrize("start", ["random", "spectral", "aligned"])
-def test_a_new_domain_starts_with_distinct_inputs(start):
-    config = ModelConfig(init=start)
+@pytest.mark.parametrize("init", ["random", "spectral", "aligned"])
+def test_a_new_domain_has_distinct_inputs_at_first(init):
+    config = ModelConfig(init=init)
     model = Recommender(config, {"old": 400, "new": 600})
     for name, seed in (("old", 0), ("new", 1)):
-        if start != "random":
+        if init != "random":
             model.init_table(name, sequences(model.table(name).weight.shape[0], users=800, seed=seed), seed=0)
     model.init_codebook(["old"], seed=0)
     z = F.layer_norm(model.table("new").weight, (config.dim,))
@@ -170,7 +170,7 @@ def test_a_new_domain_starts_with_distinct_inputs(start):
 def test_the_first_domain_stands_as_it_is_and_the_next_is_turned_to_it():
     trains = {name: sequences(size, users=300, seed=i) for i, (name, size) in enumerate((("old", 60), ("new", 80)))}
     spectral, aligned = (
-        Recommender(ModelConfig(init=start, dim=16), {"old": 60, "new": 80}) for start in ("spectral", "aligned")
+        Recommender(ModelConfig(init=init, dim=16), {"old": 60, "new": 80}) for init in ("spectral", "aligned")
     )
     for model in (spectral, aligned):
         for name, train in trains.items():
@@ -190,9 +190,9 @@ def test_aligned_rows_of_a_hidden_class_stand_together_in_all_domains(seed):
     """No item is shared: that the domains' classes are the same is found from how their items are used."""
     domains = synthetic(target_users=1000, target_items=120, seed=seed)
 
-    def found(start: str) -> float:
+    def share(init: str) -> float:
         every = [*domains.sources, domains.target]
-        model = Recommender(ModelConfig(init=start, dim=32), {d.name: d.num_items for d in every})
+        model = Recommender(ModelConfig(init=init, dim=32), {d.name: d.num_items for d in every})
         means = []
         for domain in every:
             model.init_table(domain.name, leave_one_out(domain).train, seed=0)
@@ -201,7 +201,7 @@ def test_aligned_rows_of_a_hidden_class_stand_together_in_all_domains(seed):
         same = [(mean @ means[0].T).argmax(1) == torch.arange(12) for mean in means[1:]]
         return torch.stack(same).float().mean().item()
 
-    assert found("aligned") > 0.9 and found("spectral") < 0.6
+    assert share("aligned") > 0.9 and share("spectral") < 0.6
 
 
 def test_scorer_reads_the_most_recent_events():

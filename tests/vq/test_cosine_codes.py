@@ -169,7 +169,7 @@ def test_fresh_rows_avoid_what_has_shrunk(trained_upstream, strict, half_stored)
     assert torch.equal(vq.train()(x)[1], indices)  # a training step looks up before it moves the codes
 
 
-# -- the k-means start
+# -- k-means initialisation
 
 
 def off(vq, rows):

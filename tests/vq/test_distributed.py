@@ -34,7 +34,7 @@ CASES = {
     },
     "stochastic": {"stochastic_sample_codes": True},
 }
-# as many rows as codes: the k-means start must take each row once, whatever it draws
+# as many rows as codes: k-means initialisation must take each row once, whatever it draws
 KMEANS_ROWS = {"all": {2: (8, 12), 4: (5, 4, 8, 3)}, "empty": {2: (0, 20), 4: (0, 9, 0, 11)}}
 DETERMINED = ["average", "cosine_heads", "projection", "residual", "residual_shared", "affine"]
 # summed over ranks in a training step: the statistics of each level, packed; for a draw of rows, numbers and rows
@@ -93,7 +93,7 @@ def work(rank, world, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     modules = {name: build(name) for name in CASES}  # built before the process group exists
-    starts = {which: build("kmeans") for which in KMEANS_ROWS}
+    inits = {which: build("kmeans") for which in KMEANS_ROWS}
     # a rank that waits for another in vain fails after this time
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=30)
@@ -112,16 +112,16 @@ def work(rank, world, folder):
         with counted() as count:
             module.eval()(x)
         calls[name].append(len(count))
-    for which, module in starts.items():
+    for which, module in inits.items():
         with counted() as count:
             module(kmeans_batch(which, world, rank), freeze_codebook=True)
         calls[f"start_{which}"] = len(count)
         states[f"start_{which}"] = module.state_dict()
     # one rank alone has loaded a checkpoint: the last one, then the first
-    for giver in (world - 1, 0):
+    for source in (world - 1, 0):
         for name in ("kmeans", "kmeans_residual"):
-            module, key = build(name), f"mixed_{name}_{giver}"
-            if rank == giver:
+            module, key = build(name), f"mixed_{name}_{source}"
+            if rank == source:
                 module.load_state_dict(trained(name))
             calls[key] = []
             with warnings.catch_warnings(record=True) as caught:
@@ -190,18 +190,18 @@ def test_a_rank_that_has_codes_gives_them_to_those_that_have_none(ranks, name):
     alone.load_state_dict(trained(name))
     for parts in zip(*([b[:2] for b in map(batches, range(len(ranks)))]), strict=True):
         alone(torch.cat(parts, 1))
-    for giver in (len(ranks) - 1, 0):
+    for source in (len(ranks) - 1, 0):
         for number, rank in enumerate(ranks):
-            torch.testing.assert_close(rank["states"][f"mixed_{name}_{giver}"], dict(alone.state_dict()))
+            torch.testing.assert_close(rank["states"][f"mixed_{name}_{source}"], dict(alone.state_dict()))
             # whether they agree, the codes, and the statistics; then the statistics alone
-            assert rank["calls"][f"mixed_{name}_{giver}"] == [3 * levels, levels]
-            messages = rank["reported"][f"mixed_{name}_{giver}"]
-            assert len(messages) == (0 if number == giver else levels)
-            assert all(f"rank {number} has no codes yet" in m and f"rank {giver} has" in m for m in messages)
+            assert rank["calls"][f"mixed_{name}_{source}"] == [3 * levels, levels]
+            messages = rank["reported"][f"mixed_{name}_{source}"]
+            assert len(messages) == (0 if number == source else levels)
+            assert all(f"rank {number} has no codes yet" in m and f"rank {source} has" in m for m in messages)
 
 
 @pytest.mark.parametrize("which", KMEANS_ROWS)
-def test_kmeans_starts_from_the_rows_of_all_ranks(ranks, which):
+def test_kmeans_initialises_from_the_rows_of_all_ranks(ranks, which):
     """As many rows as codes: as on one process with all rows, each row is a code. Also with ranks that have none."""
     state = ranks[0]["states"][f"start_{which}"]
     alone = build("kmeans")
@@ -216,7 +216,7 @@ def test_kmeans_starts_from_the_rows_of_all_ranks(ranks, which):
 def test_kmeans_counts_the_rows_of_all_ranks(ranks):
     sizes = [sum(batches(rank)[step].shape[1] for rank in range(len(ranks))) for step in range(3)]
     cluster_size = float(sizes[0])
-    for size in sizes:  # the first batch starts the codes, and then moves them as any other
+    for size in sizes:  # the first batch initialises the codes, and then moves them as any other
         cluster_size += 0.2 * (size - cluster_size)
     total = ranks[0]["states"]["kmeans"]["_codebook.cluster_size"].sum()
     torch.testing.assert_close(total, torch.tensor(cluster_size))

@@ -35,7 +35,7 @@ def pair(**options):
 
 
 def use_our_draws(codebook):
-    """Let the peer choose rows for dead codes and for the start of k-means as FastVQ does, given the same seed."""
+    """Let the peer draw rows for dead codes and for k-means as FastVQ does, given the same seed."""
 
     def replace(rows, batch_mask, seq_mask=None):
         rows = codebook.transform_input(rows)

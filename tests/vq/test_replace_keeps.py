@@ -1,4 +1,4 @@
-"""What replacing quantizers leaves as it was: gradients asked for, modes, hooks, identity, classes, shared parts."""
+"""What replacing quantizers does not change: requires_grad, modes, hooks, identity, classes, shared parts."""
 
 import copy
 import functools

@@ -33,11 +33,9 @@ class CodeScores:
     def __init__(self, rows: Tensor, codes: Tensor, *, cosine: bool) -> None:
         self.rows, self.codes, self.cosine = rows, codes.to(rows.dtype), cosine
 
-    def gather(self, indices: Tensor, *, detach: bool = False) -> Tensor:
+    def gather(self, indices: Tensor) -> Tensor:
         """Codes [H, N, D] at indices [H, N], or [H, N, k, D] at [H, N, k]."""
-        H, _, D = self.codes.shape
-        codes = self.codes.detach() if detach else self.codes
-        return codes.gather(1, indices.reshape(H, -1, 1).expand(-1, -1, D)).view(*indices.shape, D)
+        return _gather(self.codes, indices)
 
     def sample(self, temperature: float) -> Tensor:
         """Indices [H, N] drawn with probability softmax(scores / temperature)."""
@@ -110,6 +108,12 @@ def _chunks(rows: Tensor, codes: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, max(1, N), step))
 
 
+def _gather(codes: Tensor, indices: Tensor) -> Tensor:
+    """Codes [H, K, D] at indices [H, ...]: [H, ..., D]."""
+    H, _, D = codes.shape
+    return codes.gather(1, indices.reshape(H, -1, 1).expand(-1, -1, D)).view(*indices.shape, D)
+
+
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
 
@@ -163,11 +167,8 @@ def _topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
         chunk = rows[:, part].double()
         near = _float64_scores(chunk, codes, cosine=cosine).topk(candidates, -1)
         at = near.indices.sort(-1).values
-        H, n, _ = at.shape
-        of_row = codes.gather(1, at.reshape(H, -1, 1).expand(-1, -1, codes.shape[-1])).view(
-            H * n, candidates, codes.shape[-1]
-        )
-        cost = exact_costs(chunk.reshape(H * n, 1, codes.shape[-1]), of_row, metric).view(H, n, candidates)
+        of_row = _gather(codes, at).flatten(0, 1)
+        cost = exact_costs(chunk.flatten(0, 1).unsqueeze(1), of_row, metric).view(at.shape)
         best = at.gather(-1, cost.sort(dim=-1, stable=True).indices[..., :k])
         if candidates < codes.shape[1]:
             gap = near.values[..., k - 1] - near.values[..., -1]
@@ -190,9 +191,7 @@ def _portable_topk(rows: Tensor, codes: Tensor, k: int, cosine: bool) -> Tensor:
     rows, codes = rows.double(), codes.double()
     candidates = min(codes.shape[1], k + _SPARE_CANDIDATES)
     at = stable_order(-_float64_scores(rows, codes, cosine=cosine))[..., :candidates].sort(-1).values
-    of_row = codes.gather(1, at.reshape(at.shape[0], -1, 1).expand(-1, -1, codes.shape[-1])).view(
-        *at.shape, codes.shape[-1]
-    )
+    of_row = _gather(codes, at)
     terms = -(rows.unsqueeze(-2) * of_row) if cosine else (rows.unsqueeze(-2) - of_row).square()
     return at.gather(-1, stable_order(terms.cumsum(-1)[..., -1])[..., :k])
 

@@ -33,11 +33,9 @@ class TokenCodes:
         rows, codes = self.rows.detach().flatten(0, 1).unsqueeze(1), self.codes.detach().flatten(0, 1)
         return -exact_costs(rows, codes, "product").view(self.scores.shape)
 
-    def gather(self, indices: Tensor, *, detach: bool = False) -> Tensor:
-        codes, at = self.codes.detach() if detach else self.codes, indices
-        if indices.dim() == 2:
-            at = indices.unsqueeze(-1)
-        chosen = codes.gather(2, at.unsqueeze(-1).expand(*at.shape, codes.shape[-1]))
+    def gather(self, indices: Tensor) -> Tensor:
+        at = indices.unsqueeze(-1) if indices.dim() == 2 else indices
+        chosen = self.codes.gather(2, at.unsqueeze(-1).expand(*at.shape, self.codes.shape[-1]))
         return chosen if indices.dim() == 3 else chosen.squeeze(2)
 
     def nearest(self) -> Tensor:
