@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from metarec_fast.config import Config
 from metarec_fast.cooccurrence.features import CooccurrenceStatistics
 from metarec_fast.cooccurrence.mixture import ENCODER_ALONE, MixtureWeights, ScoreMixture, fit_mixture
 from metarec_fast.cooccurrence.scorer import CooccurrenceNetwork, CooccurrenceScorer, TransitionTerms
-from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_users, time_cut
+from metarec_fast.data import Domain, Sequences, Split
 from metarec_fast.data.copies import copied
 from metarec_fast.data.domain import Catalogue
 from metarec_fast.data.vocabulary import Vocabulary
@@ -36,6 +35,15 @@ from metarec_fast.evaluation import (
     top_k_items,
 )
 from metarec_fast.files import write_atomically
+from metarec_fast.inputs import (
+    check_device,
+    check_domains,
+    check_splits,
+    checked_config,
+    id_list,
+    run_path,
+    split_domain,
+)
 from metarec_fast.models.recommender import Recommender, SharedEncoder
 from metarec_fast.models.scorer import ModelScorer
 from metarec_fast.persistence import load_model, save_model
@@ -52,12 +60,6 @@ from metarec_fast.train.stop import Interrupted, StopRequested
 
 MOST_NAMED = 10  # unknown ids of one call
 TRANSITION_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of transitions, beside the encoder
-
-
-def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
-    """The split that ``config.data`` asks for."""
-    split = time_cut(domain) if config.data.split == "time" else leave_one_out(domain)
-    return limit_users(split, fraction, seed=config.train.seed) if fraction < 1 else split
 
 
 @contextmanager
@@ -159,7 +161,7 @@ class MetaRec:
         a process is at work in; `NonFiniteTrainingError`, a ValueError, where training cannot go on because its numbers
         are not finite (``train.left_out``).
         """
-        config = _checked_config(config, Config())
+        config = checked_config(config, Config())
         check_device(config)
         sources, target = check_domains(sources, target)
         if config.train.method == "target_only":
@@ -179,7 +181,7 @@ class MetaRec:
         with _watched("fit", (target, *sources), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
             if config.train.threads:
                 torch.set_num_threads(config.train.threads)
-            run = _Run(_folder(run_dir), resume, reporter, should_stop)
+            run = _Run(run_path(run_dir), resume, reporter, should_stop)
             run.refuse(overwrite)
             splits = {d.name: split_domain(d, config) for d in sources}
             split = split_domain(target, config, fraction=config.data.target_fraction)
@@ -219,7 +221,7 @@ class MetaRec:
         """
         _, domain = check_domains((), domain)
         check_flag(compare_target_only, "compare_target_only")
-        config = _checked_config(config, self.adapt_config())
+        config = checked_config(config, self.adapt_config())
         check_device(config)
         if config.model != self.config.model:
             raise ValueError("config.model must be that of the model to adapt: its parameters have that shape")
@@ -229,7 +231,7 @@ class MetaRec:
         with _watched("adapt", (domain,), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
             if config.train.threads:
                 torch.set_num_threads(config.train.threads)
-            run = _Run(_folder(run_dir), resume, reporter, should_stop)
+            run = _Run(run_path(run_dir), resume, reporter, should_stop)
             run.refuse(overwrite)
             split = split_domain(domain, config, fraction=config.data.target_fraction)
             check_splits({}, split, config)
@@ -463,7 +465,7 @@ class MetaRec:
         k = check_count(k, "k", POSITIVE_COUNT)
         check_flag(exclude_seen, "exclude_seen")
         check_choice(on_unknown, "on_unknown", ("raise", "skip"))
-        queried = None if users is None else _ids("users", users)
+        queried = None if users is None else id_list("users", users)
         if queried is not None:
             known = self._known(
                 self.domain.users, [(f"users[{i}]", user) for i, user in enumerate(queried)], on_unknown
@@ -473,7 +475,7 @@ class MetaRec:
             results: list[list[tuple[Any, float]]] = [[] for _ in queried]
             queried = [queried[place] for place in places]
         else:
-            given = [_ids(f"histories[{i}]", history) for i, history in enumerate(_ids("histories", histories))]
+            given = [id_list(f"histories[{i}]", history) for i, history in enumerate(id_list("histories", histories))]
             named = [
                 (f"histories[{i}][{j}]", item) for i, history in enumerate(given) for j, item in enumerate(history)
             ]
@@ -561,20 +563,6 @@ class MetaRec:
         return cls(model.eval(), split, config, cooccurrence=cooccurrence, weights=weights, history=history)
 
 
-def _ids(name: str, given: Iterable[Any]) -> list[Any]:
-    """As a list. Raises TypeError for a single id."""
-    single = isinstance(given, (str, bytes)) or not isinstance(given, Iterable)
-    if single or (isinstance(given, np.ndarray) and not given.ndim):
-        raise TypeError(f"{name} must be a list, got the single {type(given).__name__} {given!r}")
-    return given.tolist() if isinstance(given, np.ndarray) else list(given)
-
-
-def _folder(run_dir: str | Path | None) -> Path | None:
-    if run_dir is not None and not os.fspath(run_dir):
-        raise ValueError("run_dir must name a folder, got an empty string; '.' is the current one")
-    return None if run_dir is None else Path(run_dir)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """Where a run is kept, what it reports to and what may stop it."""
@@ -630,81 +618,6 @@ def write_report(model: MetaRec, folder: Path) -> None:
     if report is not None:
         text = html(report, title=f"Transfer to {model.domain.name}")
         write_atomically(folder / "report.html", text.encode())
-
-
-def check_domains(sources: Any, target: Any) -> tuple[list[Domain], Domain]:
-    """Raises TypeError for what is no Domain, with what makes one of it."""
-    if isinstance(sources, Domain):
-        sources = [sources]
-    elif (
-        isinstance(sources, (str, bytes, os.PathLike, Mapping)) or not isinstance(sources, Iterable) or _table(sources)
-    ):
-        raise TypeError(f"sources must be Domains, {_no_domain(sources)}")
-    sources = list(sources)
-    for i, source in enumerate(sources):
-        if not isinstance(source, Domain):
-            raise TypeError(f"sources[{i}] must be a Domain, {_no_domain(source)}")
-    if not isinstance(target, Domain):
-        raise TypeError(f"target must be a Domain, {_no_domain(target)}")
-    return sources, target
-
-
-def _table(value: object) -> bool:
-    """Whether ``value`` is a data frame, of whatever library."""
-    return hasattr(type(value), "columns") and type(value).__module__.split(".")[0] not in ("metarec_fast", "builtins")
-
-
-def _no_domain(value: object) -> str:
-    if isinstance(value, (str, os.PathLike)):
-        return f"got the path {os.fspath(value)!r}; mf.read makes one of a file, mf.load_domain of an imported folder"
-    if _table(value):
-        library = type(value).__module__.split(".")[0]
-        return (
-            f"got a {type(value).__name__} of {library}; write it to a Parquet or CSV file with columns of users, "
-            "items and times, and mf.read that"
-        )
-    if isinstance(value, Sequences):
-        return "got Sequences; Domain(name, sequences, users, items) adds a name and the ids"
-    return f"got {type(value).__name__}; mf.read makes one of a file"
-
-
-def _checked_config(config: Config | None, default: Config) -> Config:
-    if config is None:
-        return default
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"config must be a Config, got {type(config).__name__}: Config.load(path) and Config() make one"
-        )
-    return config
-
-
-def check_device(config: Config) -> None:
-    """Raise ValueError if this machine lacks the device; a configuration alone may name it, and be loaded elsewhere."""
-    device = torch.device(config.train.device)
-    if device.type == "cpu":
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise ValueError(f"train.device is {config.train.device!r}, and no CUDA device is available; use 'cpu'")
-    if (device.index or 0) >= count:
-        raise ValueError(f"train.device is {config.train.device!r}, and the last CUDA device is 'cuda:{count - 1}'")
-
-
-def check_splits(sources: dict[str, Split], target: Split, config: Config) -> None:
-    """Raises ValueError, by the name of the domain, for a split that cannot be trained on or chosen by."""
-    for one in (*sources.values(), target):
-        if not (one.train.lengths >= 2).any():
-            raise ValueError(f"domain {one.domain.name!r} has no user with two training events ({one.protocol})")
-    if not len(target.valid):
-        raise ValueError(
-            f"domain {target.domain.name!r} has no validation case, by which the model is chosen ({target.protocol})"
-        )
-    users = int((target.train.lengths > 0).sum())
-    if config.model.cooccurrence == "learned" and users < 2:
-        raise ValueError(
-            f"model.cooccurrence='learned' needs two users with training events, and domain {target.domain.name!r} has "
-            f"{users}; 'transitions' and 'none' need one"
-        )
 
 
 def build(config: Config, splits: Sequence[Split], *, shared: SharedEncoder | None = None) -> Recommender:
@@ -777,7 +690,7 @@ def compare(
     With "target_only" among the methods, every other keeps the model it made, and its transfer report is against that
     row; without, ``train.compare_target_only`` counts as in ``fit``. Ctrl-C and progress are as there.
     """
-    config = _checked_config(config, Config())
+    config = checked_config(config, Config())
     check_device(config)
     methods = check_methods(methods)
     sources, target = check_domains(sources, target)
@@ -785,7 +698,7 @@ def compare(
     if own:
         config = config.replace(train={"compare_target_only": False})
     with _watched("compare", (target, *sources), run_dir, progress, reporter, should_stop) as (reporter, should_stop):
-        run = _Run(_folder(run_dir), resume, reporter, should_stop)
+        run = _Run(run_path(run_dir), resume, reporter, should_stop)
         run.refuse(overwrite)
         split = split_domain(target, config, fraction=config.data.target_fraction)
         baseline = baseline_row(split, mask_history=config.data.mask_history, catalogue=config.data.catalogue)

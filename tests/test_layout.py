@@ -17,6 +17,7 @@ LAYERS = [
     "cli",
     "study",
     "api",
+    "inputs",
     "report",
     "train",
     "persistence",

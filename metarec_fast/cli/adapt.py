@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -12,9 +12,6 @@ from metarec_fast.cli.options import Reading, RunFolder
 from metarec_fast.cli.show import load_named, show_how_to_resume, show_rows, show_transfer
 from metarec_fast.report.console import ConsoleReporter, plain_console
 from metarec_fast.text import file_name, printable
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,8 @@ class Adapt(RunFolder, Reading):
 
 
 def adapt(command: Adapt) -> int:
-    from metarec_fast.api import METHODS, MetaRec, baseline_row, check_device
+    from metarec_fast.api import METHODS, MetaRec, baseline_row
+    from metarec_fast.inputs import check_device
     from metarec_fast.report.table import Row
     from metarec_fast.train import run_folder
     from metarec_fast.train.stop import Interrupted, StopRequested

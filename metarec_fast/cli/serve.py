@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from rich.table import Table
@@ -15,9 +15,6 @@ from metarec_fast.checks import POSITIVE_COUNT, Checked, check_count
 from metarec_fast.cli.show import show_rows
 from metarec_fast.report.console import plain_console
 from metarec_fast.text import printable
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ class AuditTransfer(Reading, Config):
 
 
 def audit_transfer(command: AuditTransfer) -> int:
-    from metarec_fast.api import check_device
+    from metarec_fast.inputs import check_device
     from metarec_fast.study import Domains, audit_study, audit_verdict
 
     check_device(config_of(command))

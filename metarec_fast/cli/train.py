@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,9 +18,6 @@ from metarec_fast.cli.show import load_named, show_how_to_resume, show_rows, sho
 from metarec_fast.config import Config
 from metarec_fast.report.console import ConsoleReporter, plain_console
 from metarec_fast.text import file_name, printable
-
-if TYPE_CHECKING:
-    pass
 
 Method = Literal["target_only", "pretrain", "joint", "metarec"]
 
@@ -81,7 +78,8 @@ def is_demo(folder: Path) -> str | None:
 
 
 def train(command: Train) -> int:
-    from metarec_fast.api import check_device, check_methods
+    from metarec_fast.api import check_methods
+    from metarec_fast.inputs import check_device
     from metarec_fast.train import run_folder
 
     config = config_of(command)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from metarec_fast import __version__
-from metarec_fast.api import MetaRec, split_domain
+from metarec_fast.api import MetaRec
 from metarec_fast.checks import check_flag
 from metarec_fast.config import Config
 from metarec_fast.data import (
@@ -46,6 +46,7 @@ from metarec_fast.data import (
 )
 from metarec_fast.evaluation import Metrics, Scorer, baselines, best_baseline, choice_catalogue, evaluate
 from metarec_fast.files import only_here, write_atomically
+from metarec_fast.inputs import split_domain
 from metarec_fast.study.grid import FORMAT, Cell, Study
 from metarec_fast.train.loop import Silent
 from metarec_fast.train.stop import Interrupted
