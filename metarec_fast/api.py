@@ -153,7 +153,7 @@ class MetaRec:
         resume: go on from its checkpoints if it has some, which must be of the same data and options.
         overwrite: replace the run that it holds; the model in it stays until the new one takes its place.
         progress: show it, unless a ``reporter`` is given; None: on a terminal and in a notebook.
-        should_stop: asked before every step; if true the state is saved and ``Interrupted`` is raised.
+        should_stop: called before every step; if true the state is saved and ``Interrupted`` is raised.
         profiler: watches some steps of each stage and tells where their time goes; not of the target-only run beside.
         Ctrl-C saves to ``run_dir`` and raises KeyboardInterrupt, which says how to go on; a second one ends at once.
         Raises TypeError for what is no Domain, ValueError for domains of one name, a domain without training events,

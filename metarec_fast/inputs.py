@@ -15,7 +15,7 @@ from metarec_fast.data import Domain, Sequences, Split, leave_one_out, limit_use
 
 
 def split_domain(domain: Domain, config: Config, *, fraction: float = 1.0) -> Split:
-    """The split that ``config.data`` asks for."""
+    """The split that ``config.data`` describes."""
     split = time_cut(domain) if config.data.split == "time" else leave_one_out(domain)
     return limit_users(split, fraction, seed=config.train.seed) if fraction < 1 else split
 

@@ -50,7 +50,7 @@ class Candidates:
         return before[offsets.cpu()], place[place >= 0]
 
     def scores(self, score_tile: ScoreTile) -> ScoreTile:
-        """Scores of the candidates alone; what is asked of ``score_tile`` is never more than TILE items."""
+        """Scores of the candidates alone; ``score_tile`` is called for at most TILE items."""
         if isinstance(score_tile, LinearScores):
             return score_tile.of_items(self.items.to(score_tile.table.device))
 

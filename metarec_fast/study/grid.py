@@ -1,4 +1,4 @@
-"""What a study is: a description in frozen dataclasses, and the cells that it asks for."""
+"""What a study is: a description in frozen dataclasses, and the cells that it consists of."""
 
 from __future__ import annotations
 

@@ -467,7 +467,7 @@ class _Worker:
 
 
 def _begin_worker(stop: Any, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore", DataWarning)  # the parent has read the files too
     torch.set_num_threads(threads)

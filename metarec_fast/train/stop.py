@@ -1,4 +1,4 @@
-"""Ctrl-C asks a run to save and end, instead of tearing it out of a step."""
+"""Ctrl-C lets a run save and end, instead of interrupting it within a step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Interrupted(Exception):
 
 
 class StopRequested:
-    """Whether a signal asked to stop, for ``should_stop``; a second one ends at once, by KeyboardInterrupt.
+    """Whether a signal has requested a stop, for ``should_stop``; a second one ends at once, by KeyboardInterrupt.
 
     Use as a context manager. Signals come to the main thread alone: elsewhere, and for those that somebody else
-    handles where ``yielding``, nothing is changed and nothing is asked.
+    handles where ``yielding``, nothing is changed.
     """
 
     def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM), *, yielding: bool = False) -> None:
