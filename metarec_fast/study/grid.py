@@ -17,7 +17,7 @@ from metarec_fast.config import Config
 from metarec_fast.data.synthetic import check_sizes, synthetic
 from metarec_fast.evaluation.baselines import BASELINES
 
-FORMAT = 1  # of what a cell's hash covers, and of its file
+FORMAT = 2  # of what a cell's hash covers, and of its file
 Group = Literal["baseline", "plain", "recipe", "structure", "transfer", "ours", "ablation", "control", "mixed"]
 Sources = Literal["related", "shuffled", "random", "copy"]
 Options = Mapping[str, Mapping[str, Any]]

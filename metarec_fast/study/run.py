@@ -366,6 +366,7 @@ def refuse_other(study: Study, out: Path, *, overwrite: bool) -> None:
     Also for one of no study whose files have the names of its tables; an archive of cells may lie there unpacked.
     """
     check_flag(overwrite, "overwrite")
+    refuse_older_cells(out)
     path = out / "study.json"
     if overwrite:
         return
@@ -388,6 +389,20 @@ def refuse_other(study: Study, out: Path, *, overwrite: bool) -> None:
             raise ValueError(
                 f"{out} holds another study already: {name} {was}, not {now}; --overwrite (overwrite=True) "
                 "replaces its tables and leaves its cells, or give another folder"
+            )
+
+
+def refuse_older_cells(out: Path) -> None:
+    """Raises ValueError for a folder with a cell of another format, which would never be found and run again."""
+    for path in (out / "cells").glob("*.json"):
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))["format"]
+        except (ValueError, KeyError, TypeError):
+            continue  # `Results` names what is damaged, if the study asks for it
+        if made != FORMAT:
+            raise ValueError(
+                f"{path} is a cell of format {made}, this version has {FORMAT}: its options had other names; "
+                "give another folder, or read the cells with the version that wrote them"
             )
 
 

@@ -277,3 +277,10 @@ def test_a_folder_of_another_study_is_refused_and_left(finished, tmp_path):
 def test_one_process_at_a_time_in_a_study(tmp_path):
     with only_here(tmp_path), pytest.raises(ValueError, match="is in use by process"):
         run(small(), tmp_path, cells=[])
+
+
+def test_cells_of_another_format_are_refused(tmp_path):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "target-0.5-popularity-0-abc.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(ValueError, match=r"abc.json is a cell of format 1, this version has 2"):
+        run(study(), tmp_path)

@@ -1,0 +1,44 @@
+"""Figures of quality in README and the guide to reproducing are those of the published results."""
+
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLAIN = ("sasrec", "sasrec-vq", "lru", "lru-vq")
+ROW = re.compile(r"^\| (office|tools|beauty)(?:, (\d+) % \([\d,]+\))? \|(.*)\|$", re.MULTILINE)
+
+
+def means(experiment):
+    """NDCG@10 by arm, target and share of users: the mean over seeds."""
+    found = defaultdict(list)
+    with (ROOT / "experiments" / experiment / "results.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["arm"], row["target"].removeprefix("amazon14_"), float(row["fraction"])
+            found[key].append(float(row["ndcg@10"]))
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+MEANS = means("all_users") | means("headline")
+
+
+def rows(page):
+    for target, share, rest in ROW.findall((ROOT / page).read_text(encoding="utf-8")):
+        yield target, float(share or 5) / 100, [cell.strip() for cell in rest.split("|")]
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/guides/reproduce.md", 12)])
+def test_ndcg_by_target_and_share_of_users(page, count):
+    table = list(rows(page))
+    assert len(table) == count
+    for target, share, (plain, alone, pretrained, ours, gain, *_) in table:
+        known = {arm: value for (arm, *where), value in MEANS.items() if where == [target, share]}
+        best = max(known[arm] for arm in PLAIN)
+        for cell, value in ((plain, best), (alone, known["target-only"]), (ours, known["ours"])):
+            assert cell == f"{value:.4f}"[1:], (page, target, share)
+        assert pretrained == (f"{known['pretrain']:.4f}"[1:] if "pretrain" in known else "")
+        quoted = float(re.match(r"[+-][\d.]+", gain)[0])
+        assert quoted == pytest.approx(100 * (known["ours"] / known["target-only"] - 1), abs=0.55), (target, share)
