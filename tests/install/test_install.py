@@ -119,6 +119,20 @@ def test_source_distribution_holds_tests_and_licence_and_the_only_version(checko
     assert not {name for name in names if name.endswith((".so", ".pyc", ".o"))}
 
 
+def test_one_compile_serves_demo_and_test(checkout):
+    def recipes(target: str) -> str:
+        return run("make", "-n", target, cwd=checkout)
+
+    assert recipes("demo").count(" -e .") == 1
+    (checkout / ".venv").mkdir()
+    for done in ("torch", "tools", "base"):  # as make demo leaves them
+        (checkout / f".venv/{done}.done").touch()
+    assert " -e ." not in recipes("demo") + recipes("test") + recipes("wheel")
+    assert "metarec-fast[test]" in recipes("test")
+    os.utime(checkout / "csrc/core/isa.cpp")
+    assert recipes("demo").count(" -e .") == 1
+
+
 def test_torch_is_no_build_requirement():
     requirements = re.search(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert {re.split("[>=<]", name)[0] for name in json.loads(requirements)} == {
