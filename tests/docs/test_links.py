@@ -21,7 +21,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z.-]*[a-z]")
 SETTING = re.compile(r"`(model|meta|train|cooccurrence|data)\.([a-z_]+)\b(?!\()")
 NAME = re.compile(r"`(?:mf|metarec_fast)((?:\.[A-Za-z_]\w*)+)")
 GENERAL_FLAGS = {"--preset", "--config", "--help"}  # of three commands, read before their own
-OTHER_FLAGS = {"--benchmark-only", "--quick"}  # pytest's, and bench/scaling.py's
+OTHER_FLAGS = {"--all", "--benchmark-only", "--quick", "--no-build-isolation"}  # of pytest, bench/scaling.py and pip
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 each_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda p: str(p.relative_to(ROOT)))
