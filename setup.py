@@ -21,9 +21,10 @@ def find_tool(name: str) -> str:
     """The path of cmake or ninja: that of the Python package, else the one on PATH. Raises RuntimeError."""
     try:
         package = importlib.import_module(name)
-        path = shutil.which(name, path=getattr(package, "BIN_DIR", None) or package.CMAKE_BIN_DIR)
+        folder = getattr(package, f"{name.upper()}_BIN_DIR", None) or getattr(package, "BIN_DIR", None)
     except ImportError:
-        path = shutil.which(name)
+        folder = None
+    path = (folder and shutil.which(name, path=folder)) or shutil.which(name)
     if path is None:
         raise RuntimeError(f"{name} is needed to build metarec_fast and was not found: pip install {name}")
     return path

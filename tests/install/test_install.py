@@ -203,6 +203,10 @@ def test_a_package_comes_before_the_tool_on_path(build_script, monkeypatch, tmp_
     (tmp_path / "ninja").touch(mode=0o755)
     monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=tmp_path))
     assert build_script.find_tool("ninja") == str(tmp_path / "ninja")
+    # as ninja's package is in an isolated build of pip, which puts it on PATH
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=""))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build_script.find_tool("ninja") == str(tmp_path / "ninja")
 
 
 def test_a_missing_build_tool_is_named(build_script, monkeypatch, tmp_path):
