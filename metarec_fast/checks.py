@@ -174,7 +174,7 @@ class Checked:
             self.check()
 
     def check(self) -> None:
-        check_fields(self)
+        check_options(self)
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def postponed() -> Iterator[None]:
         _postponed.reset(token)
 
 
-def check_fields(
+def check_options(
     options: Any,
     *,
     prefix: str = "",

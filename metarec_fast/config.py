@@ -22,8 +22,8 @@ from metarec_fast.checks import (
     SHARE,
     Checked,
     Range,
-    check_fields,
     check_names,
+    check_options,
     parse_json,
     shown,
 )
@@ -93,7 +93,7 @@ class ModelConfig(Checked):
     are."""
 
     def check(self) -> None:
-        check_fields(self, prefix="model.", ranges=RANGES["model"])
+        check_options(self, prefix="model.", ranges=RANGES["model"])
         if self.vq != "none":
             self._check_divides("codebook_heads")
         if self.encoder == "sasrec":
@@ -142,7 +142,7 @@ class MetaConfig(Checked):
     """How much the target's gradient after adaptation counts; 0, with uniform weighting, leaves Reptile's step."""
 
     def check(self) -> None:
-        check_fields(self, prefix="meta.", ranges=RANGES["meta"])
+        check_options(self, prefix="meta.", ranges=RANGES["meta"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ class TrainConfig(Checked):
     device: str = "cpu"
 
     def check(self) -> None:
-        check_fields(self, prefix="train.", ranges=RANGES["train"])
+        check_options(self, prefix="train.", ranges=RANGES["train"])
         if not DEVICE.fullmatch(self.device):
             raise ValueError(f"train.device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
 
@@ -230,7 +230,7 @@ class CooccurrenceConfig(Checked):
     """On the target, the parameters that count are an exponential average over steps; 0 takes them as they are."""
 
     def check(self) -> None:
-        check_fields(self, prefix="cooccurrence.", ranges=RANGES["cooccurrence"])
+        check_options(self, prefix="cooccurrence.", ranges=RANGES["cooccurrence"])
         if not self.sizes:
             raise ValueError("cooccurrence.sizes must be one number or more, got none")
 
@@ -249,7 +249,7 @@ class DataConfig(Checked):
     of the domain, also those that are known from held-out events alone, of which nothing was learned."""
 
     def check(self) -> None:
-        check_fields(self, prefix="data.", ranges=RANGES["data"])
+        check_options(self, prefix="data.", ranges=RANGES["data"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ class Config(Checked):
             section = getattr(self, name)
             if isinstance(section, SECTIONS[name]):
                 section.check()
-        check_fields(self, only=Config)
+        check_options(self, only=Config)
         train = self.train
         if train.capture and train.device == "cpu":
             raise ValueError("train.capture needs train.device 'cuda', got 'cpu'")

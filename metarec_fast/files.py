@@ -394,17 +394,17 @@ def check_fields(found: Any, known: Mapping[str, Field], where: str, *, exact: b
     exact: unknown fields are faults.
     """
     if not isinstance(found, dict):
-        raise Damaged(f"{where} must be an object, got {shown(found)}")
+        raise Damaged(f"{where} must be an object, got {short_json(found)}")
     if missing := [name for name in known if name not in found]:
         raise Damaged(f"{where} has no {missing[0]!r}")
     if exact and (extra := [name for name in found if name not in known]):
-        raise Damaged(f"{where} has the unknown field {shown(extra[0])}")
+        raise Damaged(f"{where} has the unknown field {short_json(extra[0])}")
     for name, field in known.items():
         if not field.fits(found[name]):
-            raise Damaged(f"{where}: {name!r} must be {field.words}, got {shown(found[name])}")
+            raise Damaged(f"{where}: {name!r} must be {field.words}, got {short_json(found[name])}")
 
 
-def shown(value: Any) -> str:
+def short_json(value: Any) -> str:
     """A value of JSON, short."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
@@ -416,7 +416,7 @@ def inside(folder: Path, name: str) -> Path:
     """The regular file ``name`` in ``folder``. Raises Damaged if there is none, or it leads out of the folder."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise Damaged(f"{shown(name)} leads out of the folder")
+        raise Damaged(f"{short_json(name)} leads out of the folder")
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:

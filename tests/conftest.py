@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -21,6 +22,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     import tests.examples  # noqa: F401  registers the profiles, before a test module asks for one
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores it for what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.load_profile("all" if config.getoption("--all") else "gate")
     config.stash[slow] = 0
 

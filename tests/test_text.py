@@ -45,7 +45,7 @@ def test_progress_of_any_name_is_shown_as_it_is(terminal, made, tmp_path):
     with ConsoleReporter(console=console, log=tmp_path / "log.jsonl") as reporter:
         reporter.begin(f"from {NASTY}")
         reporter.step("finetune", 1, 2, {"losses": {NASTY: 1.5}})
-        reporter.evaluation("finetune", 1, 0.5, 0.5)
+        reporter.evaluation("finetune", 1, "NDCG@10", 0.5, 0.5)
     assert SHOWN in out.getvalue() and "\x1b[31m" not in out.getvalue()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 

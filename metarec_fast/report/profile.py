@@ -17,7 +17,7 @@ from metarec_fast.text import printable
 
 
 class StageProfile(Protocol):
-    """What is shown of ``train.profile.StageProfile``, which lies outside what a report may import."""
+    """What is shown of ``profiling.steps.StageProfile``, which lies outside what a report may import."""
 
     run: str
     stage: str

@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
-from metarec_fast.checks import SEED, SHARE, Checked, check_choice, check_fields, check_names, nearest, parse_json
+from metarec_fast.checks import SEED, SHARE, Checked, check_choice, check_names, check_options, nearest, parse_json
 from metarec_fast.config import Config
 from metarec_fast.data.synthetic import check_sizes, synthetic
 from metarec_fast.evaluation.baselines import BASELINES
@@ -44,7 +44,7 @@ class Arm(Checked):
 
     def check(self) -> None:
         named = f"arm {self.name!r}: "
-        check_fields(self, prefix=named)
+        check_options(self, prefix=named)
         if not self.name or not set(self.name) <= SAFE:
             raise ValueError(f"the name of an arm must be letters, digits and any of '.+-_', got {self.name!r}")
         if self.baseline:
@@ -60,7 +60,7 @@ class Comparison(Checked):
     title: str = ""
 
     def check(self) -> None:
-        check_fields(self, prefix="comparison.")
+        check_options(self, prefix="comparison.")
         if not self.against:
             raise ValueError(f"comparison.against must name what arm {self.arm!r} is held against, got none")
 
@@ -104,7 +104,7 @@ class Study(Checked):
     """Events of one user at one time in random order, in all domains that have times."""
 
     def check(self) -> None:
-        check_fields(self, prefix="study.", ranges={"seeds": SEED, "fractions": SHARE})
+        check_options(self, prefix="study.", ranges={"seeds": SEED, "fractions": SHARE})
         names = [arm.name for arm in self.arms]
         axes = {"arms": names, "targets": self.targets, "fractions": self.fractions, "seeds": self.seeds}
         for what, values in axes.items():
@@ -184,7 +184,7 @@ class Study(Checked):
         record = {
             "format": FORMAT,
             "baseline": cell.arm.baseline,
-            "configs": [_hashed(config) for config in self.configs(cell)],
+            "configs": [dataclasses.asdict(config) for config in self.configs(cell)],
             "target": fingerprints[cell.target],
             "kinds": kinds,
             "sources": [fingerprints[name] for name in sources],
@@ -237,14 +237,6 @@ class Study(Checked):
             return Study.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no study: {error}") from error
-
-
-def _hashed(config: Config) -> dict[str, Any]:
-    """All options, less the catalogue where it is all items: that of the cells made before there was a choice."""
-    options = dataclasses.asdict(config)
-    if config.data.catalogue == "all":
-        del options["data"]["catalogue"]
-    return options
 
 
 SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_")  # arms name files
