@@ -18,7 +18,6 @@ demo: .venv/base.done
 JOBS ?= 2
 test: .venv/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
-	OMP_NUM_THREADS=1 $(MAKE) sanitize SANITIZE_OPTIONS="-n$(JOBS)"
 
 # Slow tests, all examples and all instruction sets under the sanitizers too; in one process of two threads, as most
 # people run it
