@@ -128,7 +128,7 @@ def test_a_profiled_run_shows_where_its_time_goes(folder, tmp_path, capsys, monk
     command += ["--train.finetune-steps=10", "--train.method=target_only"]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "target only finetune:" in shown and "Floor:" in shown
+    assert "target only finetune:" in shown and "Roofline:" in shown
     assert json.loads((tmp_path / "profile.json").read_text())[0]["parts"]["loss"]["ms"] > 0
     assert (tmp_path / "profile.svg").read_text().startswith("<svg")
 

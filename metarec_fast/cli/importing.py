@@ -31,7 +31,7 @@ class Import:
     name: str | None = None
     """Name of the domain; the file's if not given."""
     format: Literal["inter", "csv", "tsv", "jsonl", "parquet"] | None = None
-    """Told by the file's suffix if not given."""
+    """By the file's suffix if not given."""
     separator: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     """Rows that cannot be read: stop with file, line and reason, or skip and count them."""

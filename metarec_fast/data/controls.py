@@ -1,4 +1,4 @@
-"""Domains that a claim of transfer is held against: order destroyed, items destroyed, or the target itself."""
+"""Domains that a claim of transfer is tested with: order destroyed, items destroyed, or the target itself."""
 
 from __future__ import annotations
 

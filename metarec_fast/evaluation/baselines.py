@@ -102,7 +102,7 @@ BASELINES = (
 
 
 def baselines(train: Sequences) -> dict[str, Scorer]:
-    """The baselines that a result is held against, by the names of ``BASELINES``."""
+    """The baselines that a result is compared with, by the names of ``BASELINES``."""
     counts = TransitionKernel.fit(train, window=5, decay=0.8)
     made = (
         Popularity(train),

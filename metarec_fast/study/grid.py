@@ -53,7 +53,7 @@ class Arm(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Checked):
-    """``arm`` held against another; of several, in each cell against the one of the highest validation NDCG@10."""
+    """``arm`` against another; of several, in each cell against the one of the highest validation NDCG@10."""
 
     arm: str
     against: tuple[str, ...]
@@ -62,7 +62,7 @@ class Comparison(Checked):
     def check(self) -> None:
         check_options(self, prefix="comparison.")
         if not self.against:
-            raise ValueError(f"comparison.against must name what arm {self.arm!r} is held against, got none")
+            raise ValueError(f"comparison.against must name what arm {self.arm!r} is compared with, got none")
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class Results:
         ]
 
     def baseline(self, comparison: Comparison, target: str, fraction: float) -> str | None:
-        """Of what a comparison is held against, the arm of the highest mean validation NDCG@10; None if none ran.
+        """Of those that an arm is compared with, the one of the highest mean validation NDCG@10; None if none ran.
 
         While seeds are missing, one of the arms that finished the most: means of other seeds are not comparable.
         """

@@ -99,7 +99,7 @@ def test_a_profile_for_people_and_for_programs(tmp_path):
     assert "MetaRec meta <1>: 10.0 ms a step" in shown
     loss = next(line for line in shown.splitlines() if "loss" in line)
     assert all(figure in loss for figure in ("60.0%", "2.00", "4.00")) and "█████▒▒▒▒▒▒▒▒▒▒" in loss
-    assert "Floor: 20% of the step, at 1000 GFLOP/s and 10 GB/s measured on 2 threads" in " ".join(shown.split())
+    assert "Roofline: 20% of the step, at 1000 GFLOP/s and 10 GB/s measured on 2 threads" in " ".join(shown.split())
     profile.write([stage_profile()], tmp_path)
     (written,) = json.loads((tmp_path / "profile.json").read_text())
     assert written["parts"]["loss"] == {

@@ -144,7 +144,7 @@ def test_an_arm_that_is_refused(change, message):
 
 
 def test_a_comparison_needs_something_to_compare_with():
-    with pytest.raises(ValueError, match=r"comparison\.against must name what arm 'a' is held against, got none"):
+    with pytest.raises(ValueError, match=r"comparison\.against must name what arm 'a' is compared with, got none"):
         Comparison(arm="a", against=())
 
 

@@ -87,7 +87,7 @@ def test_tables_and_comparisons_say_what_was_ranked(tmp_path):
     text = results.markdown([(comparison, [own])])
     assert "ranked are the items of training events, another target is a miss" in text
     assert "## NDCG@10, history not masked, among all items" in text
-    # an arm that ranks all items is held against another by what both ranked
+    # an arm that ranks all items is compared with another by what both ranked
     mixed = dataclasses.replace(plan, arms=(plan.arms[0], cold_study("all").arms[1]))
     assert run(mixed, tmp_path) == []
     (between,) = Results(mixed, tmp_path).contrasts(comparison, samples=50)

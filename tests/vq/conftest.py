@@ -13,5 +13,5 @@ def _one_thread():
 
 @pytest.fixture
 def parity_steps(request, everything):
-    """Steps of training over which a case is held against its peer: 5, or 50 where its module names it in LONG."""
+    """Steps of training over which a case is compared with its peer: 5, or 50 where its module names it in LONG."""
     return 50 if everything or request.node.callspec.params["name"] in request.module.LONG else 5
