@@ -62,9 +62,9 @@ def show(profiles: Sequence[StageProfile], console: Console, *, width: int = 24)
             )
         console.print(table)
         console.print(
-            f"█ forward ▒ backward. Roofline: {profile.roofline_share:.0%} of the step, at "
-            f"{profile.peak_flops / 1e9:.0f} GFLOP/s and {profile.peak_bytes / 1e9:.0f} GB/s measured on {profile.threads} threads. Traced steps took "
-            f"{profile.traced_ms:.1f} ms; shares are theirs.",
+            f"█ forward ▒ backward. Roofline: {profile.roofline_share:.0%} of the step, "
+            f"at {profile.peak_flops / 1e9:.0f} GFLOP/s and {profile.peak_bytes / 1e9:.0f} GB/s measured on "
+            f"{profile.threads} threads. Traced steps took {profile.traced_ms:.1f} ms; shares are theirs.",
             highlight=False,
         )
 
